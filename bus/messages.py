@@ -1,0 +1,646 @@
+"""The payload of every subject, as frozen structs.
+
+Adding an optional field is compatible; a field is never given a new meaning. Readers pass over
+fields that they do not know. Plugin states are camelCase on the wire, capability payloads
+snake_case: clients of the system that this one grew out of rely on both. Times are UTC.
+"""
+
+from datetime import UTC, datetime
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+Status = Literal["stopped", "starting", "running", "degraded", "stopping", "error"]
+Level = Literal["debug", "info", "warn", "error"]
+
+PluginName = Annotated[
+    str,
+    Meta(
+        pattern=r"\A[a-z0-9][a-z0-9_-]{0,62}\Z",
+        description="A plugin's name: lower case letters, digits, - and _, at most 63.",
+    ),
+]
+Name = Annotated[
+    str,
+    Meta(
+        pattern=r"\A\w(?:[\w .@:+-]{0,126}[\w])?\Z",
+        description="A name: letters, digits, spaces and . @ : + - _ inside, at most 128.",
+    ),
+]
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What travels. A field at its default is left out."""
+
+
+class State(Message, frozen=True, rename="camel"):
+    """What travels about plugins: camelCase."""
+
+
+class Empty(Message, frozen=True):
+    """No arguments."""
+
+
+def now() -> datetime:
+    """Return the present time in UTC."""
+    return datetime.now(UTC)
+
+
+# --- Plugins: configuration, desired and observed state -----------------------------------------
+
+
+class Healthcheck(State, frozen=True):
+    """How an instance's health is asked for.
+
+    Attributes:
+        path: The path on the instance's own HTTP port.
+        interval_seconds: Time between two checks.
+        timeout_seconds: Time that one answer may take.
+        failure_threshold: How many consecutive failures replace the instance.
+    """
+
+    path: str = "/health"
+    interval_seconds: float = 10.0
+    timeout_seconds: float = 2.0
+    failure_threshold: int = 3
+
+
+class PluginConfig(State, frozen=True, forbid_unknown_fields=True):
+    """An entry of the catalogue.
+
+    Attributes:
+        name: The plugin.
+        description: One sentence for people.
+        entrypoint: What starts a worker: a Python module (`services.candle`), or the path of a
+            program.
+        capabilities: What its instances can be asked.
+        args: Arguments for the entry point.
+        env: Environment added for it.
+        autostart: Whether it is wanted from the start.
+        settings: The plugin's own settings; checked against its `configSchema`.
+        healthcheck: How its health is asked for.
+        replicas: How many instances are wanted.
+        requires: Host labels that a replica needs.
+    """
+
+    name: PluginName
+    description: str
+    entrypoint: Annotated[str, Meta(min_length=1)]
+    capabilities: list[str]
+    args: list[str] = []
+    env: dict[str, str] = {}
+    autostart: bool = False
+    settings: dict[str, Any] = {}
+    healthcheck: Healthcheck | None = None
+    replicas: Annotated[int, Meta(ge=0, le=100)] = 1
+    requires: dict[str, str] = {}
+
+
+class DesiredState(State, frozen=True):
+    """What a plugin should be; bucket `desired`, key `<plugin>`.
+
+    Attributes:
+        config: How, and how many.
+        enabled: Whether it should run at all.
+        generation: Counts the changes; an instance of an older one is replaced.
+        changed_by: Who asked for the last change.
+        changed_at: When.
+    """
+
+    config: PluginConfig
+    enabled: bool
+    generation: int
+    changed_by: str
+    changed_at: datetime
+
+
+class ProcessState(State, frozen=True):
+    """A replica as its supervisor sees it; bucket `observed`, key `<plugin>.<slot>.process`.
+
+    Attributes:
+        plugin: The plugin.
+        slot: The replica's stable number.
+        host: Where.
+        status: `starting` until the instance has registered.
+        generation: The generation of desired state that it was started for.
+        since: When it entered this status.
+        pid: The process, while there is one.
+        restarts: Unwanted ends since it last ran well.
+        last_exit: How the last process ended, in words.
+        error: Why it does not run, with the last thing that it said.
+    """
+
+    plugin: PluginName
+    slot: int
+    host: str
+    status: Status
+    generation: int
+    since: datetime
+    pid: int | None = None
+    restarts: int = 0
+    last_exit: str | None = None
+    error: str | None = None
+
+
+class Registration(State, frozen=True):
+    """An instance as it tells of itself; bucket `observed`, key `<plugin>.<slot>.instance`.
+
+    Attributes:
+        id: This process, and no other before or after it.
+        plugin: The plugin.
+        slot: The place that it fills.
+        host: Where.
+        pid: Its process.
+        version: Version of the plugin.
+        capabilities: What it can be asked.
+        status: `starting`, `running` or `stopping`.
+        since: When it entered this status.
+        last_heartbeat: When this was last said.
+        generation: The generation of desired state that it was started for.
+        port: Its loopback HTTP port, when it has one.
+        meta: What it tells about itself.
+        config_schema: JSON Schema of its settings.
+    """
+
+    id: str
+    plugin: PluginName
+    slot: int
+    host: str
+    pid: int
+    version: str
+    capabilities: list[str]
+    status: Status
+    since: datetime
+    last_heartbeat: datetime
+    generation: int = 0
+    port: int | None = None
+    meta: dict[str, Any] = {}
+    config_schema: dict[str, Any] | None = None
+
+
+class InstanceState(State, frozen=True):
+    """One place of a plugin and what fills it."""
+
+    slot: int
+    host: str
+    status: Status
+    since: datetime
+    restarts: int
+    id: str | None = None
+    pid: int | None = None
+    port: int | Literal["internal"] | None = None
+    last_exit: str | None = None
+    error: str | None = None
+    version: str | None = None
+    last_heartbeat: datetime | None = None
+    generation: int | None = None
+
+
+class Replicas(State, frozen=True):
+    """How many instances are wanted, and how many answer."""
+
+    desired: int
+    ready: int
+
+
+class PluginState(State, frozen=True):
+    """A plugin as a whole: desired and observed state in one.
+
+    `pid`, `port` and `lastHeartbeat` are those of the lowest running slot.
+    """
+
+    name: str
+    status: Status
+    capabilities: list[str]
+    config: PluginConfig | None
+    replicas: Replicas
+    instances: list[InstanceState]
+    generation: int
+    revision: int
+    pid: int | None = None
+    port: int | Literal["internal"] | None = None
+    last_heartbeat: datetime | None = None
+    config_schema: dict[str, Any] | None = None
+    error: str | None = None
+
+
+class NamePlugin(State, frozen=True):
+    """Names one plugin; every command for the supervisor carries at least this.
+
+    Attributes:
+        name: The plugin.
+        by: Who asks.
+        timeout_s: How long the answer may wait for observed state to reach desired state.
+    """
+
+    name: PluginName
+    by: str = "nats"
+    timeout_s: Annotated[float, Meta(gt=0, le=600)] = 30.0
+
+
+class ConfigurePlugin(State, frozen=True):
+    """Replaces a plugin's configuration; `revision` refuses it when another change came first."""
+
+    name: PluginName
+    config: PluginConfig
+    by: str = "nats"
+    revision: int | None = None
+
+
+class PluginList(State, frozen=True):
+    """Every plugin known by configuration or registration, by name."""
+
+    plugins: list[PluginState]
+
+
+# --- What every instance publishes --------------------------------------------------------------
+
+
+class LogEvent(State, frozen=True):
+    """One log record.
+
+    Attributes:
+        plugin: Who speaks.
+        level: How bad.
+        message: What happened, `noun.verb`, or a captured line.
+        timestamp: When, by the speaker's clock.
+        slot: Which of the plugin's instances.
+        instance: Its id.
+        host: Where.
+        logger: The part that speaks; `stdout` or `stderr` for captured lines.
+        fields: The values.
+        trace: The trace id of the request that it belongs to.
+        seq: The number that the stream gave it; set when it is read.
+    """
+
+    plugin: str
+    level: Level
+    message: str
+    timestamp: datetime
+    slot: int | None = None
+    instance: str | None = None
+    host: str | None = None
+    logger: str | None = None
+    fields: dict[str, Any] = {}
+    trace: str | None = None
+    seq: int | None = None
+
+
+class TelemetrySnapshot(State, frozen=True):
+    """What an instance uses and holds.
+
+    Attributes:
+        plugin: The plugin.
+        cpu: Percent of one core since the last snapshot.
+        mem_bytes: Resident memory.
+        timestamp: When.
+        models_loaded: candle only.
+        datasets: rustyface only.
+        entries: rustyface only.
+        slot: Which instance; absent in a sum over instances.
+        instance: Its id.
+        host: Where.
+        gauges: Further numbers by name.
+    """
+
+    plugin: str
+    cpu: float
+    mem_bytes: int
+    timestamp: datetime
+    models_loaded: int | None = None
+    datasets: int | None = None
+    entries: int | None = None
+    slot: int | None = None
+    instance: str | None = None
+    host: str | None = None
+    gauges: dict[str, float] = {}
+
+
+class Heartbeat(State, frozen=True):
+    """A sign of life, once a second.
+
+    Attributes:
+        plugin: The plugin.
+        slot: Which instance.
+        id: Its id.
+        host: Where.
+        pid: Its process.
+        status: As in its registration.
+        in_flight: Requests being worked on.
+        oldest_s: Age of the oldest of them; one that grows is a hung worker.
+        lag_ms: How late the event loop was.
+        generation: The generation that it was started for.
+        timestamp: When.
+    """
+
+    plugin: str
+    slot: int
+    id: str
+    host: str
+    pid: int
+    status: Status
+    in_flight: int
+    oldest_s: float
+    lag_ms: float
+    generation: int
+    timestamp: datetime
+
+
+# --- candle ---------------------------------------------------------------------------------------
+
+
+class ModelSpec(Message, frozen=True):
+    """A model that should be served; bucket `models`, key = its id.
+
+    Attributes:
+        id: The name that requests use.
+        path: The file's path below the models directory, as it was given.
+        checksum: SHA-256 of the artefact, hex; its name in the object store.
+        format: `linear` or `onnx`.
+        loaded_at: When it was asked for.
+    """
+
+    id: Name
+    path: str
+    checksum: str
+    format: str
+    loaded_at: datetime
+
+
+class LoadModel(Message, frozen=True):
+    """Asks for a file below the models directory to be served under an id."""
+
+    id: Name
+    path: Annotated[str, Meta(min_length=1, max_length=1024)]
+
+
+class TensorInfo(Message, frozen=True):
+    """One input or output: Open Inference Protocol datatype, shape with -1 for any length."""
+
+    name: str
+    datatype: str
+    shape: list[int]
+
+
+class LoadedModel(Message, frozen=True):
+    """A model that is served.
+
+    Attributes:
+        id: The name that requests use.
+        input_dim: Length of one input row; null where inputs are not rows.
+        output_dim: Length of one output row; null where outputs are not rows.
+        checksum: SHA-256 of the file, hex.
+        path: The file below the models directory.
+        loaded_at: When it was asked for.
+        metadata: What the file says about itself.
+        format: `linear` or `onnx`.
+        inputs: What it takes.
+        outputs: What it gives.
+        requests: Requests answered by the instance that tells.
+        rows: Rows that they had.
+    """
+
+    id: str
+    input_dim: int | None
+    output_dim: int | None
+    checksum: str
+    path: str
+    loaded_at: datetime
+    metadata: dict[str, Any]
+    format: str
+    inputs: list[TensorInfo]
+    outputs: list[TensorInfo]
+    requests: int = 0
+    rows: int = 0
+
+
+class UnloadModel(Message, frozen=True):
+    """Asks for a model to be served no longer; its artefact stays."""
+
+    id: Name
+
+
+class UnloadedModel(Message, frozen=True):
+    """The model is served no longer."""
+
+    id: str
+
+
+class RunModel(Message, frozen=True):
+    """Asks for a forward pass over rows.
+
+    Attributes:
+        id: The model.
+        inputs: Shape ``[n, input_dim]``.
+    """
+
+    id: Name
+    inputs: list[list[float]]
+
+
+class ModelOutput(Message, frozen=True):
+    """One forward pass, done.
+
+    Attributes:
+        id: The model.
+        outputs: Shape ``[n, output_dim]``, rows in the order of the inputs.
+        execution_ms: Time inside the runtime, without queueing, in milliseconds.
+        named: All outputs by name, for a model with more than one; rows as in `outputs`.
+        checksum: SHA-256 of the artefact that answered.
+        instance: The instance that answered.
+    """
+
+    id: str
+    outputs: list[list[float]]
+    execution_ms: float
+    named: dict[str, list[Any]] = {}
+    checksum: str | None = None
+    instance: str | None = None
+
+
+class CandleStats(Message, frozen=True):
+    """The models that an instance serves."""
+
+    models: list[LoadedModel]
+    instance: str | None = None
+
+
+# --- rustyface ------------------------------------------------------------------------------------
+
+
+class FaceInfo(Message, frozen=True):
+    """One face of an image.
+
+    Attributes:
+        box: ``[x, y, width, height]`` in pixels of the upright image.
+        landmarks: Right eye, left eye, nose, right and left corner of the mouth: five ``[x, y]``.
+        score: The detector's confidence, 0 to 1.
+        quality: Measures by name: `size_px`, `blur`.
+    """
+
+    box: list[float]
+    landmarks: list[list[float]]
+    score: float
+    quality: dict[str, float]
+
+
+class EncodeFace(Message, frozen=True):
+    """Asks for the embedding of an image's largest face, kept in a dataset unless told not to.
+
+    Attributes:
+        image_base64: The image file; a `data:` URL is taken too.
+        dataset: Where it is kept; the default one if absent.
+        entry_id: Its id there; a UUID if absent. An entry of that id is replaced.
+        metadata: Kept with it and given back by searches.
+        persist: Whether it is kept at all.
+    """
+
+    image_base64: str
+    dataset: Name | None = None
+    entry_id: Annotated[str, Meta(min_length=1, max_length=256)] | None = None
+    metadata: Any = None
+    persist: bool = True
+
+
+class EncodedFace(Message, frozen=True):
+    """A face as a unit vector.
+
+    Attributes:
+        id: The entry.
+        dataset: Where it was kept; null if it was not.
+        embedding: ``dimensions`` numbers, of length 1.
+        dimensions: How many.
+        checksum: SHA-256 over the little-endian float32 values, hex.
+        faces: All faces found, the largest first: the one that counts.
+        embedder: What made the vector.
+        revision: The gallery's revision that has the entry.
+    """
+
+    id: str
+    dataset: str | None
+    embedding: list[float]
+    dimensions: int
+    checksum: str
+    faces: list[FaceInfo] = []
+    embedder: str | None = None
+    revision: int | None = None
+
+
+class SearchFaces(Message, frozen=True):
+    """Asks for the entries nearest to a face, given as an image or as an embedding.
+
+    Attributes:
+        dataset: Where to look; the default one if absent.
+        top_k: How many at most.
+        image_base64: The image; its largest face counts.
+        embedding: The vector; it is normalised.
+        threshold: Cosine below which a result leaves.
+        revision: The gallery's revision that must be known; its newest if absent.
+    """
+
+    dataset: Name | None = None
+    top_k: Annotated[int, Meta(ge=1, le=1000)] = 5
+    image_base64: str | None = None
+    embedding: list[float] | None = None
+    threshold: Annotated[float, Meta(ge=-1, le=1)] = 0.0
+    revision: int | None = None
+
+
+class FaceMatch(Message, frozen=True):
+    """An entry that was found.
+
+    Attributes:
+        id: The entry.
+        score: Cosine to the query.
+        metadata: As it was enrolled.
+        last_seen: When it was enrolled.
+        known: Whether the score reaches the dataset's threshold.
+    """
+
+    id: str
+    score: float
+    metadata: Any
+    last_seen: datetime
+    known: bool
+
+
+class FaceMatches(Message, frozen=True):
+    """What a search found, best first.
+
+    Attributes:
+        dataset: Where it looked.
+        query_embedding: The vector that it looked for.
+        results: The matches.
+        known: Whether the best one reaches the dataset's threshold.
+        threshold: That threshold: the cosine from which a match counts as the same person.
+        faces: All faces of the query image, the largest first: the one that counts.
+        revision: The gallery's revision that was searched.
+    """
+
+    dataset: str
+    query_embedding: list[float]
+    results: list[FaceMatch]
+    known: bool
+    threshold: float
+    revision: int
+    faces: list[FaceInfo] = []
+
+
+class ManageDataset(Message, frozen=True):
+    """Asks for a change of the datasets, or only for their list."""
+
+    action: Literal["list", "create", "remove-entry", "delete-dataset"]
+    dataset: Name | None = None
+    entry_id: Annotated[str, Meta(min_length=1, max_length=256)] | None = None
+
+
+class DatasetInfo(Message, frozen=True):
+    """A dataset: how many entries, since when, and what made its vectors."""
+
+    id: str
+    entries: int
+    created_at: datetime
+    updated_at: datetime
+    embedder: str
+    dimensions: int
+
+
+class DatasetList(Message, frozen=True):
+    """Every dataset, by id."""
+
+    datasets: list[DatasetInfo]
+
+
+class GalleryHead(Message, frozen=True):
+    """A dataset's own event: it was created, or deleted with all that it had.
+
+    Attributes:
+        id: The dataset.
+        at: When.
+        embedder: What makes its vectors; entries of another are refused.
+        dimensions: Their length.
+        deleted: Whether this ends it.
+    """
+
+    id: str
+    at: datetime
+    embedder: str
+    dimensions: int
+    deleted: bool = False
+
+
+class GalleryEntry(Message, frozen=True):
+    """An entry's event: it was enrolled (with its vector), or removed (without).
+
+    Attributes:
+        id: The entry.
+        at: When.
+        embedding: Little-endian float32 values; absent when it was removed.
+        metadata: As it was enrolled.
+    """
+
+    id: str
+    at: datetime
+    embedding: bytes | None = None
+    metadata: Any = None

@@ -1,0 +1,186 @@
+"""Every subject and what travels on it: nobody writes a subject string elsewhere.
+
+An `Endpoint` is a request with its reply, a `Feed` a one-way message. Both give their subject
+below a root token (`bkg` unless configured), so that several deployments can share a broker.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Generic, TypeVar
+
+import msgspec
+
+from bus import codec
+from bus import messages as m
+
+DEFAULT_ROOT = "bkg"
+
+Req = TypeVar("Req", bound=m.Message)
+Rep = TypeVar("Rep", bound=m.Message)
+
+
+@dataclass(frozen=True)
+class Endpoint(Generic[Req, Rep]):
+    """A subject for request and reply.
+
+    Attributes:
+        capability: Its name, `noun.verb`; the subject is `<root>.call.<capability>`.
+        queue: The queue group that answers: the plugin.
+        request: What is asked.
+        reply: What is answered.
+        keys: Fields of the request that end the subject, so that the broker routes by them.
+        description: One sentence, shown by `nats service info`.
+    """
+
+    capability: str
+    queue: str
+    request: type[Req]
+    reply: type[Rep]
+    description: str
+    keys: tuple[str, ...] = ()
+
+    def subject(self, root: str, *values: str) -> str:
+        """Return the subject for the given values of `keys`."""
+        if len(values) != len(self.keys):
+            raise ValueError(f"{self.capability} is keyed by {self.keys}, got {values}")
+        return ".".join([root, "call", self.capability, *map(token, values)])
+
+    def subject_of(self, root: str, request: Req) -> str:
+        """Return the subject for a request."""
+        return self.subject(root, *(getattr(request, key) for key in self.keys))
+
+    def subject_of_body(self, root: str, body: bytes, content_type: str | None) -> str:
+        """Return the subject for an encoded request, reading of it only what the subject needs.
+
+        Raises:
+            InvalidRequest: The body cannot be read, or a key is missing.
+        """
+        if not self.keys:
+            return self.subject(root)
+        asked = codec.decode(body, _key_reader(self.request, self.keys), content_type)
+        return self.subject(root, *(getattr(asked, key) for key in self.keys))
+
+
+@dataclass(frozen=True)
+class Feed(Generic[Req]):
+    """A subject for one-way messages.
+
+    Attributes:
+        template: The subject below the root, with `{name}` for each token that varies.
+        payload: What travels.
+    """
+
+    template: str
+    payload: type[Req]
+
+    def subject(self, root: str, **values: str | int) -> str:
+        """Return the subject; a token that is not given is a wildcard."""
+        return f"{root}." + _VARIES.sub(
+            lambda name: token(str(values[name[1]])) if name[1] in values else "*", self.template
+        )
+
+
+def token(name: str) -> str:
+    """Return a name as one token of a subject, or as a key of a bucket.
+
+    Letters, digits, `-` and `_` stay; every other byte of its UTF-8 form becomes `=XX`.
+    """
+    return _ESCAPED.sub(lambda c: "".join(f"={byte:02X}" for byte in c[0].encode()), name)
+
+
+def name_of(subject_token: str) -> str:
+    """Return the name that a token stands for: the inverse of `token`."""
+    return re.sub(
+        r"(?:=[0-9A-F]{2})+",
+        lambda run: bytes.fromhex(run[0].replace("=", "")).decode(errors="replace"),
+        subject_token,
+    )
+
+
+_ESCAPED = re.compile(r"[^A-Za-z0-9_-]")
+_VARIES = re.compile(r"\{(\w+)\}")
+
+
+@cache
+def _key_reader(request: type[m.Message], keys: tuple[str, ...]) -> type[msgspec.Struct]:
+    """Return a type with only the keys: decoding it skips the tensors without building them."""
+    kinds = {field.name: field.type for field in msgspec.structs.fields(request)}
+    return msgspec.defstruct(f"{request.__name__}Keys", [(key, kinds[key]) for key in keys])
+
+
+# --- Endpoints ------------------------------------------------------------------------------------
+
+SUPERVISOR, CANDLE, RUSTYFACE = "supervisor", "candle", "rustyface"
+
+PLUGINS_LIST = Endpoint(
+    "plugins.list", SUPERVISOR, m.Empty, m.PluginList, "Every plugin with its state."
+)
+PLUGINS_GET = Endpoint("plugins.get", SUPERVISOR, m.NamePlugin, m.PluginState, "One plugin.")
+PLUGINS_START = Endpoint(
+    "plugins.start", SUPERVISOR, m.NamePlugin, m.PluginState, "Start a plugin; wait until ready."
+)
+PLUGINS_STOP = Endpoint(
+    "plugins.stop", SUPERVISOR, m.NamePlugin, m.PluginState, "Stop a plugin; wait until stopped."
+)
+PLUGINS_RESTART = Endpoint(
+    "plugins.restart", SUPERVISOR, m.NamePlugin, m.PluginState, "Replace every replica in turn."
+)
+PLUGINS_CONFIGURE = Endpoint(
+    "plugins.configure",
+    SUPERVISOR,
+    m.ConfigurePlugin,
+    m.PluginState,
+    "Store a configuration; a running worker takes it at its next restart.",
+)
+
+# One subject per model: a replica listens only for the models that it has loaded. So the broker
+# routes, and a model that nobody has is answered at once, not after a time-out.
+MODEL_RUN = Endpoint(
+    "candle.model.run",
+    CANDLE,
+    m.RunModel,
+    m.ModelOutput,
+    "Run rows through a model.",
+    keys=("id",),
+)
+MODEL_LOAD = Endpoint(
+    "candle.model.load", CANDLE, m.LoadModel, m.LoadedModel, "Serve a file as a model."
+)
+MODEL_UNLOAD = Endpoint(
+    "candle.model.unload", CANDLE, m.UnloadModel, m.UnloadedModel, "Serve a model no longer."
+)
+CANDLE_STATS = Endpoint(
+    "candle.stats", CANDLE, m.Empty, m.CandleStats, "The models that this instance serves."
+)
+
+FACES_ENCODE = Endpoint(
+    "faces.encode", RUSTYFACE, m.EncodeFace, m.EncodedFace, "Embed a face, and enrol it."
+)
+FACES_SEARCH = Endpoint(
+    "faces.search", RUSTYFACE, m.SearchFaces, m.FaceMatches, "Find the nearest enrolled faces."
+)
+DATASET_MANAGE = Endpoint(
+    "dataset.manage", RUSTYFACE, m.ManageDataset, m.DatasetList, "List and change datasets."
+)
+
+ENDPOINTS: tuple[Endpoint[m.Message, m.Message], ...] = (  # type: ignore[assignment]
+    PLUGINS_LIST, PLUGINS_GET, PLUGINS_START, PLUGINS_STOP, PLUGINS_RESTART, PLUGINS_CONFIGURE,
+    MODEL_RUN, MODEL_LOAD, MODEL_UNLOAD, CANDLE_STATS,
+    FACES_ENCODE, FACES_SEARCH, DATASET_MANAGE,
+)  # fmt: skip
+CAPABILITIES: Mapping[str, Endpoint[m.Message, m.Message]] = {e.capability: e for e in ENDPOINTS}
+
+# --- Feeds ----------------------------------------------------------------------------------------
+
+LOG = Feed("log.{plugin}.{slot}.{level}", m.LogEvent)
+# The broker republishes what the log stream stored here, with its sequence in a header.
+LIVE_LOG = Feed("live.log.{plugin}.{slot}.{level}", m.LogEvent)
+TELEMETRY = Feed("telemetry.{plugin}.{slot}", m.TelemetrySnapshot)
+STATUS = Feed("status.{plugin}.{slot}", m.InstanceState)
+HEALTH = Feed("health.{plugin}.{slot}", m.Heartbeat)
+GALLERY_HEAD = Feed("gallery.{gallery}.head", m.GalleryHead)
+GALLERY_ENTRY = Feed("gallery.{gallery}.entry.{entry}", m.GalleryEntry)
+
+FEEDS = (LOG, LIVE_LOG, TELEMETRY, STATUS, HEALTH, GALLERY_HEAD, GALLERY_ENTRY)
