@@ -1,0 +1,110 @@
+"""The vectors of one gallery."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bus.errors import InvalidRequest
+from services.rustyface.search import Hit, Matrix
+
+# Small whole numbers, so that equal scores are common.
+vectors = st.lists(st.integers(-3, 3), min_size=3, max_size=3).filter(any)
+changes = st.lists(
+    st.tuples(st.sampled_from(["put", "put", "delete"]), st.integers(0, 150), vectors),
+    max_size=300,
+)
+
+
+def cosine(a: list[int], b: list[int]) -> float:
+    return float(np.dot(a, b) / np.linalg.norm(a) / np.linalg.norm(b))
+
+
+@given(changes, vectors, st.integers(1, 20), st.sampled_from([-1.0, 0.0, 0.3, 0.9]))
+@settings(deadline=None)
+def test_after_any_changes_it_finds_what_a_plain_search_finds(
+    steps: list[tuple[str, int, list[int]]], query: list[int], k: int, threshold: float
+):
+    matrix, plain = Matrix(3), dict[str, list[int]]()
+    for step, number, vector in steps:
+        name = f"e{number:03}"
+        if step == "put":
+            matrix.put(name, vector)
+            plain[name] = vector
+        else:
+            assert matrix.delete(name) == (plain.pop(name, None) is not None)
+    assert sorted(matrix.ids()) == sorted(plain)
+    assert len(matrix) == len(plain)
+    every = sorted((cosine(query, v) for v in plain.values()), reverse=True)
+    hits = matrix.top_k(query, k, threshold - 1e-6)
+    assert [h.score for h in hits] == pytest.approx(
+        [s for s in every[:k] if s >= threshold - 1e-6], abs=1e-6
+    )
+    for hit in hits:
+        assert hit.score == pytest.approx(cosine(query, plain[hit.id]), abs=1e-6)
+
+
+def test_of_equal_scores_the_smaller_id_comes_first():
+    matrix = Matrix(2)
+    for name in "dbca":
+        matrix.put(name, [0, 2])
+    assert matrix.top_k([0, 1], 3) == [Hit("a", 1.0), Hit("b", 1.0), Hit("c", 1.0)]
+
+
+def test_a_second_vector_replaces_the_first():
+    matrix = Matrix(2)
+    matrix.put("a", [1, 0])
+    matrix.put("a", [0, 5])
+    assert len(matrix) == 1
+    assert "a" in matrix
+    assert matrix.vector("a") == pytest.approx([0, 1])
+    assert matrix.vector("b") is None
+
+
+def test_memory_grows_by_doubling_and_rows_stay_one_block():
+    matrix = Matrix(4)
+    sizes = set()
+    for i in range(1_000):
+        matrix.put(str(i), [i, 1, 0, 0])
+        sizes.add(matrix.nbytes)
+    assert sorted(sizes) == [64 * 16 * 2**i for i in range(5)]
+    assert matrix.top_k([1, 1, 0, 0], 1) == [Hit("1", pytest.approx(1))]
+
+
+def test_nothing_is_found_in_an_empty_gallery():
+    assert Matrix(2).top_k([1, 0]) == []
+
+
+@pytest.mark.parametrize(
+    ("vector", "said"),
+    [
+        ([1, 2, 3], "has 3 dimensions, the gallery has 2"),
+        ([[1, 2]], "has 1 x 2 dimensions, the gallery has 2"),
+        (7, "has no dimensions, the gallery has 2"),
+        ([0, 0], "only zeros"),
+        ([1, float("nan")], "no finite numbers"),
+        ([1, float("inf")], "no finite numbers"),
+        (["a", "b"], "no list of numbers"),
+        ([[1], [2, 3]], "no list of numbers"),
+    ],
+)
+def test_vectors_that_do_not_fit_are_refused_with_both_sides_named(vector: list[float], said: str):
+    matrix = Matrix(2)
+    for use in (lambda: matrix.put("a", vector), lambda: matrix.top_k(vector)):
+        with pytest.raises(InvalidRequest, match=said) as refused:
+            use()
+        assert refused.value.field == "embedding"
+    assert len(matrix) == 0
+
+
+def test_very_large_and_very_small_vectors_have_a_direction_too():
+    matrix = Matrix(2)
+    matrix.put("large", [1e300, 1e300])
+    matrix.put("small", [1e-300, -1e-300])
+    assert matrix.top_k([1, 1], 1) == [Hit("large", pytest.approx(1))]
+
+
+def test_at_least_one_result_has_to_be_asked_for():
+    with pytest.raises(InvalidRequest, match="top_k is 0") as refused:
+        Matrix(2).top_k([1, 0], 0)
+    assert refused.value.field == "top_k"
