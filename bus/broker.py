@@ -59,7 +59,7 @@ class Broker:
     async def ended(self) -> str:
         """Wait until the process has ended; return how, with the last that it logged."""
         status = await self._process.wait()
-        return f"the broker {_in_words(status)}{self.last_lines()}"
+        return f"the broker {in_words(status)}{self.last_lines()}"
 
     def last_lines(self) -> str:
         """Return the end of what this process logged, as the tail of a sentence."""
@@ -74,6 +74,13 @@ class Broker:
             lines = []
         said = [_STAMP.sub("", line).strip() for line in lines if line.strip()][-3:]
         return "; its last lines: " + " | ".join(said) if said else "; it logged nothing"
+
+
+def in_words(status: int) -> str:
+    """Return how a process ended, by its exit status or, below zero, its signal."""
+    if status < 0:
+        return f"was ended by {signal.Signals(-status).name}"
+    return f"ended with status {status}"
 
 
 def find_server() -> Path:
@@ -139,7 +146,7 @@ async def running_broker(
         home.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         home.mkdir(exist_ok=True, mode=0o700)
         home.chmod(0o700)
-        async with _locked(home / "lock") as lock:
+        async with _locked(home / "lock", min(start_s, _LOCK_S)) as lock:
             password = _kept(home / "password", secrets.token_hex(24))
             listen = _choose_port(home / "port", port)
             config = home / "server.conf"
@@ -179,7 +186,7 @@ def _ask_version(path: str, source: str) -> str:
 
 
 @contextlib.asynccontextmanager
-async def _locked(path: Path) -> AsyncIterator[int]:
+async def _locked(path: Path, patience_s: float) -> AsyncIterator[int]:
     """Hold the lock of the broker's directory while inside; gives its descriptor.
 
     The broker inherits it, and so holds it as long as it lives: a second server would start
@@ -187,7 +194,7 @@ async def _locked(path: Path) -> AsyncIterator[int]:
     """
     with _private(path) as lock:
         try:
-            async with asyncio.timeout(_LOCK_S):
+            async with asyncio.timeout(patience_s):
                 while not _lock(lock):  # noqa: ASYNC110 - another process's lock tells nobody
                     await asyncio.sleep(0.02)
         except TimeoutError:
@@ -362,12 +369,6 @@ async def _stop(process: Process, stop_s: float) -> None:
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
             await process.wait()
-
-
-def _in_words(status: int) -> str:
-    if status < 0:
-        return f"was ended by {signal.Signals(-status).name}"
-    return f"ended with status {status}"
 
 
 _STAMP = re.compile(r"\A\[\d+\] \S+ \S+ ")

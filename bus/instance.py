@@ -1,0 +1,516 @@
+"""This process as others see it: it registers, beats, serves, drains and leaves.
+
+An instance is a service of the NATS service protocol (ADR-32): `nats service ls`, `info` and
+`stats` work on it. The responder is ours because the one in nats-py 2.16 handles one request at a
+time and unsubscribes, instead of draining, when it stops.
+"""
+
+import asyncio
+import contextlib
+import json
+import os
+import re
+import secrets
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, Final, TypeVar
+
+import msgspec
+import structlog
+from nats.aio.msg import Msg
+
+from bus import codec, logs
+from bus import messages as m
+from bus.client import ERROR, ERROR_CODE, TIMEOUT_MS, TRACEPARENT, Client, trace
+from bus.errors import (
+    BusError,
+    Conflict,
+    DeadlineExceeded,
+    Internal,
+    Overloaded,
+    Unavailable,
+    body_of,
+)
+from bus.settings import Settings
+from bus.state import OBSERVED_TTL_S
+from bus.subjects import HEALTH, TELEMETRY, Endpoint
+from bus.telemetry import Sampler
+
+HEARTBEAT_S: Final = 1.0
+REGISTER_AGAIN_S: Final = OBSERVED_TTL_S / 3
+DRAIN_S: Final = 10.0
+MAX_IN_FLIGHT: Final = 1_024
+FIRST_FREE_SLOT: Final = 100
+LAST_FREE_SLOT: Final = 999
+
+log = structlog.get_logger("bus.instance")
+
+Req = TypeVar("Req", bound=m.Message)
+Rep = TypeVar("Rep", bound=m.Message)
+S = TypeVar("S")
+Handler = Callable[[Any], Awaitable[m.Message]]
+
+
+def bkg_version() -> str:
+    """Return the version of the distribution that this process runs."""
+    try:
+        return version("bkg")
+    except PackageNotFoundError:
+        return "0.0.0"
+
+
+@dataclass
+class _Served:
+    """One endpoint that is being served, with its statistics."""
+
+    endpoint: Endpoint[Any, Any]
+    subject: str
+    handler: Handler
+    tasks: set[asyncio.Task[None]] = field(default_factory=set)
+    requests: int = 0
+    errors: int = 0
+    last_error: str = ""
+    busy_ns: int = 0
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """What the service protocol's INFO says."""
+        schema = json.dumps(codec.schema(self.endpoint.request))
+        return {
+            "name": self.endpoint.capability.replace(".", "-"),
+            "subject": self.subject,
+            "queue_group": self.endpoint.queue,
+            "metadata": {"description": self.endpoint.description, "request": schema},
+        }
+
+    @property
+    def stats(self) -> dict[str, Any]:
+        """What the service protocol's STATS says."""
+        return {
+            "name": self.endpoint.capability.replace(".", "-"),
+            "subject": self.subject,
+            "queue_group": self.endpoint.queue,
+            "num_requests": self.requests,
+            "num_errors": self.errors,
+            "last_error": self.last_error,
+            "processing_time": self.busy_ns,
+            "average_processing_time": self.busy_ns // self.requests if self.requests else 0,
+        }
+
+
+class Instance:
+    """A process on the bus; made by `join`.
+
+    Attributes:
+        id: This process, and no other before or after it.
+        plugin: What it is an instance of.
+        slot: The place that it fills.
+        host: Where it runs.
+        config: The plugin's configuration as it was when the process joined.
+        counts: `models_loaded`, `datasets` or `entries`, for telemetry.
+        gauges: Further numbers for telemetry.
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        registration: m.Registration,
+        *,
+        description: str,
+        config: m.PluginConfig | None,
+        listed: bool,
+    ) -> None:
+        self.id = registration.id
+        self.plugin = registration.plugin
+        self.slot = registration.slot
+        self.host = registration.host
+        self.config = config
+        self.counts: dict[str, int] = {}
+        self.gauges: dict[str, float] = {}
+        self._client = client
+        self._registration = registration
+        self._description = description
+        self._listed = listed
+        self._revision = 0
+        self._registering = asyncio.Lock()
+        self._served: dict[str, _Served] = {}
+        self._in_flight: dict[asyncio.Task[None], float] = {}
+        self._started = m.now()
+        self._lag_ms = 0.0
+
+    @property
+    def in_flight(self) -> int:
+        """Requests being worked on."""
+        return len(self._in_flight)
+
+    def settings(self, kind: type[S]) -> S:
+        """Return the plugin's settings, checked.
+
+        Raises:
+            InvalidRequest: They do not fit; names the setting.
+        """
+        return codec.convert(self.config.settings if self.config else {}, kind)
+
+    async def ready(self) -> None:
+        """Tell everybody that this instance can do its work."""
+        await self._become("running")
+        log.info("instance.ready", slot=self.slot, pid=os.getpid())
+
+    @asynccontextmanager
+    async def serving(
+        self, endpoint: Endpoint[Req, Rep], handler: Callable[[Req], Awaitable[Rep]], *keys: str
+    ) -> AsyncGenerator[None]:
+        """Answer an endpoint's requests while inside.
+
+        Entered, the broker routes requests here. Left, it no longer does, and every request that
+        it had sent here is answered, or has had its `DRAIN_S`. Requests run concurrently, up to
+        `MAX_IN_FLIGHT` in the whole process; one more is refused at once.
+
+        Args:
+            endpoint: What is served.
+            handler: Returns the reply, or raises a `BusError` for the caller.
+            keys: Values of the endpoint's `keys`.
+        """
+        served = _Served(endpoint, endpoint.subject(self._client.root, *keys), handler)
+
+        async def on_message(message: Msg) -> None:
+            self._accept(served, message)
+
+        heard = await self._client.listen(served.subject, endpoint.queue, on_message)
+        self._served[served.subject] = served
+        try:
+            yield
+        finally:
+            await self._client.stop_listening(heard)
+            del self._served[served.subject]
+            if served.tasks:
+                await asyncio.wait(served.tasks, timeout=DRAIN_S)
+
+    def _accept(self, served: _Served, message: Msg) -> None:
+        # No reply subject: nobody asked. Another subject: a stream's consumer delivers here what
+        # its maker may not send here (nats-server#8274).
+        if not message.reply or message.subject != served.subject:
+            return
+        task = asyncio.create_task(self._answer(served, message))
+        served.tasks.add(task)
+        task.add_done_callback(served.tasks.discard)
+        self._in_flight[task] = time.monotonic()
+        task.add_done_callback(lambda done: self._in_flight.pop(done, None))
+
+    async def _answer(self, served: _Served, message: Msg) -> None:
+        headers = message.headers or {}
+        content_type = headers.get(codec.CONTENT_TYPE) or codec.JSON
+        trace.set(headers.get(TRACEPARENT))
+        began = time.perf_counter_ns()
+        served.requests += 1
+        try:
+            reply = await self._work(served, message, headers, content_type)
+            kind = codec.MSGPACK if content_type == codec.MSGPACK else codec.JSON
+            await self._client.answer(
+                message.reply,
+                codec.encode(reply, kind),
+                {codec.CONTENT_TYPE: kind, "Bkg-Instance": self.id},
+            )
+        except BusError as error:
+            served.errors += 1
+            served.last_error = f"{error.code}: {error.message}"
+            await self._refuse(message.reply, error)
+        finally:
+            served.busy_ns += time.perf_counter_ns() - began
+
+    async def _work(
+        self, served: _Served, message: Msg, headers: Mapping[str, str], content_type: str
+    ) -> m.Message:
+        if self.in_flight > MAX_IN_FLIGHT:
+            raise Overloaded(
+                f"this {self.plugin} instance works on {MAX_IN_FLIGHT} requests already",
+                retry_after_s=1,
+            )
+        request = codec.decode(message.data, served.endpoint.request, content_type)
+        allowed = headers.get(TIMEOUT_MS, "")
+        timeout_s = int(allowed) / 1e3 if allowed.isdecimal() else None
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await served.handler(request)
+        except BusError:
+            raise
+        except TimeoutError:
+            raise DeadlineExceeded(f"not done within the caller's {timeout_s} s") from None
+        except Exception:
+            log.exception("request.failed", capability=served.endpoint.capability)
+            raise Internal(
+                f"{served.endpoint.capability} failed unexpectedly; the cause is in the log of "
+                f"{self.plugin}"
+            ) from None
+
+    async def _refuse(self, inbox: str, error: BusError) -> None:
+        headers = {
+            codec.CONTENT_TYPE: codec.JSON,
+            # A header is one line.
+            ERROR: " ".join(error.message.split())[:500],
+            ERROR_CODE: str(error.number),
+            "Bkg-Instance": self.id,
+        }
+        # The broker is away: the caller's own time-out tells it.
+        with contextlib.suppress(BusError):
+            await self._client.answer(inbox, codec.encode(body_of(error)), headers)
+
+    async def _become(self, status: m.Status) -> None:
+        self._registration = msgspec.structs.replace(
+            self._registration, status=status, since=m.now()
+        )
+        await self._register()
+
+    async def _register(self) -> None:
+        """Write the registration, unless another instance has taken the slot.
+
+        Raises:
+            Conflict: It has.
+        """
+        if not self._listed:
+            return
+        async with self._registering:
+            self._registration = msgspec.structs.replace(self._registration, last_heartbeat=m.now())
+            bucket, names = self._client.store.instances, (self.plugin, self.slot)
+            try:
+                self._revision = await bucket.update(self._registration, self._revision, *names)
+            except Conflict:
+                entry = await bucket.get(*names)
+                if entry and entry.value and entry.value.id != self.id and self._revision:
+                    raise Conflict(
+                        f"slot {self.slot} of {self.plugin} was taken by process "
+                        f"{entry.value.pid} on {entry.value.host}"
+                    ) from None
+                # A predecessor's key, or ours that expired while the broker was away.
+                self._revision = await bucket.put(self._registration, *names)
+
+    async def _unregister(self) -> None:
+        if not self._listed:
+            return
+        # A successor may have the slot already; a broker that is away lets the key expire.
+        with contextlib.suppress(Conflict, Unavailable, TimeoutError):
+            async with asyncio.timeout(2), self._registering:
+                await self._client.store.instances.delete(
+                    self.plugin, self.slot, revision=self._revision
+                )
+
+    async def _keep_registered(self) -> None:
+        while True:
+            await asyncio.sleep(REGISTER_AGAIN_S)
+            try:
+                await self._register()
+            except Unavailable as error:
+                log.warning("instance.not_registered", cause=error.message)
+
+    async def _beat(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            due = loop.time() + HEARTBEAT_S
+            await asyncio.sleep(HEARTBEAT_S)
+            self._lag_ms = max(0.0, 1e3 * (loop.time() - due))
+            oldest = min(self._in_flight.values(), default=None)
+            beat = m.Heartbeat(
+                plugin=self.plugin,
+                slot=self.slot,
+                id=self.id,
+                host=self.host,
+                pid=os.getpid(),
+                status=self._registration.status,
+                in_flight=self.in_flight,
+                oldest_s=round(time.monotonic() - oldest, 3) if oldest is not None else 0.0,
+                lag_ms=round(self._lag_ms, 1),
+                generation=self._registration.generation,
+                timestamp=m.now(),
+            )
+            if self._client.connected:
+                with contextlib.suppress(Unavailable):
+                    await self._client.publish(HEALTH, beat, plugin=self.plugin, slot=self.slot)
+
+    async def _report(self, period_s: float) -> None:
+        sampler = Sampler()
+        while True:
+            # Half a period first, so that a new instance shows up early.
+            await asyncio.sleep(period_s / 2)
+            if self._client.connected:
+                with contextlib.suppress(Unavailable):
+                    await self._client.publish(
+                        TELEMETRY, self._snapshot(sampler), plugin=self.plugin, slot=self.slot
+                    )
+            await asyncio.sleep(period_s / 2)
+
+    def _snapshot(self, sampler: Sampler) -> m.TelemetrySnapshot:
+        cpu, mem_bytes = sampler.sample()
+        return m.TelemetrySnapshot(
+            plugin=self.plugin,
+            cpu=cpu,
+            mem_bytes=mem_bytes,
+            timestamp=m.now(),
+            slot=self.slot,
+            instance=self.id,
+            host=self.host,
+            gauges={
+                "in_flight": self.in_flight,
+                "requests": sum(served.requests for served in self._served.values()),
+                "errors": sum(served.errors for served in self._served.values()),
+                "loop_lag_ms": round(self._lag_ms, 1),
+                **self.gauges,
+            },
+            models_loaded=self.counts.get("models_loaded"),
+            datasets=self.counts.get("datasets"),
+            entries=self.counts.get("entries"),
+        )
+
+    @asynccontextmanager
+    async def _discoverable(self) -> AsyncGenerator[None]:
+        """Answer the service protocol while inside."""
+        identity = {
+            "name": self.plugin,
+            "id": self.id,
+            "version": _semver(self._registration.version),
+            "metadata": {"host": self.host, "slot": str(self.slot), "pid": str(os.getpid())},
+        }
+
+        async def on_message(message: Msg) -> None:
+            said: dict[str, Any]
+            match message.subject.split(".")[1]:
+                case "PING":
+                    said = {"type": "io.nats.micro.v1.ping_response"}
+                case "INFO":
+                    # The description is required: `nats service` passes over a reply without.
+                    said = {
+                        "type": "io.nats.micro.v1.info_response",
+                        "description": self._description,
+                        "endpoints": [served.info for served in self._served.values()],
+                    }
+                case "STATS":
+                    said = {
+                        "type": "io.nats.micro.v1.stats_response",
+                        "started": _rfc3339(self._started),
+                        "endpoints": [served.stats for served in self._served.values()],
+                    }
+                case _:
+                    return
+            if message.reply:
+                with contextlib.suppress(BusError):
+                    body = json.dumps({**identity, **said}).encode()
+                    await self._client.answer(message.reply, body, {})
+
+        subjects = [
+            f"$SRV.*{tail}" for tail in ("", f".{self.plugin}", f".{self.plugin}.{self.id}")
+        ]
+        heard = [await self._client.listen(subject, "", on_message) for subject in subjects]
+        try:
+            yield
+        finally:
+            for subscription in heard:
+                await self._client.stop_listening(subscription)
+
+
+@asynccontextmanager
+async def join(
+    client: Client,
+    settings: Settings,
+    *,
+    plugin: str,
+    description: str,
+    capabilities: Sequence[str] = (),
+    meta: Mapping[str, Any] | None = None,
+    config_schema: Mapping[str, Any] | None = None,
+    listed: bool = True,
+    telemetry_s: float | None = None,
+) -> AsyncGenerator[Instance]:
+    """Be on the bus while inside: logs, heartbeats, telemetry, registration and discovery.
+
+    Args:
+        client: The connection.
+        settings: The environment: slot, generation, host, log level.
+        plugin: What this is an instance of.
+        description: One sentence about it.
+        capabilities: What it can be asked.
+        meta: What it tells about itself.
+        config_schema: JSON Schema of its settings.
+        listed: Whether it registers as a plugin's instance; gateway and supervisor do not.
+        telemetry_s: Time between snapshots; the setting `telemetry_interval` if None.
+
+    Raises:
+        Conflict: No free slot, or another instance took ours.
+    """
+    wanted = await client.store.desired.get(plugin) if listed else None
+    config = wanted.value.config if wanted and wanted.value else None
+    moment = m.now()
+    registration = m.Registration(
+        id=secrets.token_hex(11),
+        plugin=plugin,
+        slot=settings.slot or 0,
+        host=settings.host,
+        pid=os.getpid(),
+        version=bkg_version(),
+        capabilities=list(capabilities),
+        status="starting",
+        since=moment,
+        last_heartbeat=moment,
+        generation=settings.generation,
+        meta=dict(meta or {}),
+        config_schema=dict(config_schema) if config_schema else None,
+    )
+    if listed and settings.slot is None:
+        registration = await _claim_free_slot(client, registration)
+    instance = Instance(client, registration, description=description, config=config, listed=listed)
+    if telemetry_s is None:
+        period = config.settings.get("telemetry_interval", 10) if config else 10
+        telemetry_s = float(period) if isinstance(period, int | float) and period > 0 else 10.0
+    about = m.LogEvent(
+        plugin=plugin,
+        level="info",
+        message="",
+        timestamp=moment,
+        slot=instance.slot,
+        instance=instance.id,
+        host=instance.host,
+    )
+    async with (
+        logs.shipping(client, about, settings.log_level),
+        instance._discoverable(),  # noqa: SLF001
+        asyncio.TaskGroup() as tasks,
+    ):
+        await instance._register()  # noqa: SLF001
+        background = [
+            tasks.create_task(work)
+            for work in (
+                instance._keep_registered(),  # noqa: SLF001
+                instance._beat(),  # noqa: SLF001
+                instance._report(telemetry_s),  # noqa: SLF001
+            )
+        ]
+        try:
+            yield instance
+        except Exception as error:
+            log.exception("instance.failed", cause=str(error))
+            raise
+        finally:
+            for task in background:
+                task.cancel()
+            await instance._unregister()  # noqa: SLF001
+
+
+async def _claim_free_slot(client: Client, registration: m.Registration) -> m.Registration:
+    """Register in the lowest slot that no desired state asks for and nobody has."""
+    for slot in range(FIRST_FREE_SLOT, LAST_FREE_SLOT + 1):
+        claimed = msgspec.structs.replace(registration, slot=slot)
+        with contextlib.suppress(Conflict):
+            await client.store.instances.create(claimed, registration.plugin, slot)
+            return claimed
+    raise Conflict(f"all slots of {registration.plugin} up to {LAST_FREE_SLOT} are taken")
+
+
+def _rfc3339(moment: datetime) -> str:
+    return moment.isoformat().replace("+00:00", "Z")
+
+
+def _semver(found: str) -> str:
+    """Return a version as the service protocol wants it: three numbers at least."""
+    return found if re.fullmatch(r"\d+\.\d+\.\d+([-+].*)?", found) else "0.0.0"

@@ -1,0 +1,229 @@
+"""Desired and observed state put together: what a plugin is, as every reader sees it.
+
+The gateway and the supervisors hold the same projection of the same buckets, so none of them has
+to ask another one.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import msgspec
+
+from bus.messages import (
+    DesiredState,
+    InstanceState,
+    PluginState,
+    ProcessState,
+    Registration,
+    Replicas,
+    Status,
+)
+from bus.state import Bucket, Changes, Entry, Store
+
+
+def plugin_state(
+    name: str,
+    desired: Entry[DesiredState] | None,
+    processes: Sequence[ProcessState],
+    instances: Sequence[Registration],
+) -> PluginState:
+    """Return a plugin's state as a whole, from what is wanted and what was last seen."""
+    wanted = desired.value if desired else None
+    by_slot = {registration.slot: registration for registration in instances}
+    supervised = {process.slot: process for process in processes}
+    places = [
+        _place(supervised.get(slot), by_slot.get(slot)) for slot in sorted({*by_slot, *supervised})
+    ]
+    ready = [place for place in places if place.status == "running"]
+    first = ready[0] if ready else None
+    told = max(instances, key=lambda r: r.since, default=None)
+    count = wanted.config.replicas if wanted and wanted.enabled else 0
+    return PluginState(
+        name=name,
+        status=_status(count, places),
+        capabilities=_capabilities(wanted, instances),
+        config=wanted.config if wanted else None,
+        replicas=Replicas(desired=count, ready=len(ready)),
+        instances=places,
+        generation=wanted.generation if wanted else 0,
+        revision=desired.revision if desired else 0,
+        pid=first.pid if first else None,
+        port=first.port if first else None,
+        last_heartbeat=first.last_heartbeat if first else None,
+        config_schema=told.config_schema if told else None,
+        error=next((place.error for place in places if place.error), None),
+    )
+
+
+def _place(process: ProcessState | None, told: Registration | None) -> InstanceState:
+    """Return one slot's state; what the instance says counts while its process is there."""
+    if process is None:
+        assert told is not None  # noqa: S101
+        return _told(told, restarts=0, last_exit=None)
+    if told is not None and told.pid == process.pid and process.status in {"starting", "running"}:
+        return _told(told, restarts=process.restarts, last_exit=process.last_exit)
+    return InstanceState(
+        slot=process.slot,
+        host=process.host,
+        status=process.status,
+        since=process.since,
+        restarts=process.restarts,
+        pid=process.pid,
+        last_exit=process.last_exit,
+        error=process.error,
+        generation=process.generation,
+    )
+
+
+def _told(told: Registration, *, restarts: int, last_exit: str | None) -> InstanceState:
+    return InstanceState(
+        slot=told.slot,
+        host=told.host,
+        status=told.status,
+        since=told.since,
+        restarts=restarts,
+        id=told.id,
+        pid=told.pid,
+        port=told.port or "internal",
+        last_exit=last_exit,
+        version=told.version,
+        last_heartbeat=told.last_heartbeat,
+        generation=told.generation,
+    )
+
+
+def _status(desired: int, places: Sequence[InstanceState]) -> Status:
+    """Return the worst status that matters."""
+    has = {place.status for place in places}
+    ready = sum(place.status == "running" for place in places)
+    if desired == 0:
+        # Stopped by wish; hand-started instances may still serve.
+        if ready:
+            return "running"
+        return "stopping" if has - {"stopped", "error"} else "stopped"
+    if ready >= desired:
+        return "running"
+    if ready:
+        return "degraded"
+    return "error" if "error" in has else "starting"
+
+
+def _capabilities(wanted: DesiredState | None, instances: Sequence[Registration]) -> list[str]:
+    told = [name for registration in instances for name in registration.capabilities]
+    configured = wanted.config.capabilities if wanted else []
+    return sorted({*configured, *told})
+
+
+class PluginsView:
+    """Every plugin known by configuration or registration; made by `follow_plugins`.
+
+    Attributes:
+        version: Counts the changes.
+    """
+
+    def __init__(self) -> None:
+        self.version = 0
+        self._desired: dict[str, Entry[DesiredState]] = {}
+        self._processes: dict[tuple[str, str], ProcessState] = {}
+        self._instances: dict[tuple[str, str], Registration] = {}
+        self._states: dict[str, PluginState] = {}
+        self._changed = asyncio.Event()
+
+    def get(self, name: str) -> PluginState | None:
+        """Return a plugin's state; None when nobody knows it."""
+        return self._states.get(name)
+
+    def list(self) -> list[PluginState]:
+        """Return all states, by name."""
+        return [self._states[name] for name in sorted(self._states)]
+
+    async def wait(self, version: int) -> int:
+        """Wait until there is a newer version than the given one, and return it."""
+        while self.version <= version:
+            await self._changed.wait()
+        return self.version
+
+    def _on_desired(self, changes: Changes[DesiredState]) -> None:
+        for entry in changes.entries:
+            _apply(self._desired, entry.names[0], entry if entry.value else None)
+        self._rework(entry.names[0] for entry in changes.entries)
+
+    def _on_processes(self, changes: Changes[ProcessState]) -> None:
+        for entry in changes.entries:
+            _apply(self._processes, entry.names, entry.value)
+        self._rework(entry.names[0] for entry in changes.entries)
+
+    def _on_instances(self, changes: Changes[Registration]) -> None:
+        for entry in changes.entries:
+            _apply(self._instances, entry.names, entry.value)
+        self._rework(entry.names[0] for entry in changes.entries)
+
+    def _rework(self, names: Iterable[str]) -> None:
+        changed = False
+        for name in set(names):
+            processes = [value for key, value in self._processes.items() if key[0] == name]
+            instances = [value for key, value in self._instances.items() if key[0] == name]
+            desired = self._desired.get(name)
+            state = (
+                plugin_state(name, desired, processes, instances)
+                if desired or processes or instances
+                else None
+            )
+            if state != self._states.get(name):
+                _apply(self._states, name, state)
+                changed = True
+        if changed:
+            self.version += 1
+            self._changed.set()
+            self._changed = asyncio.Event()
+
+
+@asynccontextmanager
+async def follow_plugins(store: Store) -> AsyncGenerator[PluginsView]:
+    """Hold a view that follows the buckets while inside; entered, it has caught up."""
+    view = PluginsView()
+    async with asyncio.TaskGroup() as tasks:
+        caught_up: list[asyncio.Event] = []
+        following = []
+
+        def follow(bucket: Bucket[Any], apply: Callable[[Changes[Any]], None]) -> None:
+            caught_up.append(asyncio.Event())
+            following.append(tasks.create_task(_follow(bucket, apply, caught_up[-1])))
+
+        follow(store.desired, view._on_desired)  # noqa: SLF001
+        follow(store.processes, view._on_processes)  # noqa: SLF001
+        follow(store.instances, view._on_instances)  # noqa: SLF001
+        try:
+            for event in caught_up:
+                await event.wait()
+            yield view
+        finally:
+            for task in following:
+                task.cancel()
+
+
+async def _follow(
+    bucket: Bucket[Any], apply: Callable[[Changes[Any]], None], caught_up: asyncio.Event
+) -> None:
+    async for changes in bucket.follow():
+        apply(changes)
+        if changes.caught_up:
+            caught_up.set()
+
+
+def _apply(table: dict[Any, Any], key: Any, value: Any) -> None:
+    if value is None:
+        table.pop(key, None)
+    else:
+        table[key] = value
+
+
+def without_heartbeat(state: PluginState) -> PluginState:
+    """Return a state without the times that change all by themselves, to compare two of them."""
+    return msgspec.structs.replace(
+        state,
+        last_heartbeat=None,
+        instances=[msgspec.structs.replace(i, last_heartbeat=None) for i in state.instances],
+    )

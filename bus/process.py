@@ -1,0 +1,81 @@
+"""The rim of a process: event loop, signals, exit status, and not outliving the parent."""
+
+import asyncio
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Callable, Coroutine
+from typing import Any, Final
+
+import uvloop
+
+from bus.errors import BusError
+
+_PR_SET_PDEATHSIG: Final = 1
+
+
+def run(main: Callable[[], Coroutine[Any, Any, None]]) -> int:
+    """Run `main` until it ends or SIGTERM or SIGINT cancels it; return the exit status.
+
+    0 after a clean stop, 1 with one sentence on stderr after a `BusError`. A second SIGINT ends
+    the process at once with 130. Anything else that `main` raises keeps its traceback: the
+    supervisor puts it into the worker's log.
+    """
+    end_with_parent()
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(_until_signal(main))
+    except (BusError, BaseExceptionGroup) as failure:
+        expected = only_bus_error(failure)
+        if expected is None:
+            raise
+        sys.stderr.write(f"{expected.message}\n")
+        return 1
+    return 0
+
+
+def only_bus_error(error: BaseException) -> BusError | None:
+    """Return the one expected error in a group of errors, if there is no other in it."""
+    if isinstance(error, BusError):
+        return error
+    if isinstance(error, BaseExceptionGroup):
+        found = [only_bus_error(inner) for inner in error.exceptions]
+        return found[0] if all(found) else None
+    return None
+
+
+def end_with_parent() -> None:
+    """Ask the kernel for SIGTERM when the process named by `BKG_PARENT_PID` ends.
+
+    Linux only; elsewhere the worker notices when its supervisor's broker connection goes. The
+    second look is for a parent that ended before the question was asked.
+    """
+    parent = os.environ.get("BKG_PARENT_PID")
+    if not parent or not sys.platform.startswith("linux"):
+        return
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    if os.getppid() != int(parent):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+async def _until_signal(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    loop = asyncio.get_running_loop()
+    working = asyncio.create_task(main())
+    stopping = False
+
+    def stop(number: int) -> None:
+        nonlocal stopping
+        if stopping and number == signal.SIGINT:
+            os._exit(130)
+        if not stopping:
+            stopping = True
+            working.cancel()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop, number)
+    try:
+        await working
+    except asyncio.CancelledError:
+        if not stopping:
+            raise

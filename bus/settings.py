@@ -1,0 +1,77 @@
+"""What every process of ours is told from outside: the environment, read once."""
+
+import os
+import socket
+from pathlib import Path
+
+import msgspec
+import platformdirs
+
+from bus.errors import InvalidRequest
+from bus.subjects import DEFAULT_ROOT
+
+DEFAULT_NATS_URL = "nats://127.0.0.1:4222"
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """The environment of a process.
+
+    Attributes:
+        nats_url: `BKG_NATS_URL`, the broker.
+        root: `BKG_ROOT`, the first token of every subject.
+        data_dir: `BKG_DATA_DIR`, what this host keeps.
+        slot: `BKG_SLOT`, the place that this worker fills; None: the lowest free one.
+        generation: `BKG_GENERATION`, of the desired state that it was started for.
+        log_level: `BKG_LOG_LEVEL`, the least level that is published.
+        host: `BKG_HOST_NAME`, this host's name.
+    """
+
+    nats_url: str
+    root: str
+    data_dir: Path
+    slot: int | None
+    generation: int
+    log_level: str
+    host: str
+
+    @property
+    def cache_dir(self) -> Path:
+        """What can be made again at any time."""
+        return self.data_dir / "cache"
+
+    @classmethod
+    def from_env(cls) -> "Settings":
+        """Read the environment.
+
+        Raises:
+            InvalidRequest: A variable has a value that it cannot have; names it.
+        """
+        level = os.environ.get("BKG_LOG_LEVEL", "info").lower()
+        if level not in {"debug", "info", "warn", "error"}:
+            raise InvalidRequest(
+                f"BKG_LOG_LEVEL is {level!r}; allowed are debug, info, warn and error",
+                field="BKG_LOG_LEVEL",
+            )
+        return cls(
+            nats_url=os.environ.get("BKG_NATS_URL") or DEFAULT_NATS_URL,
+            root=os.environ.get("BKG_ROOT") or DEFAULT_ROOT,
+            data_dir=Path(os.environ.get("BKG_DATA_DIR") or default_data_dir()),
+            slot=_number("BKG_SLOT"),
+            generation=_number("BKG_GENERATION") or 0,
+            log_level=level,
+            host=os.environ.get("BKG_HOST_NAME") or socket.gethostname(),
+        )
+
+
+def default_data_dir() -> Path:
+    """Return where this platform keeps a user's application data."""
+    return Path(platformdirs.user_data_dir("bkg", appauthor=False))
+
+
+def _number(variable: str) -> int | None:
+    text = os.environ.get(variable)
+    if not text:
+        return None
+    if not text.isdecimal():
+        raise InvalidRequest(f"{variable} is {text!r}, not a whole number", field=variable)
+    return int(text)

@@ -1,0 +1,650 @@
+"""What must survive: buckets, streams and the object store, declared once, with typed views.
+
+Every write waits for the broker's acknowledgement and is tried again while a stream has no
+leader; it carries a message id, so that a retry is stored once. Every reader that follows is a
+consumer of our own making: the watchers of nats-py 2.16 are blind for up to 20 s after the broker
+was restarted, ours for about three heartbeats.
+"""
+
+import asyncio
+import contextlib
+import json
+import secrets
+from base64 import b64decode
+from collections import deque
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Generic, TypeVar
+
+import msgspec
+import nats.errors
+import nats.js.errors
+from nats.aio.client import Client as Nats
+from nats.aio.msg import Msg
+from nats.js.api import ObjectMeta
+
+from bus import codec
+from bus import messages as m
+from bus.errors import Conflict, DeadlineExceeded, Internal, NotFound, Unavailable
+from bus.subjects import (
+    GALLERY_ENTRY,
+    GALLERY_HEAD,
+    LIVE_LOG,
+    LOG,
+    STATUS,
+    TELEMETRY,
+    name_of,
+    token,
+)
+
+NS: Final = 1_000_000_000
+MIB: Final = 1024 * 1024
+HEARTBEAT_S: Final = 1
+# A key of the observed bucket leaves when it was not written again for this long.
+OBSERVED_TTL_S: Final = 30
+WRITE_PATIENCE_S: Final = 15.0
+
+T = TypeVar("T", bound=m.Message)
+
+
+@dataclass(frozen=True)
+class Entry(Generic[T]):
+    """A key of a bucket as it is, or as it was when it left (then without value)."""
+
+    names: tuple[str, ...]
+    value: T | None
+    revision: int
+
+
+@dataclass(frozen=True)
+class Changes(Generic[T]):
+    """Some entries of a bucket that is followed.
+
+    Attributes:
+        entries: In the order of their revisions.
+        caught_up: Whether nothing more was waiting behind the last one.
+    """
+
+    entries: list[Entry[T]]
+    caught_up: bool
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A message of a stream."""
+
+    subject: str
+    seq: int
+    body: bytes
+    headers: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some messages of a stream that is followed; `caught_up` as in `Changes`."""
+
+    messages: list[Stored]
+    caught_up: bool
+
+
+class Stream:
+    """A stream: append to it, follow it.
+
+    Attributes:
+        name: Its name at the broker.
+    """
+
+    def __init__(self, nc: Nats, name: str) -> None:
+        self.name = name
+        self._nc = nc
+
+    async def append(
+        self,
+        subject: str,
+        body: bytes,
+        *,
+        headers: Mapping[str, str] | None = None,
+        expect: tuple[str, int] | None = None,
+    ) -> int:
+        """Store a message and return its sequence.
+
+        Args:
+            subject: Its subject.
+            body: Its body.
+            headers: Further headers.
+            expect: A subject and the sequence that its last message must have, 0 for none.
+
+        Raises:
+            Conflict: That subject has had another message since.
+            Unavailable: The broker stored nothing within the time.
+        """
+        sent = {"Nats-Msg-Id": secrets.token_hex(12), **(headers or {})}
+        if expect is not None:
+            sent["Nats-Expected-Last-Subject-Sequence"] = str(expect[1])
+            if expect[0] != subject:
+                sent["Nats-Expected-Last-Subject-Sequence-Subject"] = expect[0]
+        reply = await _request(self._nc, subject, body, sent)
+        return int(reply["seq"])
+
+    async def last(self, subject: str) -> Stored | None:
+        """Return the last message of a subject, which may have wildcards; None without one."""
+        reply = await _request(
+            self._nc,
+            f"$JS.API.STREAM.MSG.GET.{self.name}",
+            json.dumps({"last_by_subj": subject}).encode(),
+            missing_is_none=True,
+        )
+        if "message" not in reply:
+            return None
+        return _stored_in_json(reply["message"])
+
+    async def last_seq(self) -> int:
+        """Return the sequence of the newest message, 0 when there never was one."""
+        info = await _request(self._nc, f"$JS.API.STREAM.INFO.{self.name}", b"")
+        return int(info["state"]["last_seq"])
+
+    async def purge(self, subject: str, *, keep_from: int | None = None) -> None:
+        """Delete the messages of a subject, which may have wildcards, below a sequence."""
+        asked: dict[str, Any] = {"filter": subject}
+        if keep_from is not None:
+            asked["seq"] = keep_from
+        await _request(self._nc, f"$JS.API.STREAM.PURGE.{self.name}", json.dumps(asked).encode())
+
+    async def follow(
+        self, subject: str, *, after: int = 0, latest_only: bool = False
+    ) -> AsyncIterator[Batch]:
+        """Give the messages of a subject, which may have wildcards, and then every new one.
+
+        In order and without a gap, across reconnections and restarts of the broker: a consumer
+        that missed a message, or went silent for three heartbeats, is made anew after the last
+        message that was given (the ordered consumer of ADR-17). Ends only with the caller.
+
+        Args:
+            subject: Which messages.
+            after: The sequence after which to begin.
+            latest_only: Begin with the last message of each subject instead.
+        """
+        start = {"deliver_policy": "last_per_subject"} if latest_only and not after else None
+        pause_s = 0.1
+        while True:
+            try:
+                async with _consumer(self._nc, self.name, subject, start or _after(after)) as feed:
+                    async for batch in feed:
+                        pause_s = 0.1
+                        if batch.messages:
+                            after, start = batch.messages[-1].seq, None
+                        yield batch
+            except Unavailable:
+                # The broker or the stream is away, or the consumer was lost: again from there.
+                await asyncio.sleep(pause_s)
+                pause_s = min(2 * pause_s, 2.0)
+
+    async def read(
+        self, subject: str, *, after: int = 0, latest_only: bool = False
+    ) -> AsyncIterator[Stored]:
+        """Give what is there now, and end."""
+        following = self.follow(subject, after=after, latest_only=latest_only)
+        async with contextlib.aclosing(following) as batches:  # type: ignore[type-var]
+            async for batch in batches:
+                for message in batch.messages:
+                    yield message
+                if batch.caught_up:
+                    return
+
+
+class Bucket(Generic[T]):
+    """A typed view of a key-value bucket, or of those of its keys that end in `suffix`.
+
+    A key is made of names, each escaped as a token of a subject: `plugin.slot.suffix`.
+    """
+
+    def __init__(self, nc: Nats, bucket: str, kind: type[T], width: int, suffix: str = "") -> None:
+        self._stream = Stream(nc, f"KV_{bucket}")
+        self._prefix = f"$KV.{bucket}."
+        self._kind = kind
+        self._width = width
+        self._suffix = f".{suffix}" if suffix else ""
+
+    async def get(self, *names: object) -> Entry[T] | None:
+        """Return an entry, or None when there is none."""
+        message = await self._stream.last(self._subject(names))
+        entry = self._entry(message) if message else None
+        return entry if entry and entry.value is not None else None
+
+    async def put(self, value: T, *names: object) -> int:
+        """Write a value, whatever was there, and return its revision."""
+        return await self._stream.append(self._subject(names), *self._body(value))
+
+    async def create(self, value: T, *names: object) -> int:
+        """Write a value where there is none, and return its revision.
+
+        Raises:
+            Conflict: There is one.
+        """
+        subject = self._subject(names)
+        last = await self._stream.last(subject)
+        if last is not None and self._entry(last).value is not None:
+            raise Conflict(f"{'.'.join(map(str, names))} is there already")
+        # The mark of a deleted or expired key is no value, but has a sequence.
+        return await self._write(value, last.seq if last else 0, subject)
+
+    async def update(self, value: T, revision: int, *names: object) -> int:
+        """Write a value where `revision` is still the newest, and return the new revision.
+
+        Raises:
+            Conflict: Another writer came first.
+        """
+        return await self._write(value, revision, self._subject(names))
+
+    async def delete(self, *names: object, revision: int | None = None) -> None:
+        """Remove a key; one that is not there is no error.
+
+        Raises:
+            Conflict: `revision` is given and no longer the newest.
+        """
+        subject = self._subject(names)
+        expect = None if revision is None else (subject, revision)
+        await self._stream.append(subject, b"", headers={"KV-Operation": "DEL"}, expect=expect)
+
+    async def all(self) -> list[Entry[T]]:
+        """Return every entry that is there now."""
+        latest = self._stream.read(self._all(), latest_only=True)
+        entries = [self._entry(message) async for message in latest]
+        return [entry for entry in entries if entry.value is not None]
+
+    async def follow(self) -> AsyncIterator[Changes[T]]:
+        """Give every entry that is there, and then every change, without end."""
+        async for batch in self._stream.follow(self._all(), latest_only=True):
+            yield Changes([self._entry(message) for message in batch.messages], batch.caught_up)
+
+    async def _write(self, value: T, revision: int, subject: str) -> int:
+        return await self._stream.append(subject, *self._body(value), expect=(subject, revision))
+
+    def _body(self, value: T) -> tuple[bytes]:
+        return (codec.encode(value),)
+
+    def _subject(self, names: Sequence[object]) -> str:
+        if len(names) != self._width:
+            raise ValueError(f"a key here has {self._width} names, got {names}")
+        return self._prefix + ".".join(token(str(name)) for name in names) + self._suffix
+
+    def _all(self) -> str:
+        return self._prefix + ".".join("*" * self._width) + self._suffix
+
+    def _entry(self, message: Stored) -> Entry[T]:
+        key = message.subject.removeprefix(self._prefix).removesuffix(self._suffix)
+        names = tuple(name_of(part) for part in key.split("."))
+        gone = "KV-Operation" in message.headers or "Nats-Marker-Reason" in message.headers
+        value = None if gone else codec.decode(message.body, self._kind)
+        return Entry(names, value, message.seq)
+
+
+class Artefacts:
+    """The object store of artefacts, named by their SHA-256 and so immutable."""
+
+    def __init__(self, nc: Nats, bucket: str) -> None:
+        self._js = nc.jetstream(timeout=10)
+        self._bucket = bucket
+
+    async def has(self, digest: str) -> bool:
+        """Tell whether an artefact is stored."""
+        store = await self._js.object_store(self._bucket)
+        try:
+            await store.get_info(digest)
+        except nats.js.errors.NotFoundError:
+            return False
+        return True
+
+    async def put(self, digest: str, path: Path) -> None:
+        """Store a file under its digest; one that is there already stays."""
+        if await self.has(digest):
+            return
+        store = await self._js.object_store(self._bucket)
+        with path.open("rb") as file:
+            await store.put(digest, file, meta=ObjectMeta(name=digest))
+
+    async def fetch(self, digest: str, path: Path, *, timeout_s: float = 600.0) -> None:
+        """Write an artefact to a file, whole or not at all.
+
+        Raises:
+            NotFound: It is not stored.
+            DeadlineExceeded: It did not come in time; nats-py waits for ever for lost chunks.
+        """
+        store = await self._js.object_store(self._bucket)
+        part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
+        try:
+            with part.open("wb") as file:
+                async with asyncio.timeout(timeout_s):
+                    await store.get(digest, writeinto=file)
+            part.replace(path)
+        except nats.js.errors.NotFoundError:
+            raise NotFound(f"the artefact {digest} is not stored") from None
+        except TimeoutError:
+            raise DeadlineExceeded(f"the artefact {digest} did not come in time") from None
+        finally:
+            part.unlink(missing_ok=True)
+
+
+class Store:
+    """Everything of one deployment that survives in the broker.
+
+    Attributes:
+        desired: What each plugin should be, by plugin.
+        processes: Replicas as their supervisor sees them, by plugin and slot.
+        instances: Instances as they tell of themselves, by plugin and slot.
+        models: What should be served, by model id.
+        galleries: The events of all galleries.
+        artefacts: Model files by digest.
+    """
+
+    def __init__(self, nc: Nats, root: str) -> None:
+        self._nc = nc
+        self._root = root
+        self.desired = Bucket(nc, f"{root}-desired", m.DesiredState, 1)
+        self.processes = Bucket(nc, f"{root}-observed", m.ProcessState, 2, "process")
+        self.instances = Bucket(nc, f"{root}-observed", m.Registration, 2, "instance")
+        self.models = Bucket(nc, f"{root}-models", m.ModelSpec, 1)
+        self.galleries = Stream(nc, f"{root}-galleries")
+        self.artefacts = Artefacts(nc, f"{root}-artefacts")
+        self._logs = Stream(nc, f"{root}-logs")
+        self._telemetry = Stream(nc, f"{root}-telemetry")
+
+    async def check(self) -> None:
+        """Raise Unavailable when the broker has no JetStream."""
+        reply = await _request(self._nc, "$JS.API.INFO", b"", patience_s=5.0)
+        if "error" in reply:
+            raise Unavailable(f"the broker's JetStream cannot be used: {reply['error']}")
+
+    async def declare(self) -> None:
+        """Make every bucket and stream that is missing, and bring the others up to date."""
+        for config in _assets(self._root):
+            await self._declare(config)
+
+    async def logs(
+        self,
+        plugin: str | None,
+        *,
+        limit: int,
+        after: int | None = None,
+        level: m.Level | None = None,
+    ) -> list[m.LogEvent]:
+        """Return the newest records, oldest first, with their sequence.
+
+        Args:
+            plugin: Whose; None for all.
+            limit: How many at most.
+            after: Only those with a greater sequence.
+            level: Only those of this level.
+        """
+        which = {"plugin": plugin, "level": level}
+        subject = LOG.subject(self._root, **{k: v for k, v in which.items() if v is not None})
+        newest: deque[Stored] = deque(maxlen=limit)
+        async for message in self._logs.read(subject, after=after or 0):
+            newest.append(message)
+        return [
+            msgspec.structs.replace(codec.decode(s.body, m.LogEvent), seq=s.seq) for s in newest
+        ]
+
+    async def telemetry(self) -> list[m.TelemetrySnapshot]:
+        """Return the last snapshot of every instance."""
+        latest = self._telemetry.read(TELEMETRY.subject(self._root), latest_only=True)
+        return [codec.decode(s.body, m.TelemetrySnapshot) async for s in latest]
+
+    async def _declare(self, config: dict[str, Any]) -> None:
+        body = json.dumps(config).encode()
+        name = config["name"]
+        reply = await _request(self._nc, f"$JS.API.STREAM.CREATE.{name}", body, error_is_reply=True)
+        if reply.get("error", {}).get("err_code") == _STREAM_NAME_IN_USE:
+            reply = await _request(
+                self._nc, f"$JS.API.STREAM.UPDATE.{name}", body, error_is_reply=True
+            )
+        if "error" in reply:
+            raise Internal(f"stream {name} cannot be made: {reply['error'].get('description')}")
+
+
+_STREAM_NAME_IN_USE = 10058
+_WRONG_LAST_SEQUENCE = {10071, 10164}
+_NO_MESSAGE = 10037
+_STREAM_NOT_FOUND = 10059
+
+
+def _assets(root: str) -> list[dict[str, Any]]:
+    """Return the configuration of every stream.
+
+    Logs, telemetry and status are floods that do not deserve an fsync each: `persist_mode` async
+    overrides the broker's `sync_interval: always` for them. All else is state.
+    """
+    flood = {"storage": "file", "discard": "old", "allow_direct": True, "persist_mode": "async"}
+    rings = [
+        {
+            "name": f"{root}-logs",
+            "description": "log records, a ring for each plugin, slot and level",
+            "subjects": [LOG.subject(root)],
+            "max_msgs_per_subject": 2_000,
+            "max_bytes": 512 * MIB,
+            "max_age": 30 * 86_400 * NS,
+            "republish": {"src": LOG.subject(root), "dest": _republished(root)},
+            **flood,
+        },
+        {
+            "name": f"{root}-telemetry",
+            "description": "telemetry snapshots, a ring for each instance",
+            "subjects": [TELEMETRY.subject(root)],
+            "max_msgs_per_subject": 1_800,
+            "max_bytes": 128 * MIB,
+            "max_age": 86_400 * NS,
+            **flood,
+        },
+        {
+            "name": f"{root}-status",
+            "description": "changes of status, a ring for each slot",
+            "subjects": [STATUS.subject(root)],
+            "max_msgs_per_subject": 200,
+            "max_bytes": 64 * MIB,
+            "max_age": 30 * 86_400 * NS,
+            **flood,
+        },
+    ]
+    galleries = {
+        "name": f"{root}-galleries",
+        "description": "the events of all galleries: the last one of each entry",
+        "subjects": [GALLERY_HEAD.subject(root), GALLERY_ENTRY.subject(root)],
+        "storage": "file",
+        "max_msgs_per_subject": 1,
+        "max_bytes": 4096 * MIB,
+        "discard": "new",
+        "allow_direct": True,
+    }
+    return [
+        *rings,
+        galleries,
+        _bucket(f"{root}-desired", "what each plugin should be", history=32),
+        _bucket(f"{root}-models", "what candle should serve", history=8),
+        _bucket(
+            f"{root}-observed",
+            "what was last seen; keys expire",
+            history=1,
+            max_age=OBSERVED_TTL_S * NS,
+            # Followers are told of an expiry by a marker.
+            subject_delete_marker_ttl=60 * NS,
+            allow_msg_ttl=True,
+        ),
+        {
+            "name": f"OBJ_{root}-artefacts",
+            "description": "artefacts by SHA-256",
+            "subjects": [f"$O.{root}-artefacts.C.>", f"$O.{root}-artefacts.M.>"],
+            "storage": "file",
+            "discard": "new",
+            "allow_rollup_hdrs": True,
+            "allow_direct": True,
+            "max_bytes": 16_384 * MIB,
+        },
+    ]
+
+
+def _bucket(name: str, description: str, *, history: int, **more: Any) -> dict[str, Any]:
+    """Return the stream behind a key-value bucket, as ADR-8 lays it out."""
+    return {
+        "name": f"KV_{name}",
+        "description": description,
+        "subjects": [f"$KV.{name}.>"],
+        "max_msgs_per_subject": history,
+        "max_bytes": 64 * MIB,
+        "storage": "file",
+        "discard": "new",
+        "allow_rollup_hdrs": True,
+        "deny_delete": True,
+        "allow_direct": True,
+        **more,
+    }
+
+
+def _republished(root: str) -> str:
+    """Return where the log stream's records appear live: the wildcards by number."""
+    numbers = iter(range(1, 10))
+    tokens = LIVE_LOG.subject(root).split(".")
+    return ".".join(f"{{{{wildcard({next(numbers)})}}}}" if t == "*" else t for t in tokens)
+
+
+async def _request(
+    nc: Nats,
+    subject: str,
+    body: bytes,
+    headers: dict[str, str] | None = None,
+    *,
+    missing_is_none: bool = False,
+    error_is_reply: bool = False,
+    patience_s: float = WRITE_PATIENCE_S,
+) -> dict[str, Any]:
+    """Ask JetStream, again with back-off while nobody answers, and return its reply."""
+    loop = asyncio.get_running_loop()
+    deadline, pause_s = loop.time() + patience_s, 0.05
+    while True:
+        try:
+            reply = await nc.request(
+                subject, body, timeout=min(5.0, patience_s), headers=dict(headers or {}) or None
+            )
+            answer: dict[str, Any] = json.loads(reply.data)
+            break
+        except (nats.errors.NoRespondersError, nats.errors.TimeoutError) as error:
+            if loop.time() + pause_s > deadline:
+                raise Unavailable(
+                    f"the broker did not store or read {subject} within {patience_s:g} s"
+                    + (" (is JetStream on?)" if subject == "$JS.API.INFO" else "")
+                ) from error
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, 1.0)
+        except nats.errors.Error as error:
+            raise Unavailable(f"the broker cannot be reached: {error}") from None
+    if "error" in answer and not error_is_reply:
+        code = answer["error"].get("err_code")
+        if missing_is_none and code == _NO_MESSAGE:
+            return {}
+        if code in _WRONG_LAST_SEQUENCE:
+            raise Conflict("another change came first; read the present state and try again")
+        if code == _STREAM_NOT_FOUND:
+            raise Unavailable(f"{subject}: the stream is not there (yet)")
+        raise Internal(f"the broker refused {subject}: {answer['error'].get('description')}")
+    return answer
+
+
+def _after(seq: int) -> dict[str, Any]:
+    if seq:
+        return {"deliver_policy": "by_start_sequence", "opt_start_seq": seq + 1}
+    return {"deliver_policy": "all"}
+
+
+@contextlib.asynccontextmanager
+async def _consumer(
+    nc: Nats, stream: str, subject: str, start: dict[str, Any]
+) -> AsyncIterator[AsyncIterator[Batch]]:
+    """Hold an ephemeral push consumer while inside; its batches end in Unavailable when it lost."""
+    inbox = nc.new_inbox()
+    arrived: asyncio.Queue[Msg] = asyncio.Queue()
+    heard = await nc.subscribe(inbox, cb=arrived.put, pending_bytes_limit=512 * MIB)
+    name = f"follow-{secrets.token_hex(6)}"
+    config = {
+        "name": name,
+        "deliver_subject": inbox,
+        "filter_subject": subject,
+        "ack_policy": "none",
+        "max_deliver": 1,
+        "flow_control": True,
+        "idle_heartbeat": HEARTBEAT_S * NS,
+        "inactive_threshold": 30 * NS,
+        "mem_storage": True,
+        "num_replicas": 1,
+        **start,
+    }
+    try:
+        made = await _request(
+            nc,
+            f"$JS.API.CONSUMER.CREATE.{stream}.{name}.{subject}",
+            json.dumps({"stream_name": stream, "config": config}).encode(),
+        )
+        yield _batches(nc, arrived, int(made["num_pending"]))
+    finally:
+        with contextlib.suppress(nats.errors.Error):
+            await heard.unsubscribe()
+            if nc.is_connected:
+                await nc.publish(f"$JS.API.CONSUMER.DELETE.{stream}.{name}")
+
+
+async def _batches(
+    nc: Nats, arrived: asyncio.Queue[Msg], waiting_at_start: int
+) -> AsyncIterator[Batch]:
+    if not waiting_at_start:
+        yield Batch([], caught_up=True)
+    expected = 1
+    while True:
+        try:
+            message = await asyncio.wait_for(arrived.get(), 3 * HEARTBEAT_S)
+        except TimeoutError:
+            raise Unavailable("the consumer went silent") from None
+        batch: list[Stored] = []
+        pending = -1
+        while True:
+            if (message.headers or {}).get("Status") == "100":
+                await _obey(nc, message, expected)
+            else:
+                seq, delivered, pending = _numbers(message.reply)
+                if delivered != expected:
+                    raise Unavailable("the consumer lost a message")
+                expected += 1
+                batch.append(
+                    Stored(message.subject, seq, message.data, dict(message.headers or {}))
+                )
+            if arrived.empty() or len(batch) >= 1_000:
+                break
+            message = arrived.get_nowait()
+        if batch:
+            yield Batch(batch, caught_up=pending == 0)
+
+
+async def _obey(nc: Nats, control: Msg, expected: int) -> None:
+    """Answer flow control, and check a heartbeat's number against ours."""
+    headers = control.headers or {}
+    if control.reply:
+        await nc.publish(control.reply)
+    elif stalled := headers.get("Nats-Consumer-Stalled"):
+        await nc.publish(stalled)
+    last = headers.get("Nats-Last-Consumer")
+    if last is not None and int(last) != expected - 1:
+        raise Unavailable("the consumer lost a message")
+
+
+def _numbers(reply: str) -> tuple[int, int, int]:
+    """Return stream sequence, delivery sequence and pending of `$JS.ACK....` (ADR-15)."""
+    parts = reply.split(".")
+    # 9 tokens, or 12 with domain and account hash before and a random token behind.
+    at = 5 if len(parts) == 9 else 7
+    return int(parts[at]), int(parts[at + 1]), int(parts[at + 3])
+
+
+def _stored_in_json(message: Mapping[str, Any]) -> Stored:
+    lines = b64decode(message.get("hdrs", "")).decode().split("\r\n")[1:]
+    headers = dict(line.split(": ", 1) for line in lines if ": " in line)
+    return Stored(
+        message["subject"], int(message["seq"]), b64decode(message.get("data", "")), headers
+    )
