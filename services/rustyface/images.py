@@ -64,7 +64,7 @@ def decode(
         )
     try:
         width, height = _SIZES[name](held)
-    except (StructError, IndexError, ValueError):
+    except (StructError, LookupError, ValueError):
         raise Unprocessable(f"the {name} image is cut off or damaged", field=field) from None
     if width < 1 or height < 1:
         raise Unprocessable(f"the {name} image says it is {width} x {height} pixels", field=field)
@@ -134,6 +134,11 @@ _JPEG_MARKER: Final = re.compile(rb"\xff+([\x01-\xcf\xd8-\xfe])")
 _JPEG_FRAMES: Final = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 
 
+_PNG_CHUNKS_MAX: Final = 65_536
+_TIFF_WIDTH, _TIFF_LENGTH, _TIFF_TILE_WIDTH, _TIFF_TILE_LENGTH = 256, 257, 322, 323
+_TIFF_TILE_MAX: Final = 4_096
+
+
 def _jpeg_size(data: bytes) -> tuple[int, int]:
     """Return width and height of a JPEG that is whole (ITU-T T.81, annex B).
 
@@ -159,10 +164,24 @@ def _jpeg_size(data: bytes) -> tuple[int, int]:
 
 
 def _png_size(data: bytes) -> tuple[int, int]:
+    """Return width and height of a PNG whose chunks all lie within the file (PNG, section 5.3).
+
+    OpenCV 5 takes memory for a chunk before it looks whether the file has as many bytes: with
+    206 bytes one could make it fill 4 GB in 11 seconds.
+    """
     if data[12:16] != b"IHDR":
         raise ValueError
     width, height = unpack_from(">II", data, 16)
-    return width, height
+    at = 8
+    for _ in range(_PNG_CHUNKS_MAX):
+        (length,) = unpack_from(">I", data, at)
+        kind = data[at + 4 : at + 8]
+        at += length + 12
+        if at > len(data):
+            raise ValueError
+        if kind == b"IEND":
+            return width, height
+    raise ValueError
 
 
 def _webp_size(data: bytes) -> tuple[int, int]:
@@ -193,18 +212,21 @@ def _gif_size(data: bytes) -> tuple[int, int]:
 
 
 def _tiff_size(data: bytes) -> tuple[int, int]:
-    """Return the size of a TIFF's first picture (TIFF 6.0, tags 256 and 257)."""
+    """Return the size of a TIFF's first picture (TIFF 6.0, sections 8 and 15).
+
+    A tile may be larger than the picture, and memory is taken for it: with 400 bytes, 400 MB.
+    """
     order = "<" if data[:2] == b"II" else ">"
     (at,) = unpack_from(order + "I", data, 4)
     (count,) = unpack_from(order + "H", data, at)
-    sides = {}
+    sides = {_TIFF_TILE_WIDTH: 0, _TIFF_TILE_LENGTH: 0}
     for entry in range(at + 2, at + 2 + 12 * count, 12):
         tag, kind = unpack_from(order + "HH", data, entry)
-        if tag in (256, 257):
+        if tag in (_TIFF_WIDTH, _TIFF_LENGTH, _TIFF_TILE_WIDTH, _TIFF_TILE_LENGTH):
             (sides[tag],) = unpack_from(order + ("H" if kind == 3 else "I"), data, entry + 8)
-    if len(sides) != 2:
+    if max(sides[_TIFF_TILE_WIDTH], sides[_TIFF_TILE_LENGTH]) > _TIFF_TILE_MAX:
         raise ValueError
-    return sides[256], sides[257]
+    return sides[_TIFF_WIDTH], sides[_TIFF_LENGTH]
 
 
 _SIZES: Final[dict[str, Callable[[bytes], tuple[int, int]]]] = {

@@ -92,6 +92,23 @@ def test_a_few_bytes_that_claim_to_be_a_huge_picture_are_refused_before_decoding
         decode(small)
 
 
+@pytest.mark.parametrize("length", [0x7FFFFFFF, 0xFF000000, 100_000])
+def test_a_png_that_claims_a_chunk_longer_than_itself_takes_no_memory(length: int):
+    small = bytearray(encoded(".png"))
+    small[33:37] = struct.pack(">I", length)
+    with pytest.raises(Unprocessable, match="PNG image is cut off or damaged"):
+        decode(small)
+
+
+@pytest.mark.parametrize("order", "<>")
+def test_a_tiff_with_tiles_far_larger_than_the_picture_is_refused(order: str):
+    tags = [(256, 40), (257, 24), (322, 32), (323, 6_000_000)]
+    entries = b"".join(struct.pack(order + "HHII", tag, 4, 1, side) for tag, side in tags)
+    mark = b"II*\0" if order == "<" else b"MM\0*"
+    with pytest.raises(Unprocessable, match="TIFF image is cut off or damaged"):
+        decode(mark + struct.pack(order + "IH", 8, len(tags)) + entries + bytes(400))
+
+
 @pytest.mark.parametrize("extension", FORMATS)
 @given(share=st.floats(0, 1, exclude_max=True))
 @settings(max_examples=60, deadline=None)
