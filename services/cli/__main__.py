@@ -1,0 +1,258 @@
+"""`bkg`: the parser. Each command imports its file only when it is called.
+
+Exit statuses: 0 done; 1 refused or failed, said why; 2 wrong usage; 3 not reachable; 4 not
+allowed; 130 interrupted.
+"""
+# ruff: noqa: PLC0415 - late imports keep `bkg --help` fast
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+app = typer.Typer(
+    name="bkg",
+    help="A self-hosted platform of AI plugins around a NATS broker.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+plugins_app = typer.Typer(no_args_is_help=True, help="Start, stop and restart plugins.")
+app.add_typer(plugins_app, name="plugins")
+
+DataDir = Annotated[
+    Path | None,
+    typer.Option(
+        envvar="BKG_DATA_DIR", help="Where everything is kept.", show_default="the user's data"
+    ),
+]
+Nats = Annotated[
+    str | None,
+    typer.Option(
+        envvar="BKG_NATS_URL",
+        help="The broker, nats://[user:password@]host:port.",
+        show_default="that of the running platform",
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+PluginName = Annotated[str, typer.Argument(metavar="PLUGIN", help="The plugin's name.")]
+CommandTimeout = Annotated[
+    float, typer.Option("--timeout", min=0.1, max=600, help="Seconds to wait until it is done.")
+]
+
+
+@app.command()
+def up(
+    host: Annotated[
+        str, typer.Option(envvar="BKG_HOST", help="Where the gateway listens.")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(envvar="BKG_PORT", min=0, max=65535, help="0 takes a free one.")
+    ] = 43119,
+    data_dir: DataDir = None,
+    nats: Annotated[
+        str | None,
+        typer.Option(envvar="BKG_NATS_URL", help="Use this broker.", show_default="one of our own"),
+    ] = None,
+    no_auth: Annotated[
+        bool,
+        typer.Option(
+            "--no-auth", envvar="BKG_NO_AUTH", help="Ask nobody for a key; this host only."
+        ),
+    ] = False,
+) -> None:
+    """Run the platform in the foreground, until Ctrl-C."""
+    from services.cli.up import Options, run
+
+    options = Options(
+        host=host, port=port, data_dir=_data_dir(data_dir), nats=nats or None, no_auth=no_auth
+    )
+    raise typer.Exit(run(options))
+
+
+@app.command()
+def worker(
+    plugin: PluginName,
+    nats: Nats = None,
+    slot: Annotated[
+        int | None,
+        typer.Option(min=0, help="The place that it fills.", show_default="the lowest free one"),
+    ] = None,
+    data_dir: DataDir = None,
+) -> None:
+    """Run one worker of a plugin here, and let it join a running platform."""
+    from services.cli.plugins import worker
+
+    worker(plugin, nats or None, _data_dir(data_dir), slot)
+
+
+@app.command()
+def status(nats: Nats = None, data_dir: DataDir = None, as_json: AsJson = False) -> None:
+    """Show every plugin with its state."""
+    from services.cli import plugins
+
+    plugins.run(plugins.status(nats or None, _data_dir(data_dir), as_json=as_json))
+
+
+@plugins_app.command()
+def start(
+    plugin: PluginName,
+    timeout: CommandTimeout = 30.0,
+    nats: Nats = None,
+    data_dir: DataDir = None,
+    as_json: AsJson = False,
+) -> None:
+    """Start a plugin, and wait until it is ready."""
+    _command("start", plugin, timeout, nats, data_dir, as_json=as_json)
+
+
+@plugins_app.command()
+def stop(
+    plugin: PluginName,
+    timeout: CommandTimeout = 30.0,
+    nats: Nats = None,
+    data_dir: DataDir = None,
+    as_json: AsJson = False,
+) -> None:
+    """Stop a plugin, and wait until it has stopped."""
+    _command("stop", plugin, timeout, nats, data_dir, as_json=as_json)
+
+
+@plugins_app.command()
+def restart(
+    plugin: PluginName,
+    timeout: CommandTimeout = 30.0,
+    nats: Nats = None,
+    data_dir: DataDir = None,
+    as_json: AsJson = False,
+) -> None:
+    """Replace every replica of a plugin in turn, and wait until the last is ready."""
+    _command("restart", plugin, timeout, nats, data_dir, as_json=as_json)
+
+
+@app.command()
+def logs(
+    plugin: Annotated[
+        str | None, typer.Argument(metavar="PLUGIN", help="Whose.", show_default="all")
+    ] = None,
+    *,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with what comes.")] = False,
+    level: Annotated[
+        Literal["debug", "info", "warn", "error"] | None, typer.Option(help="This one and worse.")
+    ] = None,
+    limit: Annotated[
+        int, typer.Option("--limit", "-n", min=1, max=100_000, help="How many of the newest.")
+    ] = 200,
+    nats: Nats = None,
+    data_dir: DataDir = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show log records, the oldest first."""
+    from services.cli import plugins
+
+    plugins.run(
+        plugins.logs(
+            plugin,
+            nats or None,
+            _data_dir(data_dir),
+            follow=follow,
+            level=level,
+            limit=limit,
+            as_json=as_json,
+        )
+    )
+
+
+@app.command()
+def call(
+    capability: Annotated[str, typer.Argument(help="Such as candle.model.run.")],
+    request: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="JSON", help="What to ask: JSON, @FILE, or - for stdin.", show_default="{}"
+        ),
+    ] = None,
+    *,
+    timeout: Annotated[float, typer.Option(min=0.1, max=600, help="Seconds to wait.")] = 30.0,
+    nats: Nats = None,
+    data_dir: DataDir = None,
+    as_json: AsJson = False,
+) -> None:
+    """Ask a capability, and show its answer."""
+    from services.cli import plugins
+
+    plugins.run(
+        plugins.call(
+            capability,
+            request,
+            nats or None,
+            _data_dir(data_dir),
+            timeout_s=timeout,
+            as_json=as_json,
+        )
+    )
+
+
+@app.command()
+def version() -> None:
+    """Show the version."""
+    from services.cli.running import version
+
+    typer.echo(version())
+
+
+def main() -> int:
+    """Run a command line; return its exit status. No traceback reaches the user."""
+    try:
+        app()
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 1
+    except Exception as error:  # noqa: BLE001 - the rim: whatever it is becomes one sentence
+        return _tell(error)
+    return 0
+
+
+def _tell(error: Exception) -> int:
+    from bus.errors import BusError, NotAllowed, Unavailable
+
+    if os.environ.get("BKG_DEBUG"):
+        raise error
+    if not isinstance(error, BusError):
+        what = f"{type(error).__name__}: {error}"
+        sys.stderr.write(f"bkg: an unexpected error: {what} (BKG_DEBUG=1 shows where)\n")
+        return 1
+    sys.stderr.write(f"bkg: {error.message}\n")
+    if isinstance(error, Unavailable):
+        return 3
+    return 4 if isinstance(error, NotAllowed) else 1
+
+
+def _command(
+    verb: str,
+    plugin: str,
+    timeout_s: float,
+    nats: str | None,
+    data_dir: Path | None,
+    *,
+    as_json: bool,
+) -> None:
+    from services.cli import plugins
+
+    plugins.run(
+        plugins.command(
+            verb, plugin, nats or None, _data_dir(data_dir), timeout_s=timeout_s, as_json=as_json
+        )
+    )
+
+
+def _data_dir(given: Path | None) -> Path:
+    from bus.settings import default_data_dir
+
+    return (given or default_data_dir()).absolute()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,124 @@
+"""What the commands show: tables, colours, lines that change."""
+
+import sys
+from collections.abc import Iterable
+from types import TracebackType
+from typing import Final, Self
+
+import msgspec
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from bus import codec
+from bus.messages import LogEvent, PluginState, now
+
+COLOURS: Final = {
+    "running": "green",
+    "starting": "yellow",
+    "stopping": "yellow",
+    "degraded": "yellow",
+    "stopped": "red",
+    "error": "red",
+}
+LEVEL_COLOURS: Final = {"debug": "dim", "info": "", "warn": "yellow", "error": "bold red"}
+
+# Soft wrapping leaves it to the terminal to break lines, so that links can be copied whole.
+out: Final = Console(soft_wrap=True, highlight=False)
+
+
+def show_json(value: object) -> None:
+    """Print a message for a program: JSON, one line."""
+    sys.stdout.write(codec.encode(value).decode() + "\n")
+    sys.stdout.flush()
+
+
+def show_answer(body: bytes) -> None:
+    """Print an answer's JSON, indented and coloured on a terminal, as it came elsewhere."""
+    if out.is_terminal:
+        out.print_json(msgspec.json.format(body).decode())
+    else:
+        sys.stdout.write(body.decode() + "\n")
+
+
+def show_plugins(plugins: Iterable[PluginState]) -> None:
+    """Print a table of plugins, with the reason under each that does not run well."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for title in ("plugin", "status", "ready", "pid", "port", "since", "restarts", "capabilities"):
+        table.add_column(title)
+    for plugin in plugins:
+        since = min((i.since for i in plugin.instances), default=None)
+        table.add_row(
+            plugin.name,
+            Text(plugin.status, COLOURS[plugin.status]),
+            f"{plugin.replicas.ready}/{plugin.replicas.desired}",
+            str(plugin.pid or "-"),
+            str(plugin.port or "-"),
+            _age((now() - since).total_seconds()) if since else "-",
+            str(sum(i.restarts for i in plugin.instances)),
+            Text(", ".join(plugin.capabilities) or "-", overflow="fold"),
+        )
+        if plugin.error:
+            table.add_row("", Text(plugin.error, "red"))
+    out.print(table, soft_wrap=False)
+
+
+def show_log(event: LogEvent) -> None:
+    """Print one log record as a line."""
+    line = Text()
+    line.append(event.timestamp.astimezone().strftime("%H:%M:%S.%f")[:-3], "dim")
+    line.append(f" {event.level:<5} ", LEVEL_COLOURS[event.level])
+    line.append(event.plugin if event.slot is None else f"{event.plugin}/{event.slot}", "cyan")
+    line.append(f" {event.message}")
+    for name, value in event.fields.items():
+        line.append(f" {name}=", "dim")
+        line.append(str(value))
+    out.print(line)
+
+
+class Progress:
+    """One line for each part while the platform starts.
+
+    On a terminal the lines change where they stand; elsewhere each change is a line of its own.
+    """
+
+    def __init__(self) -> None:
+        self._lines: dict[str, Text] = {}
+        self._live = Live(console=out, refresh_per_second=10) if out.is_terminal else None
+
+    def __enter__(self) -> Self:
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Let the lines stand as they are; what is printed next comes below them."""
+        if self._live:
+            self._live.stop()
+
+    def say(self, part: str, text: str, colour: str = "yellow") -> None:
+        """Show how it stands with a part."""
+        line = Text(f"  {part:<12}").append(text, colour)
+        if self._lines.get(part) == line:
+            return
+        self._lines[part] = line
+        if self._live:
+            self._live.update(Text("\n").join(self._lines.values()))
+        else:
+            out.print(line)
+
+
+def _age(seconds: float) -> str:
+    for unit, length in (("d", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{max(seconds, 0):.0f} s"
