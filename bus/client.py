@@ -39,6 +39,7 @@ from bus.errors import (
 from bus.messages import Message
 from bus.state import Store
 from bus.subjects import DEFAULT_ROOT, Endpoint, Feed, name_of
+from bus.tasks import beside
 
 ERROR: Final = "Nats-Service-Error"
 ERROR_CODE: Final = "Nats-Service-Error-Code"
@@ -362,6 +363,7 @@ async def connect(
             log.info("broker.found_again")
 
     async def on_close() -> None:
+        # Also called by our own close, when nobody waits for it any more.
         if not lost.done():
             lost.set_result(None)
 
@@ -384,7 +386,7 @@ async def connect(
                 inbox_prefix=f"_INBOX_{name}",
             )
     except (TimeoutError, OSError, ValueError, nats.errors.Error) as error:
-        await nc.close()
+        await _close(nc)
         cause = last_error[0] if last_error else str(error) or "no answer"
         raise Unavailable(f"no broker can be used at {_shown(url)}: {cause}") from None
 
@@ -394,24 +396,26 @@ async def connect(
         await nc.subscribe(f"{client._barrier_inbox}.*", cb=client._on_barrier)  # noqa: SLF001
         await client.barrier()
         await client.store.check()
-        async with asyncio.TaskGroup() as tasks:
-            watch = tasks.create_task(client._watch())  # noqa: SLF001
-            end = tasks.create_task(_raise_when(lost))
-            try:
-                yield client
-            finally:
-                watch.cancel()
-                end.cancel()
+        async with beside(client._watch(), _raise_when(lost)):  # noqa: SLF001
+            yield client
     finally:
         with contextlib.suppress(Unavailable):
             if nc.is_connected:
                 await client.barrier(2)
-        await nc.close()
+        client._online.clear()  # noqa: SLF001
+        await _close(nc)
 
 
 def new_traceparent() -> str:
     """Return a W3C trace context that begins here."""
     return f"00-{secrets.token_hex(16)}-{secrets.token_hex(8)}-01"
+
+
+async def _close(nc: Nats) -> None:
+    """Close a connection; what nats-py then raises about one that is broken is no news."""
+    with contextlib.suppress(OSError, nats.errors.Error, TimeoutError):
+        async with asyncio.timeout(5):
+            await nc.close()
 
 
 async def _raise_when(lost: asyncio.Future[None]) -> None:

@@ -38,6 +38,7 @@ from bus.errors import (
 from bus.settings import Settings
 from bus.state import OBSERVED_TTL_S
 from bus.subjects import HEALTH, TELEMETRY, Endpoint
+from bus.tasks import beside
 from bus.telemetry import Sampler
 
 HEARTBEAT_S: Final = 1.0
@@ -475,25 +476,19 @@ async def join(
     async with (
         logs.shipping(client, about, settings.log_level),
         instance._discoverable(),  # noqa: SLF001
-        asyncio.TaskGroup() as tasks,
     ):
         await instance._register()  # noqa: SLF001
-        background = [
-            tasks.create_task(work)
-            for work in (
+        try:
+            async with beside(
                 instance._keep_registered(),  # noqa: SLF001
                 instance._beat(),  # noqa: SLF001
                 instance._report(telemetry_s),  # noqa: SLF001
-            )
-        ]
-        try:
-            yield instance
+            ):
+                yield instance
         except Exception as error:
             log.exception("instance.failed", cause=str(error))
             raise
         finally:
-            for task in background:
-                task.cancel()
             await instance._unregister()  # noqa: SLF001
 
 

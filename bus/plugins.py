@@ -21,6 +21,7 @@ from bus.messages import (
     Status,
 )
 from bus.state import Bucket, Changes, Entry, Store
+from bus.tasks import beside
 
 
 def plugin_state(
@@ -184,24 +185,15 @@ class PluginsView:
 async def follow_plugins(store: Store) -> AsyncGenerator[PluginsView]:
     """Hold a view that follows the buckets while inside; entered, it has caught up."""
     view = PluginsView()
-    async with asyncio.TaskGroup() as tasks:
-        caught_up: list[asyncio.Event] = []
-        following = []
-
-        def follow(bucket: Bucket[Any], apply: Callable[[Changes[Any]], None]) -> None:
-            caught_up.append(asyncio.Event())
-            following.append(tasks.create_task(_follow(bucket, apply, caught_up[-1])))
-
-        follow(store.desired, view._on_desired)  # noqa: SLF001
-        follow(store.processes, view._on_processes)  # noqa: SLF001
-        follow(store.instances, view._on_instances)  # noqa: SLF001
-        try:
-            for event in caught_up:
-                await event.wait()
-            yield view
-        finally:
-            for task in following:
-                task.cancel()
+    caught_up = [asyncio.Event() for _ in range(3)]
+    async with beside(
+        _follow(store.desired, view._on_desired, caught_up[0]),  # noqa: SLF001
+        _follow(store.processes, view._on_processes, caught_up[1]),  # noqa: SLF001
+        _follow(store.instances, view._on_instances, caught_up[2]),  # noqa: SLF001
+    ):
+        for event in caught_up:
+            await event.wait()
+        yield view
 
 
 async def _follow(

@@ -361,6 +361,13 @@ class Store:
         for config in _assets(self._root):
             await self._declare(config)
 
+    async def delete_everything(self) -> None:
+        """Delete every bucket and stream of this deployment, with all that they hold."""
+        for config in _assets(self._root):
+            await _request(
+                self._nc, f"$JS.API.STREAM.DELETE.{config['name']}", b"", error_is_reply=True
+            )
+
     async def logs(
         self,
         plugin: str | None,
@@ -394,8 +401,14 @@ class Store:
     async def _declare(self, config: dict[str, Any]) -> None:
         body = json.dumps(config).encode()
         name = config["name"]
-        reply = await _request(self._nc, f"$JS.API.STREAM.CREATE.{name}", body, error_is_reply=True)
-        if reply.get("error", {}).get("err_code") == _STREAM_NAME_IN_USE:
+        reply = await _request(self._nc, f"$JS.API.STREAM.INFO.{name}", b"", error_is_reply=True)
+        if "error" in reply:
+            # Another process may make it at this moment: the same one twice is no error.
+            reply = await _request(
+                self._nc, f"$JS.API.STREAM.CREATE.{name}", body, error_is_reply=True
+            )
+        elif _comparable(reply["config"], config) != config:
+            # Only then: an update counts the stream's size limit once more against the broker's.
             reply = await _request(
                 self._nc, f"$JS.API.STREAM.UPDATE.{name}", body, error_is_reply=True
             )
@@ -403,7 +416,6 @@ class Store:
             raise Internal(f"stream {name} cannot be made: {reply['error'].get('description')}")
 
 
-_STREAM_NAME_IN_USE = 10058
 _WRONG_LAST_SEQUENCE = {10071, 10164}
 _NO_MESSAGE = 10037
 _STREAM_NOT_FOUND = 10059
@@ -422,7 +434,7 @@ def _assets(root: str) -> list[dict[str, Any]]:
             "description": "log records, a ring for each plugin, slot and level",
             "subjects": [LOG.subject(root)],
             "max_msgs_per_subject": 2_000,
-            "max_bytes": 512 * MIB,
+            "max_bytes": 256 * MIB,
             "max_age": 30 * 86_400 * NS,
             "republish": {"src": LOG.subject(root), "dest": _republished(root)},
             **flood,
@@ -432,7 +444,7 @@ def _assets(root: str) -> list[dict[str, Any]]:
             "description": "telemetry snapshots, a ring for each instance",
             "subjects": [TELEMETRY.subject(root)],
             "max_msgs_per_subject": 1_800,
-            "max_bytes": 128 * MIB,
+            "max_bytes": 64 * MIB,
             "max_age": 86_400 * NS,
             **flood,
         },
@@ -441,7 +453,7 @@ def _assets(root: str) -> list[dict[str, Any]]:
             "description": "changes of status, a ring for each slot",
             "subjects": [STATUS.subject(root)],
             "max_msgs_per_subject": 200,
-            "max_bytes": 64 * MIB,
+            "max_bytes": 32 * MIB,
             "max_age": 30 * 86_400 * NS,
             **flood,
         },
@@ -452,7 +464,7 @@ def _assets(root: str) -> list[dict[str, Any]]:
         "subjects": [GALLERY_HEAD.subject(root), GALLERY_ENTRY.subject(root)],
         "storage": "file",
         "max_msgs_per_subject": 1,
-        "max_bytes": 4096 * MIB,
+        "max_bytes": 2_048 * MIB,
         "discard": "new",
         "allow_direct": True,
     }
@@ -478,7 +490,7 @@ def _assets(root: str) -> list[dict[str, Any]]:
             "discard": "new",
             "allow_rollup_hdrs": True,
             "allow_direct": True,
-            "max_bytes": 16_384 * MIB,
+            "max_bytes": 4_096 * MIB,
         },
     ]
 
@@ -490,7 +502,7 @@ def _bucket(name: str, description: str, *, history: int, **more: Any) -> dict[s
         "description": description,
         "subjects": [f"$KV.{name}.>"],
         "max_msgs_per_subject": history,
-        "max_bytes": 64 * MIB,
+        "max_bytes": 32 * MIB,
         "storage": "file",
         "discard": "new",
         "allow_rollup_hdrs": True,
@@ -498,6 +510,11 @@ def _bucket(name: str, description: str, *, history: int, **more: Any) -> dict[s
         "allow_direct": True,
         **more,
     }
+
+
+def _comparable(found: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    """Return what a stream has of a configuration; absent means off."""
+    return {key: found.get(key, False) for key in config}
 
 
 def _republished(root: str) -> str:

@@ -1,0 +1,40 @@
+"""Work that goes on beside a body of code, owned by it."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Coroutine
+from contextlib import asynccontextmanager
+from typing import Any
+
+
+@asynccontextmanager
+async def beside(*work: Coroutine[Any, Any, None]) -> AsyncGenerator[None]:
+    """Run `work` while inside; left, all of it is cancelled and has ended.
+
+    Work that fails cancels the body, and its error comes out of here. Unlike a `TaskGroup` this
+    hands on an error as it is, without a group around it, so that callers can catch it by name.
+    """
+    body = asyncio.current_task()
+    assert body is not None  # noqa: S101 - a coroutine runs in a task
+    failure: list[BaseException] = []
+
+    def on_end(task: asyncio.Task[None]) -> None:
+        if task.cancelled() or (error := task.exception()) is None:
+            return
+        if not failure:
+            body.cancel()
+        failure.append(error)
+
+    tasks = [asyncio.create_task(one) for one in work]
+    for task in tasks:
+        task.add_done_callback(on_end)
+    try:
+        yield
+    except asyncio.CancelledError:
+        # Cancelled by us, and by nobody else besides.
+        if failure and body.uncancel() == 0:
+            raise failure[0] from None
+        raise
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

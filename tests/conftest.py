@@ -1,0 +1,3 @@
+"""Fixtures for every folder: a real broker."""
+
+pytest_plugins = ["bus.testing"]
