@@ -10,6 +10,7 @@ from typing import Any, Final, TypeVar
 import msgspec
 
 from bus.errors import InvalidRequest
+from bus.messages import PATTERNS_IN_WORDS
 
 JSON: Final = "application/json"
 MSGPACK: Final = "application/msgpack"
@@ -83,5 +84,8 @@ def _invalid(sentence: str) -> InvalidRequest:
     what, path = (place["what"], place["path"]) if place else (sentence, "")
     if named := _NAMES_FIELD.search(what):
         path = f"{path}.{named['name']}" if path else named["name"]
+    for pattern, words in PATTERNS_IN_WORDS.items():
+        if repr(pattern) in what or f"'{pattern}'" in what:
+            what = words
     said = f"{path}: {what}" if path else what
     return InvalidRequest(said, field=path or None)

@@ -14,20 +14,16 @@ from msgspec import Meta
 Status = Literal["stopped", "starting", "running", "degraded", "stopping", "error"]
 Level = Literal["debug", "info", "warn", "error"]
 
-PluginName = Annotated[
-    str,
-    Meta(
-        pattern=r"\A[a-z0-9][a-z0-9_-]{0,62}\Z",
-        description="A plugin's name: lower case letters, digits, - and _, at most 63.",
-    ),
-]
-Name = Annotated[
-    str,
-    Meta(
-        pattern=r"\A\w(?:[\w .@:+-]{0,126}[\w])?\Z",
-        description="A name: letters, digits, spaces and . @ : + - _ inside, at most 128.",
-    ),
-]
+_PLUGIN_NAME = r"\A[a-z0-9][a-z0-9_-]{0,62}\Z"
+_NAME = r"\A\w(?:[\w .@:+-]{0,126}[\w])?\Z"
+# What people are told instead of the expression.
+PATTERNS_IN_WORDS = {
+    _PLUGIN_NAME: "must be a plugin's name: lower case letters, digits, - and _, at most 63",
+    _NAME: "must be a name: letters, digits and _, inside also spaces and . @ : + -, at most 128",
+}
+
+PluginName = Annotated[str, Meta(pattern=_PLUGIN_NAME, description=PATTERNS_IN_WORDS[_PLUGIN_NAME])]
+Name = Annotated[str, Meta(pattern=_NAME, description=PATTERNS_IN_WORDS[_NAME])]
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
