@@ -1,0 +1,217 @@
+"""The gateway put together: its settings, the one route table, and the way that it listens."""
+
+import asyncio
+import os
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Final
+
+import structlog
+from aiohttp import web
+from aiohttp.typedefs import Handler, Middleware
+
+from bus.client import Client
+from bus.errors import InvalidRequest, Unavailable
+from bus.instance import Instance
+from bus.plugins import follow_plugins
+from bus.tasks import beside
+from services.gateway import live
+from services.gateway.auth import Access, Gate, is_loopback
+from services.gateway.feeds import Feeds
+from services.gateway.pages import Pages
+from services.gateway.parts import PARTS, Parts
+from services.gateway.routes import access, capabilities, health, page, plugins
+from services.gateway.translate import dress, translated
+
+STOP_PATIENCE_S: Final = 5.0
+OPEN, READ, ADMIN = Access.OPEN, Access.READ, Access.ADMIN
+
+log = structlog.get_logger("services.gateway")
+
+# Every address that we answer at, and who may. The order counts where a word could be a name.
+ROUTES: Final[tuple[tuple[str, str, Handler, Access], ...]] = (
+    ("GET", "/api/plugins", plugins.list_all, READ),
+    ("GET", "/api/plugins/telemetry/summary", plugins.telemetry_summary, READ),
+    ("GET", "/api/plugins/{name}", plugins.get, READ),
+    ("GET", "/api/plugins/{name}/status", plugins.status, READ),
+    ("GET", "/api/plugins/{name}/capabilities", plugins.capabilities, READ),
+    ("GET", "/api/plugins/{name}/logs", plugins.logs, READ),
+    ("GET", "/api/plugins/{name}/telemetry", plugins.telemetry, READ),
+    ("POST", "/api/plugins/{name}/start", plugins.start, ADMIN),
+    ("POST", "/api/plugins/{name}/stop", plugins.stop, ADMIN),
+    ("POST", "/api/plugins/{name}/restart", plugins.restart, ADMIN),
+    ("POST", "/api/plugins/{name}/config", plugins.configure, ADMIN),
+    ("POST", "/api/capabilities/{capability}", capabilities.invoke, ADMIN),
+    ("GET", "/admin/plugins", plugins.list_all, ADMIN),
+    ("POST", "/admin/plugins/{name}/start", plugins.start, ADMIN),
+    ("POST", "/admin/plugins/{name}/stop", plugins.stop, ADMIN),
+    ("POST", "/admin/plugins/{name}/restart", plugins.restart, ADMIN),
+    ("POST", "/admin/plugins/{name}/config", plugins.configure, ADMIN),
+    ("GET", "/admin/plugins/{name}/logs", live.log_stream, ADMIN),
+    ("GET", "/admin/ports", health.ports, ADMIN),
+    ("GET", "/auth/session", access.show, READ),
+    ("POST", "/auth/session", access.sign_in, OPEN),
+    ("DELETE", "/auth/session", access.sign_out, OPEN),
+    ("GET", "/ws/plugins", live.socket, READ),
+    ("GET", "/health", health.health, OPEN),
+    ("GET", "/livez", health.livez, OPEN),
+    ("GET", "/readyz", health.readyz, OPEN),
+    ("GET", "/", page.index, OPEN),
+    ("GET", "/plugins", page.index, OPEN),
+    ("GET", "/plugins/{path:.*}", page.index, OPEN),
+    ("GET", "/ui/{hash}/{path:.+}", page.file, OPEN),
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the gateway is told besides `bus.settings`.
+
+    Attributes:
+        host: `BKG_HOST`, the address to listen on.
+        port: `BKG_PORT`; 0 takes a free one.
+        public_read: `BKG_PUBLIC_READ`, whether reading needs no key.
+        no_auth: `BKG_NO_AUTH`, whether nothing needs one.
+        dashboard_dev: `BKG_DASHBOARD_DEV`, whether the page's files are read anew each time.
+        ready_fd: `BKG_READY_FD`, where the bound port is written once we listen.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 43119
+    public_read: bool = False
+    no_auth: bool = False
+    dashboard_dev: bool = False
+    ready_fd: int | None = None
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str] = os.environ) -> "Options":
+        """Read the environment.
+
+        Raises:
+            InvalidRequest: A variable has a value that it cannot have; names it.
+        """
+        options = cls(
+            host=env.get("BKG_HOST") or cls.host,
+            port=_number(env, "BKG_PORT", cls.port, 65_535),
+            public_read=_switch(env, "BKG_PUBLIC_READ"),
+            no_auth=_switch(env, "BKG_NO_AUTH"),
+            dashboard_dev=_switch(env, "BKG_DASHBOARD_DEV"),
+            ready_fd=_number(env, "BKG_READY_FD", 0, 2**20) if env.get("BKG_READY_FD") else None,
+        )
+        if options.no_auth and not is_loopback(options.host):
+            raise InvalidRequest(
+                f"signing in can be switched off only on a loopback address, not on "
+                f"{options.host}: unset BKG_NO_AUTH, or listen on 127.0.0.1",
+                field="BKG_NO_AUTH",
+            )
+        return options
+
+
+async def serve(client: Client, instance: Instance, options: Options, key: str) -> None:
+    """Be the gateway until cancelled."""
+    async with gateway(client, instance, options, key) as parts:
+        await instance.ready()
+        log.info("gateway.listening", host=options.host, port=parts.port)
+        if options.ready_fd is not None:
+            with os.fdopen(options.ready_fd, "w") as ready:
+                ready.write(f"{parts.port}\n")
+        await asyncio.Event().wait()
+
+
+@asynccontextmanager
+async def gateway(
+    client: Client, instance: Instance, options: Options, key: str, pages: Pages | None = None
+) -> AsyncGenerator[Parts]:
+    """Listen while inside; gives the parts, and with them the port."""
+    gate = Gate(key, public_read=options.public_read, no_auth=options.no_auth)
+    pages = pages or Pages(fresh=options.dashboard_dev)
+    await client.store.declare()
+    async with follow_plugins(client.store) as view:
+        feeds = Feeds(client, view)
+        parts = Parts(client, instance, view, feeds, gate, pages)
+        app = make_app(parts)
+        async with beside(feeds.run()), listening(app, options.host, options.port):
+            yield parts
+
+
+def make_app(parts: Parts) -> web.Application:
+    """Return the application: every route, behind the translation of errors and the gate."""
+    app = web.Application(middlewares=[translated(parts.instance), _guarded(parts.gate)])
+    app[PARTS] = parts
+    for method, path, handler, _ in ROUTES:
+        app.router.add_route(method, path, handler)
+        if method == "GET" and handler not in {live.socket, live.log_stream}:
+            app.router.add_route("HEAD", path, handler)
+    app.on_response_prepare.append(dress)
+    app.on_shutdown.append(_close_connections)
+    return app
+
+
+@asynccontextmanager
+async def listening(app: web.Application, host: str, port: int) -> AsyncGenerator[int]:
+    """Listen while inside; gives the port.
+
+    Raises:
+        Unavailable: The address cannot be had; says why.
+    """
+    # A handler ends with its caller: an event stream that nobody reads would stay for ever.
+    runner = web.AppRunner(
+        app, access_log=None, handler_cancellation=True, shutdown_timeout=STOP_PATIENCE_S
+    )
+    await runner.setup()
+    try:
+        try:
+            await web.TCPSite(runner, host, port).start()
+        except OSError as error:
+            raise Unavailable(
+                f"cannot listen on {host} port {port}: {error.strerror or error}; "
+                "BKG_HOST and BKG_PORT choose another address"
+            ) from None
+        bound: int = runner.addresses[0][1]
+        app[PARTS].port = bound
+        yield bound
+    finally:
+        await runner.cleanup()
+
+
+def _guarded(gate: Gate) -> Middleware:
+    """Return the middleware that admits a request to its route."""
+    asks = {(method, path): access for method, path, _, access in ROUTES}
+    asks |= {("HEAD", path): access for method, path, _, access in ROUTES if method == "GET"}
+
+    @web.middleware
+    async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+        match = request.match_info
+        # What is not there (404, 405) is told to everybody.
+        if match.http_exception is None:
+            resource = match.route.resource
+            path = resource.canonical if resource else ""
+            gate.admit(request, asks.get((request.method, path), Access.ADMIN))
+        return await handler(request)
+
+    return middleware
+
+
+async def _close_connections(app: web.Application) -> None:
+    await app[PARTS].connections.close()
+
+
+def _switch(env: Mapping[str, str], name: str) -> bool:
+    text = env.get(name, "").lower()
+    if text in {"", "0", "false", "no", "off"}:
+        return False
+    if text in {"1", "true", "yes", "on"}:
+        return True
+    raise InvalidRequest(f"{name} is {text!r}; allowed are 1 and 0", field=name)
+
+
+def _number(env: Mapping[str, str], name: str, default: int, most: int) -> int:
+    text = env.get(name)
+    if not text:
+        return default
+    if not (text.isascii() and text.isdecimal()) or int(text) > most:
+        raise InvalidRequest(
+            f"{name} is {text[:40]!r}; allowed are whole numbers up to {most}", field=name
+        )
+    return int(text)

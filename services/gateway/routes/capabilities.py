@@ -1,0 +1,115 @@
+"""Capabilities: whatever plugins can be asked, ours by type, third parties' by name and bytes."""
+
+import re
+from typing import Final
+
+from aiohttp import hdrs, web
+
+from bus.errors import InvalidRequest, NotAllowed, NotFound, Overloaded, Unavailable
+from bus.messages import PluginState
+from bus.subjects import CAPABILITIES, SUPERVISOR
+from services.gateway.parts import PARTS, Parts
+from services.gateway.translate import (
+    answer_as_it_is,
+    headers_for_bus,
+    read_body,
+    timeout_of,
+)
+
+RELAYING_MAX: Final = 256
+_NAME: Final = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)+")
+_NAME_MAX_CHARS: Final = 128
+
+
+async def invoke(request: web.Request) -> web.Response:
+    """Ask a capability: the body goes to a worker as it is, its answer comes back as it is.
+
+    400 no capability's name, or a payload that does not fit; 403 it is a command for the admin
+    routes; 404 nobody knows it, or its model is not loaded; 413 too large; 429 and 503 try again
+    after `Retry-After`; 504 no answer within `?timeout=` seconds.
+    """
+    at = request.app[PARTS]
+    name = _capability(request)
+    timeout_s = timeout_of(request)
+    if at.relaying >= RELAYING_MAX:
+        raise Overloaded(f"this gateway waits for {RELAYING_MAX} answers already", retry_after_s=1)
+    at.relaying += 1
+    try:
+        body = await read_body(request, at.client.max_payload)
+        headers = headers_for_bus(request)
+        subject = _subject(at, name, body, request.headers.get(hdrs.CONTENT_TYPE))
+        try:
+            relayed = await at.client.relay(subject, body, headers=headers, timeout_s=timeout_s)
+        except Unavailable as error:
+            if _nobody_listens(error, subject):
+                raise _why_nobody(at, name) from None
+            raise
+    finally:
+        at.relaying -= 1
+    return answer_as_it_is(relayed)
+
+
+def _capability(request: web.Request) -> str:
+    name = request.match_info["capability"]
+    if not _NAME.fullmatch(name) or len(name) > _NAME_MAX_CHARS:
+        raise InvalidRequest(
+            f"{name[:100]!r} is no capability: names are `noun.verb`, of lower case letters, "
+            f"digits, - and _ with dots between, at most {_NAME_MAX_CHARS} characters",
+            field="capability",
+        )
+    if name.partition(".")[0] == "plugins":
+        raise NotAllowed(f"{name} is asked by its own route, such as POST /api/plugins/NAME/start")
+    return name
+
+
+def _subject(at: Parts, name: str, body: bytes, content_type: str | None) -> str:
+    if endpoint := CAPABILITIES.get(name):
+        return endpoint.subject_of_body(at.client.root, body, content_type)
+    # Below a capability that is keyed lie its keys: they are told by the body, not by the path.
+    if any(name.startswith(f"{keyed}.") for keyed, one in CAPABILITIES.items() if one.keys):
+        raise _unknown(at, name)
+    return f"{at.client.root}.call.{name}"
+
+
+def _nobody_listens(error: Unavailable, subject: str) -> bool:
+    """Tell whether the broker itself said so, and not a worker about something else."""
+    return error.message.startswith(f"nobody answers {subject} ")
+
+
+def _why_nobody(at: Parts, name: str) -> NotFound | Unavailable:
+    """Return what a caller can do about a capability for which nobody listens."""
+    endpoint = CAPABILITIES.get(name)
+    owners = [state for state in at.view.list() if name in state.capabilities]
+    if endpoint and not owners:
+        return Unavailable(
+            f"{name} belongs to {endpoint.queue}, which is not installed here", retry_after_s=30
+        )
+    if not owners:
+        return _unknown(at, name)
+    running = next((state for state in owners if state.status in {"running", "degraded"}), None)
+    if running and endpoint and endpoint.keys:
+        return NotFound(
+            f"no running instance of {running.name} has what {' and '.join(endpoint.keys)} "
+            f"names loaded",
+            field=endpoint.keys[0],
+        )
+    if running:
+        return Unavailable(
+            f"{running.name} runs, but does not answer {name} just now", retry_after_s=1
+        )
+    return Unavailable(
+        f"{name} is answered by {owners[0].name}, which is {owners[0].status}{_reason(owners[0])}",
+        retry_after_s=2 if owners[0].status == "starting" else 10,
+    )
+
+
+def _reason(state: PluginState) -> str:
+    return f": {state.error[:300]}" if state.error else ""
+
+
+def _unknown(at: Parts, name: str) -> NotFound:
+    ours = {one for one, endpoint in CAPABILITIES.items() if endpoint.queue != SUPERVISOR}
+    told = {one for state in at.view.list() for one in state.capabilities}
+    return NotFound(
+        f"nobody knows the capability {name}; known are: {', '.join(sorted(ours | told))}"
+    )

@@ -1,0 +1,275 @@
+"""HTTP on one side, messages and `BusError`s on the other: the only file that knows both.
+
+Every error leaves as `application/problem+json` (RFC 9457). Its `detail` is the sentence of the
+`BusError`; what nobody expected says nothing but that the log has the cause.
+"""
+
+import asyncio
+import math
+import re
+import secrets
+from http import HTTPStatus
+from typing import Any, Final, TypeVar
+
+import msgspec
+import structlog
+from aiohttp import ClientPayloadError, hdrs, web
+from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp.typedefs import Handler, Middleware
+
+from bus import codec
+from bus.client import Answer, new_traceparent, trace
+from bus.errors import BusError, DeadlineExceeded, InvalidRequest, TooLarge
+from bus.instance import Instance
+
+PROBLEM: Final = "application/problem+json"
+REQUEST_ID: Final = "X-Request-Id"
+TRACEPARENT: Final = "traceparent"
+TIMEOUT: Final = "X-Timeout-Seconds"
+TIMEOUT_DEFAULT_S: Final = 30.0
+TIMEOUT_MAX_S: Final = 300.0
+# Bodies that are no capability's payload: a configuration, a key.
+BODY_MAX_BYTES: Final = 1024 * 1024
+BODY_PATIENCE_S: Final = 60.0
+
+_ID_GIVEN: Final = web.RequestKey("id", str)
+
+log = structlog.get_logger("services.gateway")
+
+T = TypeVar("T")
+
+
+class Problem(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """An error as RFC 9457 has it.
+
+    Attributes:
+        type: `urn:bkg:problem:` and the error's code, or `about:blank` where HTTP says it all.
+        title: The status in words.
+        status: The HTTP status.
+        detail: One sentence for the person who has to act.
+        field: The field of the request that is meant.
+        reasons: What stands in the way, when it is several things.
+    """
+
+    type: str
+    title: str
+    status: int
+    detail: str | None = None
+    field: str | None = None
+    reasons: list[str] | None = None
+
+
+# --- Requests to messages -------------------------------------------------------------------------
+
+
+async def read(request: web.Request, kind: type[T]) -> T:
+    """Return the request's body as a message.
+
+    Raises:
+        InvalidRequest: It does not fit the type; names the field.
+        TooLarge: It has more than `BODY_MAX_BYTES`.
+    """
+    body = await read_body(request, BODY_MAX_BYTES)
+    return codec.decode(body, kind, request.headers.get(hdrs.CONTENT_TYPE))
+
+
+async def read_body(request: web.Request, max_bytes: int) -> bytes:
+    """Return the request's body, without ever holding more than `max_bytes` of it.
+
+    Raises:
+        TooLarge: There is more; said before the rest is read.
+        InvalidRequest: It is cut off, or not encoded as it says.
+        DeadlineExceeded: It did not come within `BODY_PATIENCE_S`.
+    """
+    if (announced := request.content_length or 0) > max_bytes:
+        raise TooLarge(f"the body has {announced:,} bytes, allowed are {max_bytes:,}")
+    body = bytearray()
+    try:
+        async with asyncio.timeout(BODY_PATIENCE_S):
+            async for chunk in request.content.iter_any():
+                body += chunk
+                if len(body) > max_bytes:
+                    raise TooLarge(f"the body has more than the {max_bytes:,} bytes allowed")
+    except (ClientPayloadError, HttpProcessingError, web.PayloadAccessError) as error:
+        raise InvalidRequest(f"the body cannot be read: {type(error).__name__}") from None
+    except TimeoutError:
+        raise DeadlineExceeded(f"the body did not come within {BODY_PATIENCE_S:g} s") from None
+    return bytes(body)
+
+
+def timeout_of(request: web.Request) -> float:
+    """Return how long the caller wants to wait: `?timeout=`, `X-Timeout-Seconds`, or 30 s."""
+    text = request.query.get("timeout") or request.headers.get(TIMEOUT)
+    if not text:
+        return TIMEOUT_DEFAULT_S
+    try:
+        timeout_s = float(text)
+    except ValueError:
+        timeout_s = math.nan
+    if not 0 < timeout_s <= TIMEOUT_MAX_S:
+        raise InvalidRequest(
+            f"timeout is {text[:40]!r}; allowed are seconds above 0 up to {TIMEOUT_MAX_S:g}",
+            field="timeout",
+        )
+    return timeout_s
+
+
+def headers_for_bus(request: web.Request) -> dict[str, str]:
+    """Return what of the request's headers travels on with its body."""
+    return {
+        codec.CONTENT_TYPE: _content_type(request),
+        REQUEST_ID: request[_ID_GIVEN],
+        TRACEPARENT: trace.get() or new_traceparent(),
+    }
+
+
+# --- Messages to answers --------------------------------------------------------------------------
+
+
+def answer(message: object, status: int = 200) -> web.Response:
+    """Return a message, or plain lists and dicts, as JSON."""
+    return web.Response(body=codec.encode(message), status=status, content_type=codec.JSON)
+
+
+def answer_as_it_is(relayed: Answer) -> web.Response:
+    """Return an answer whose body was not decoded."""
+    kind = relayed.headers.get(codec.CONTENT_TYPE) or codec.JSON
+    headers: dict[str, str] = {
+        hdrs.CONTENT_TYPE: kind if _PRINTABLE.fullmatch(kind) else codec.JSON
+    }
+    if instance := relayed.headers.get("Bkg-Instance"):
+        headers["Bkg-Instance"] = instance
+    return web.Response(body=relayed.body, headers=headers)
+
+
+def problem(
+    status: int,
+    detail: str | None = None,
+    *,
+    code: str | None = None,
+    field: str | None = None,
+    reasons: list[str] | None = None,
+    headers: dict[str, str] | None = None,
+) -> web.Response:
+    """Return an error's answer."""
+    body = Problem(
+        type=f"urn:bkg:problem:{code}" if code else "about:blank",
+        title=HTTPStatus(status).phrase,
+        status=status,
+        detail=detail,
+        field=field,
+        reasons=reasons,
+    )
+    return web.Response(
+        body=codec.encode(body), status=status, headers=headers, content_type=PROBLEM
+    )
+
+
+def problem_of(error: BusError) -> web.Response:
+    """Return what a `BusError` is in HTTP."""
+    headers: dict[str, str] = {}
+    if error.number in {429, 503}:
+        headers[hdrs.RETRY_AFTER] = str(max(1, math.ceil(error.retry_after_s or 1)))
+    return problem(
+        error.number,
+        _sentence(error.message),
+        code=error.code,
+        field=error.field,
+        headers=headers,
+    )
+
+
+def translated(instance: Instance) -> Middleware:
+    """Return the outermost middleware: ids in, errors out, and both counted."""
+    counts = instance.gauges
+    counts.update(http_requests=0, http_errors=0)
+
+    @web.middleware
+    async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+        counts["http_requests"] += 1
+        request[_ID_GIVEN] = _request_id(request)
+        trace.set(_traceparent(request))
+        response: web.StreamResponse
+        try:
+            response = await handler(request)
+        except BusError as error:
+            response = problem_of(error)
+        except web.HTTPException as error:
+            if error.status < 400:
+                raise
+            response = _problem_of_http(request, error)
+        except Exception:
+            log.exception("http.failed", method=request.method, path=request.path)
+            response = problem(500, code="internal")
+        if response.status >= 500:
+            counts["http_errors"] += 1
+        return response
+
+    return middleware
+
+
+async def dress(request: web.Request, response: web.StreamResponse) -> None:
+    """Give every response the headers that protect our pages and answers; runs before each."""
+    for name, value in _EVERYWHERE.items():
+        response.headers.setdefault(name, value)
+    response.headers[hdrs.SERVER] = "bkg"
+    if request_id := request.get(_ID_GIVEN):
+        response.headers[REQUEST_ID] = request_id
+
+
+# What is not said is denied. Answers of third parties are shown by browsers as inert text at most;
+# the page brings its own policy.
+_EVERYWHERE: Final = {
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'; base-uri 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Permissions-Policy": "camera=(self), microphone=(), geolocation=()",
+    "Cache-Control": "no-store",
+}
+_PRINTABLE = re.compile(r"[\x21-\x7e][\x20-\x7e]{0,199}")
+_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+# W3C Trace Context, version 00.
+_TRACEPARENT = re.compile(r"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
+_TRACEBACK = "Traceback (most recent call last)"
+
+
+def _problem_of_http(request: web.Request, error: web.HTTPException) -> web.Response:
+    """Return what aiohttp raised (404, 405, 413, ...) or one of us as a bare status."""
+    kept = (hdrs.ALLOW, hdrs.WWW_AUTHENTICATE, hdrs.RETRY_AFTER)
+    headers: dict[str, str] = {name: error.headers[name] for name in kept if name in error.headers}
+    path = request.path[:200]
+    match error.status:
+        case 404:
+            detail = f"there is nothing at {path}"
+        case 405:
+            allowed = error.headers.get(hdrs.ALLOW, "")
+            detail = f"{path} does not take {request.method}; allowed: {allowed}"
+        case _:
+            detail = _sentence(error.text or error.reason)
+    return problem(error.status, detail, headers=headers)
+
+
+def _sentence(message: str) -> str:
+    """Return what a far side said, without a stack trace, should it have sent one."""
+    said = message.partition(_TRACEBACK)[0].strip()
+    return said[:2_000] or "it failed, and gave no reason"
+
+
+def _content_type(request: web.Request) -> str:
+    kind: str = request.headers.get(hdrs.CONTENT_TYPE, codec.JSON)
+    if not _PRINTABLE.fullmatch(kind):
+        raise InvalidRequest("Content-Type is not plain text of at most 200 characters")
+    return kind
+
+
+def _request_id(request: web.Request) -> str:
+    asked: Any = request.headers.get(REQUEST_ID, "")
+    return asked if _ID.fullmatch(asked) else secrets.token_hex(8)
+
+
+def _traceparent(request: web.Request) -> str:
+    asked = request.headers.get(TRACEPARENT, "")
+    return asked if _TRACEPARENT.fullmatch(asked) else new_traceparent()

@@ -1,0 +1,157 @@
+"""A gateway on loopback before a real broker, and clients with and without the key."""
+
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+import msgspec
+import pytest
+import pytest_asyncio
+from aiohttp import ClientSession, ClientWebSocketResponse, CookieJar
+
+from bus.client import Client
+from bus.instance import Instance, join
+from bus.messages import DesiredState, Message, PluginConfig, now
+from bus.settings import Settings
+from bus.subjects import Endpoint
+from services.gateway.app import Options, gateway
+from services.gateway.pages import Pages
+from services.gateway.parts import Parts
+
+KEY = "the-right-key"
+PAGE = b'<!doctype html><script type="module" src="/ui/{hash}/main.js"></script>'
+
+
+class Said(Message, frozen=True):
+    text: str = ""
+
+
+ECHO = Endpoint("echo.say", "echo", Said, Said, "Say it again.")
+
+
+@dataclass
+class Running:
+    """A gateway under test."""
+
+    parts: Parts
+    url: str
+    http: ClientSession
+    anonymous: ClientSession
+
+    async def json(self, path: str, status: int = 200, **query: Any) -> Any:
+        async with self.http.get(path, params=query) as response:
+            assert response.status == status, await response.text()
+            return await response.json(content_type=None)
+
+    async def post(self, path: str, body: Any = None, status: int = 200, **more: Any) -> Any:
+        raw = body if isinstance(body, bytes) else msgspec.json.encode(body)
+        async with self.http.post(path, data=raw, **more) as response:
+            assert response.status == status, await response.text()
+            return await response.json(content_type=None)
+
+    async def socket(self, **more: Any) -> ClientWebSocketResponse:
+        return await self.http.ws_connect("/ws/plugins", **more)
+
+
+Start = Callable[..., Awaitable[Running]]
+
+
+@pytest.fixture
+def pages(tmp_path):
+    folder = tmp_path / "dashboard"
+    (folder / "parts").mkdir(parents=True)
+    (folder / "index.html").write_bytes(PAGE)
+    (folder / "main.js").write_text("export const answer = 42;\n" * 50)
+    (folder / "parts" / "list.js").write_text("export {};\n")
+    (folder / "base.css").write_text("body { margin: 0 }\n")
+    (folder / "icons.svg").write_text("<svg xmlns='http://www.w3.org/2000/svg'/>\n")
+    (folder / "vendor.toml").write_text("secret = true\n")
+    (folder / "types.d.ts").write_text("export {};\n")
+    return folder
+
+
+@pytest_asyncio.fixture
+async def start(client: Client, settings: Settings, pages) -> AsyncGenerator[Start]:
+    """Start gateways; they end after the test."""
+    async with AsyncExitStack() as running:
+        instance = await running.enter_async_context(
+            join(client, settings, plugin="gateway", description="Under test.", listed=False)
+        )
+
+        async def one(budget_bytes: int | None = None, **options: Any) -> Running:
+            listens = replace(Options(port=0), **options)
+            parts = await running.enter_async_context(
+                gateway(client, instance, listens, KEY, Pages(pages))
+            )
+            if budget_bytes is not None:
+                parts.listener_budget_bytes = budget_bytes
+            url = f"http://127.0.0.1:{parts.port}"
+            http = await running.enter_async_context(
+                ClientSession(url, headers={"Authorization": f"Bearer {KEY}"})
+            )
+            jar = CookieJar(unsafe=True)
+            anonymous = await running.enter_async_context(ClientSession(url, cookie_jar=jar))
+            return Running(parts, url, http, anonymous)
+
+        yield one
+
+
+@pytest_asyncio.fixture
+async def gate(start: Start) -> Running:
+    """One gateway with the usual options."""
+    return await start()
+
+
+@pytest_asyncio.fixture
+async def worker(client: Client, settings: Settings) -> AsyncGenerator[Instance]:
+    """An instance of the plugin `echo`, which says again what it is told."""
+
+    async def say(request: Said) -> Said:
+        return request
+
+    async with (
+        join(
+            client,
+            settings,
+            plugin="echo",
+            description="Says it again.",
+            capabilities=["echo.say"],
+            config_schema={"type": "object"},
+            telemetry_s=0.1,
+        ) as instance,
+        instance.serving(ECHO, say),
+    ):
+        await instance.ready()
+        yield instance
+
+
+def config(name: str = "echo", **more: Any) -> PluginConfig:
+    given = {
+        "name": name,
+        "description": "Says it again.",
+        "entrypoint": "tests.echo",
+        "capabilities": [f"{name}.say"],
+        **more,
+    }
+    return msgspec.convert(given, PluginConfig)
+
+
+async def want(client: Client, name: str = "echo", *, enabled: bool = False, **more: Any) -> None:
+    """Write a plugin's desired state, as a supervisor would."""
+    wanted = DesiredState(
+        config=config(name, **more),
+        enabled=enabled,
+        generation=1,
+        changed_by="test",
+        changed_at=now(),
+    )
+    await client.store.desired.put(wanted, name)
+
+
+@pytest.fixture
+def wanted(client: Client):
+    async def one(name: str = "echo", **more: Any) -> None:
+        await want(client, name, **more)
+
+    return one
