@@ -13,8 +13,7 @@ from typing import Any, Final, TypeVar
 
 import msgspec
 import structlog
-from aiohttp import ClientPayloadError, hdrs, web
-from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
 
 from bus import codec
@@ -90,7 +89,7 @@ async def read_body(request: web.Request, max_bytes: int) -> bytes:
                 body += chunk
                 if len(body) > max_bytes:
                     raise TooLarge(f"the body has more than the {max_bytes:,} bytes allowed")
-    except (ClientPayloadError, HttpProcessingError, web.PayloadAccessError) as error:
+    except (web.RequestPayloadError, web.PayloadAccessError) as error:
         raise InvalidRequest(f"the body cannot be read: {type(error).__name__}") from None
     except TimeoutError:
         raise DeadlineExceeded(f"the body did not come within {BODY_PATIENCE_S:g} s") from None

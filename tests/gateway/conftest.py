@@ -1,5 +1,6 @@
 """A gateway on loopback before a real broker, and clients with and without the key."""
 
+import io
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
@@ -46,7 +47,7 @@ class Running:
 
     async def post(self, path: str, body: Any = None, status: int = 200, **more: Any) -> Any:
         raw = body if isinstance(body, bytes) else msgspec.json.encode(body)
-        async with self.http.post(path, data=raw, **more) as response:
+        async with self.http.post(path, data=io.BytesIO(raw), **more) as response:
             assert response.status == status, await response.text()
             return await response.json(content_type=None)
 
