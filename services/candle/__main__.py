@@ -1,0 +1,39 @@
+"""Starts a candle worker: settings from the environment, things made and handed to each other."""
+
+import sys
+
+from bus import codec
+from bus.client import connect
+from bus.instance import join
+from bus.process import run
+from bus.settings import Settings
+from bus.subjects import CANDLE_STATS, MODEL_LOAD, MODEL_RUN, MODEL_UNLOAD
+from services.candle.repository import Repository
+from services.candle.service import Candle, CandleSettings
+
+
+async def main() -> None:
+    """Serve until cancelled."""
+    settings = Settings.from_env()
+    async with (
+        connect(settings.nats_url, name="candle", root=settings.root) as client,
+        join(
+            client,
+            settings,
+            plugin="candle",
+            description="Runs models: linear ones from JSON, and ONNX",
+            capabilities=[
+                endpoint.capability
+                for endpoint in (MODEL_LOAD, MODEL_UNLOAD, MODEL_RUN, CANDLE_STATS)
+            ],
+            config_schema=codec.schema(CandleSettings),
+        ) as instance,
+    ):
+        wanted = instance.settings(CandleSettings)
+        models_dir = settings.data_dir / wanted.models_path
+        repository = Repository(client.store, models_dir, settings.cache_dir)
+        await Candle(instance, repository, wanted).run()
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

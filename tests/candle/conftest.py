@@ -1,0 +1,66 @@
+"""A candle worker in the test's own process, on a real broker."""
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from bus.client import connect
+from bus.instance import join
+from bus.settings import Settings
+from bus.testing import until
+from services.candle.models import make
+from services.candle.repository import Repository
+from services.candle.service import Candle, CandleSettings
+
+Worker = Callable[..., AbstractAsyncContextManager[Candle]]
+
+
+@pytest.fixture
+def models_dir(tmp_path: Path) -> Path:
+    """The folder that models are loaded from, with the samples in it."""
+    folder = tmp_path / "models"
+    folder.mkdir()
+    make.make(folder)
+    return folder
+
+
+@pytest.fixture
+def linear(models_dir: Path) -> Callable[..., str]:
+    """Write a linear model, and return its path below the models folder."""
+
+    def write(name: str = "m.json", **changes: object) -> str:
+        content = {"input_dim": 2, "output_dim": 1, "weights": [1, 1], "bias": [0], **changes}
+        (models_dir / name).write_text(json.dumps(content))
+        return name
+
+    return write
+
+
+@pytest.fixture
+def worker(settings: Settings, models_dir: Path) -> Worker:
+    """Start a worker; each has a cache of its own, as on another host."""
+
+    @asynccontextmanager
+    async def start(slot: int = 0, **changes: object) -> AsyncGenerator[Candle]:
+        here = msgspec.structs.replace(settings, slot=slot)
+        async with (
+            connect(here.nats_url, name="candle", root=here.root) as client,
+            join(client, here, plugin="candle", description="a test") as instance,
+        ):
+            cache = models_dir.parent / f"cache-{slot}"
+            repository = Repository(client.store, models_dir, cache)
+            candle = Candle(instance, repository, CandleSettings(**changes))
+            serving = asyncio.create_task(candle.run())
+            await until(lambda: instance._registration.status == "running" or serving.done())
+            try:
+                yield candle
+            finally:
+                serving.cancel()
+                await asyncio.gather(serving, return_exceptions=True)
+
+    return start
