@@ -245,11 +245,13 @@ class _Platform:
     async def _or_failure(self, wanted: "asyncio.Future[T]") -> T:
         """Wait for something, or for the first part that ended before all was up."""
         either: set[asyncio.Future[Any]] = {wanted, self._failed}
-        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-        if not wanted.done():
+        try:
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            if not wanted.done():
+                await self._failed
+            return await wanted
+        finally:
             wanted.cancel()
-            await self._failed
-        return await wanted
 
     async def _until_ready(self) -> str | None:
         """Wait until every plugin that starts by itself is ready; return what is missing."""

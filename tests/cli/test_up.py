@@ -8,7 +8,6 @@ import socket
 import stat
 import time
 import urllib.request
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +15,12 @@ import psutil
 import pytest
 
 from bus.broker import Broker
+from bus.testing import until
 
 EVERYWHERE = "0.0.0.0"  # noqa: S104 - refused, never listened on
-Until = Callable[..., Awaitable[Any]]
 
 
-async def test_it_tells_where_it_is_and_writes_a_run_file_for_scripts(
-    up: Any, data_dir: Path, until: Until
-):
+async def test_it_tells_where_it_is_and_writes_a_run_file_for_scripts(up: Any, data_dir: Path):
     async with up() as platform:
         run = platform.run
         key = (data_dir / "admin.key").read_text().strip()
@@ -98,9 +95,7 @@ async def test_a_second_one_on_the_same_data_is_refused(up: Any, bkg: Any):
 
 
 @pytest.mark.parametrize("part", ["broker", "supervisor", "gateway"])
-async def test_a_part_that_dies_is_started_again_at_the_same_place(
-    up: Any, part: str, until: Until
-):
+async def test_a_part_that_dies_is_started_again_at_the_same_place(up: Any, part: str):
     async with up() as platform:
         before = platform.run
         os.kill(before["pids"][part], signal.SIGKILL)
@@ -188,7 +183,7 @@ async def test_the_commands_work_on_what_runs(up: Any, bkg: Any):
         assert {event["plugin"] for event in events} == {"candle"}
 
 
-async def test_a_worker_by_hand_joins(up: Any, bkg: Any, until: Until, env: dict[str, str],
+async def test_a_worker_by_hand_joins(up: Any, bkg: Any, env: dict[str, str],
                                       data_dir: Path):  # fmt: skip
     async with up():
         worker = await asyncio.create_subprocess_exec(
