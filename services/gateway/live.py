@@ -11,7 +11,7 @@ from typing import Annotated, Any, Final, Literal
 
 import msgspec
 import structlog
-from aiohttp import HttpVersion11, WSMsgType, hdrs, web
+from aiohttp import HttpVersion11, WSCloseCode, WSMsgType, hdrs, web
 from msgspec import Meta
 
 from bus import codec
@@ -47,7 +47,7 @@ class Ask(State, frozen=True, forbid_unknown_fields=True):
     action: Literal["SUB", "UNSUB"]
     topic: Literal["status", "logs", "telemetry"]
     plugin_id: PluginName | None = None
-    after: Annotated[int, Meta(ge=0, lt=2**63)] | None = None
+    after: Annotated[int, Meta(ge=0, le=2**63 - 1)] | None = None
     backfill: Annotated[int, Meta(ge=0, le=BACKFILL_MAX)] | None = None
     level: Level | None = None
     batch: bool = False
@@ -124,13 +124,19 @@ async def socket(request: web.Request) -> web.StreamResponse:
         max_msg_size=FRAME_MAX_BYTES,
         compress=False,
     )
-    await ws.prepare(request)
     listener = _listener(request, _WEB_SOCKET, at.listener_budget_bytes)
-    with at.connections.holding(ws), at.feeds.listening(listener):
+    with at.feeds.listening(listener):
+        await ws.prepare(request)
         bootstrap = {"plugins": at.feeds.states(), "telemetry": at.feeds.telemetry_of_all()}
         listener.send(b"bootstrap", codec.encode(bootstrap))
-        async for message in ws:
-            await _obey(at.feeds, listener, message.type, message.data)
+        with at.connections.holding(ws):
+            try:
+                async for message in ws:
+                    await _obey(at.feeds, listener, message.type, message.data)
+            except Exception:
+                # The connection is no longer HTTP: an error response would be garbage in it.
+                log.exception("socket.failed")
+                await ws.close(code=WSCloseCode.INTERNAL_ERROR)
     return ws
 
 
@@ -149,10 +155,10 @@ async def log_stream(request: web.Request) -> web.StreamResponse:
     )
     if chunked := request.version >= HttpVersion11:
         response.enable_chunked_encoding()
-    await response.prepare(request)
     listener = _listener(request, _EVENT_STREAM, at.listener_budget_bytes, chunked=chunked)
     tail = Tail((plugin, "debug"), batch=False, asked=None)
-    with at.connections.holding(response), at.feeds.listening(listener):
+    with at.feeds.listening(listener), at.connections.holding(response):
+        await response.prepare(request)
         try:
             await at.feeds.follow_logs(
                 listener, tail, backfill=BACKFILL if after is None else BACKFILL_MAX, after=after
