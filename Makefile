@@ -2,6 +2,8 @@
 PYTHON ?= python3
 ARGS   ?=
 BIN    := .venv/bin
+# setuptools warns of every editable installation; a failure still speaks.
+PIP    := PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .PHONY: help run test lint clean
@@ -22,12 +24,12 @@ clean: ## remove what was installed and made here; data stays
 	rm -rf .venv .cache build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 .venv/run.stamp: pyproject.toml | .venv
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[embedded,faces]'
+	@$(PIP) --editable '.[embedded,faces]'
 	@touch $@
 
 .venv/test.stamp: pyproject.toml | .venv
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
-	@$(BIN)/python -m pip install --quiet --editable '.[embedded,faces]' --group dev
+	@$(PIP) --upgrade 'pip>=25.1'
+	@$(PIP) --editable '.[embedded,faces]' --group dev
 	@touch $@ .venv/run.stamp
 
 # Debian and Ubuntu ship Python without ensurepip unless python3-venv is there.

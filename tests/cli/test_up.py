@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import stat
+import sys
 import time
 import urllib.request
 from pathlib import Path
@@ -186,8 +187,9 @@ async def test_the_commands_work_on_what_runs(up: Any, bkg: Any):
 async def test_a_worker_by_hand_joins(up: Any, bkg: Any, env: dict[str, str],
                                       data_dir: Path):  # fmt: skip
     async with up():
+        command = (sys.executable, "-m", "services.cli", "worker", "candle")
         worker = await asyncio.create_subprocess_exec(
-            "bkg", "worker", "candle", env=env | {"BKG_DATA_DIR": str(data_dir)}
+            *command, env=env | {"BKG_DATA_DIR": str(data_dir)}
         )
         try:
 
