@@ -137,12 +137,13 @@ async def gateway(
 
 def make_app(parts: Parts) -> web.Application:
     """Return the application: every route, behind the translation of errors and the gate."""
-    app = web.Application(middlewares=[translated(parts.instance), _guarded(parts.gate)])
+    asks: dict[web.AbstractRoute, Access] = {}
+    app = web.Application(middlewares=[translated(parts.instance), _guarded(parts.gate, asks)])
     app[PARTS] = parts
-    for method, path, handler, _ in ROUTES:
-        app.router.add_route(method, path, handler)
-        if method == "GET" and handler not in {live.socket, live.log_stream}:
-            app.router.add_route("HEAD", path, handler)
+    for method, path, handler, needs in ROUTES:
+        streams = handler in {live.socket, live.log_stream}
+        for one in ("GET", "HEAD") if method == "GET" and not streams else (method,):
+            asks[app.router.add_route(one, path, handler)] = needs
     app.on_response_prepare.append(dress)
     app.on_shutdown.append(_close_connections)
     return app
@@ -175,19 +176,15 @@ async def listening(app: web.Application, host: str, port: int) -> AsyncGenerato
         await runner.cleanup()
 
 
-def _guarded(gate: Gate) -> Middleware:
+def _guarded(gate: Gate, asks: Mapping[web.AbstractRoute, Access]) -> Middleware:
     """Return the middleware that admits a request to its route."""
-    asks = {(method, path): access for method, path, _, access in ROUTES}
-    asks |= {("HEAD", path): access for method, path, _, access in ROUTES if method == "GET"}
 
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         match = request.match_info
         # What is not there (404, 405) is told to everybody.
         if match.http_exception is None:
-            resource = match.route.resource
-            path = resource.canonical if resource else ""
-            gate.admit(request, asks.get((request.method, path), Access.ADMIN))
+            gate.admit(request, asks.get(match.route, Access.ADMIN))
         return await handler(request)
 
     return middleware

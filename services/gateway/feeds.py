@@ -157,8 +157,10 @@ class Listener:
         self._budget_bytes = budget_bytes
         self._live: frozenset[Wanted] = frozenset()
         self._batch = False
-        # Sequences that a back-fill brought before the live feed did.
+        # Sequences that a back-fill brought before the live feed did, and where a back-fill that
+        # was cut to its limit begins: what is older was not asked for.
         self._seen: set[int] = set()
+        self._cut: dict[Wanted, int] = {}
         self._lost: tuple[int, int] | None = None
         self._owed: dict[tuple[bytes, str], bytes] = {}
 
@@ -204,9 +206,10 @@ class Listener:
             return
         lines = tick.select(self._live)
         if self._seen:
-            lines = [line for line in lines if line.is_gap or line.seq not in self._seen]
+            lines = [line for line in lines if line.is_gap or not self._is_told(line)]
             if tick.lines[-1].seq >= max(self._seen):
                 self._seen.clear()
+                self._cut.clear()
         if not lines:
             return
         if self.slow:
@@ -234,16 +237,21 @@ class Listener:
         self.tails[tail.wanted[0]] = tail
         self._rework()
 
-    def join(self, tail: Tail, history: list[Line], told: int) -> None:
+    def join(self, tail: Tail, history: list[Line], told: int, *, cut: bool = False) -> None:
         """Send a wish's back-fill and what came meanwhile, each record once, in order.
 
         Args:
             tail: The wish.
             history: The back-fill.
             told: The last sequence that the live feed has brought to listeners.
+            cut: Whether there was more than the back-fill may have.
         """
         pending, tail.pending = tail.pending or [], None
         self._rework()
+        if cut:
+            first = next(line.seq for line in history if not line.is_gap)
+            self._cut[tail.wanted] = first
+            pending = [line for line in pending if line.seq >= first]
         # A gap stands before the record that follows it.
         joined = {(line.seq, not line.is_gap): line for line in (*history, *pending)}
         self._seen.update(line.seq for line in history if line.seq > told)
@@ -257,6 +265,12 @@ class Listener:
         else:
             self.tails.pop(plugin, None)
         self._rework()
+
+    def _is_told(self, line: Line) -> bool:
+        if line.seq in self._seen:
+            return True
+        cut = {wanted for wanted, first in self._cut.items() if line.seq < first}
+        return bool(cut) and not line.fits(self._live - cut)
 
     def _rework(self) -> None:
         live = [tail for tail in self.tails.values() if tail.pending is None]
@@ -403,6 +417,7 @@ class Feeds:
         listener.start(tail)
         self._wanted.set()
         lines: list[Line] = []
+        cut = False
         try:
             async with asyncio.timeout(HISTORY_PATIENCE_S):
                 await self._tailing.wait()
@@ -414,7 +429,7 @@ class Feeds:
                         plugin, limit=backfill + 1, after=after, level=level
                     )
                 ]
-                if len(lines) > backfill:
+                if cut := len(lines) > backfill:
                     lines = lines[-backfill:]
                     if after is not None:
                         lines.insert(0, _hole(after + 1, lines[0].seq - 1))
@@ -422,7 +437,7 @@ class Feeds:
             raise Unavailable("the live log feed cannot be had just now", retry_after_s=2) from None
         finally:
             if listener.tails.get(tail.wanted[0]) is tail:
-                listener.join(tail, lines, self._told)
+                listener.join(tail, lines, self._told, cut=cut)
 
     def stop_logs(self, listener: Listener, plugin: str | None) -> None:
         """Give up a listener's wish for log records."""
