@@ -9,7 +9,6 @@ import random
 import re
 import secrets
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import IO, Any, Final
 
 from bus.errors import Unavailable
+from bus.process import in_words
 
 USER: Final = "bkg"
 HOST: Final = "127.0.0.1"
@@ -74,13 +74,6 @@ class Broker:
             lines = []
         said = [_STAMP.sub("", line).strip() for line in lines if line.strip()][-3:]
         return "; its last lines: " + " | ".join(said) if said else "; it logged nothing"
-
-
-def in_words(status: int) -> str:
-    """Return how a process ended, by its exit status or, below zero, its signal."""
-    if status < 0:
-        return f"was ended by {signal.Signals(-status).name}"
-    return f"ended with status {status}"
 
 
 def find_server() -> Path:

@@ -35,7 +35,7 @@ def plugin_state(
     by_slot = {registration.slot: registration for registration in instances}
     supervised = {process.slot: process for process in processes}
     places = [
-        _place(supervised.get(slot), by_slot.get(slot)) for slot in sorted({*by_slot, *supervised})
+        place(supervised.get(slot), by_slot.get(slot)) for slot in sorted({*by_slot, *supervised})
     ]
     ready = [place for place in places if place.status == "running"]
     first = ready[0] if ready else None
@@ -58,7 +58,7 @@ def plugin_state(
     )
 
 
-def _place(process: ProcessState | None, told: Registration | None) -> InstanceState:
+def place(process: ProcessState | None, told: Registration | None) -> InstanceState:
     """Return one slot's state; what the instance says counts while its process is there."""
     if process is None:
         assert told is not None  # noqa: S101

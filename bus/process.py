@@ -59,6 +59,13 @@ def end_with_parent() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
+def in_words(status: int) -> str:
+    """Return how a process ended, by its exit status or, below zero, its signal."""
+    if status < 0:
+        return f"was ended by {signal.Signals(-status).name}"
+    return f"ended with status {status}"
+
+
 async def _until_signal(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
     loop = asyncio.get_running_loop()
     working = asyncio.create_task(main())

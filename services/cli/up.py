@@ -28,9 +28,10 @@ from typing import IO, Any, Final, Protocol, TypeVar
 
 import psutil
 
-from bus.broker import in_words, running_broker
+from bus.broker import running_broker
 from bus.errors import BusError, Unavailable
 from bus.messages import now
+from bus.process import in_words
 from services.cli.console import Progress, out
 from services.cli.running import (
     RunFile,

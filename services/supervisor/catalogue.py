@@ -1,0 +1,72 @@
+"""The catalogue: which plugins exist, how to start them, and what is wanted of them at first."""
+
+import difflib
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+import msgspec
+import structlog
+
+from bus import codec
+from bus.errors import BusError, Conflict, InvalidRequest
+from bus.messages import DesiredState, PluginConfig, now
+from bus.state import Store
+
+SHIPPED: Final = Path(__file__).parents[1] / "plugins.json"
+
+log = structlog.get_logger("supervisor.catalogue")
+
+
+def path_from_env() -> Path:
+    """Return the catalogue that `BKG_PLUGINS` names, or the one that bkg ships."""
+    return Path(os.environ.get("BKG_PLUGINS") or SHIPPED)
+
+
+def load(path: Path) -> list[PluginConfig]:
+    """Read a catalogue: a JSON list of plugin configurations.
+
+    Raises:
+        InvalidRequest: It cannot be read; names the file, the plugin and the field.
+    """
+    try:
+        configs = codec.decode(path.read_bytes(), list[PluginConfig])
+    except OSError as error:
+        raise InvalidRequest(f"the catalogue {path} cannot be read: {error.strerror}") from None
+    except BusError as error:
+        raise InvalidRequest(
+            f"the catalogue {path}: {error.message}{_nearest(error)}", field=error.field
+        ) from None
+    names = [config.name for config in configs]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise InvalidRequest(f"the catalogue {path} has {', '.join(twice)} more than once")
+    return configs
+
+
+async def seed(store: Store, configs: Sequence[PluginConfig]) -> None:
+    """Write the first desired state of each plugin that has none; what is there stays."""
+    for config in configs:
+        desired = DesiredState(
+            config=config,
+            enabled=config.autostart,
+            generation=1,
+            changed_by="catalogue",
+            changed_at=now(),
+        )
+        try:
+            await store.desired.create(desired, config.name)
+        except Conflict:
+            continue
+        log.info("plugin.seeded", name=config.name, enabled=config.autostart)
+
+
+def _nearest(error: BusError) -> str:
+    """Return a hint for a key that is nearly right."""
+    unknown = re.search(r"unknown field `([^`]+)`", error.message)
+    if unknown is None:
+        return ""
+    known = [field.encode_name for field in msgspec.structs.fields(PluginConfig)]
+    near = difflib.get_close_matches(unknown[1], known, n=1)
+    return f"; did you mean `{near[0]}`?" if near else f"; known are {', '.join(known)}"

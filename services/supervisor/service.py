@@ -1,0 +1,546 @@
+"""Makes desired state true on this host, and takes the commands that change it."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from datetime import datetime
+
+import structlog
+
+from bus import messages as m
+from bus.client import Client
+from bus.errors import BusError, Conflict, DeadlineExceeded, InvalidRequest, NotFound
+from bus.instance import FIRST_FREE_SLOT, Instance
+from bus.logs import publish_log
+from bus.plugins import PluginsView, follow_plugins, place
+from bus.settings import Settings
+from bus.state import OBSERVED_TTL_S, Entry
+from bus.subjects import (
+    HEALTH,
+    PLUGINS_CONFIGURE,
+    PLUGINS_GET,
+    PLUGINS_LIST,
+    PLUGINS_RESTART,
+    PLUGINS_START,
+    PLUGINS_STOP,
+    STATUS,
+)
+from bus.tasks import beside
+from services.supervisor import process
+from services.supervisor.process import Child
+from services.supervisor.reconcile import (
+    HEALTHY_S,
+    Action,
+    Forget,
+    Key,
+    Kill,
+    Phase,
+    Seen,
+    Start,
+    Stop,
+    reconcile,
+)
+
+TICK_S = 0.25
+STOP_ALL_S = 3.0
+WRITE_AGAIN_S = OBSERVED_TTL_S / 3
+LINES_WAITING = 10_000
+
+log = structlog.get_logger("supervisor.service")
+
+
+@dataclass
+class _Replica:
+    """A place on this host, and the process that fills it."""
+
+    key: Key
+    generation: int
+    phase: Phase = "starting"
+    since: float = 0.0
+    since_utc: datetime = field(default_factory=m.now)
+    child: Child | None = None
+    task: asyncio.Task[None] | None = None
+    crashes: int = 0
+    restarts: int = 0
+    heard: float = 0.0
+    wanted_end: bool = False
+    why: str | None = None
+    last_exit: str | None = None
+    error: str | None = None
+
+
+class Supervisor:
+    """Runs the replicas that desired state asks for, and answers `plugins.*`.
+
+    Args:
+        client: The connection.
+        instance: This process's place on the bus.
+        settings: The environment, handed on to the workers.
+    """
+
+    def __init__(self, client: Client, instance: Instance, settings: Settings) -> None:
+        self._client = client
+        self._instance = instance
+        self._settings = settings
+        self._desired: dict[str, m.DesiredState] = {}
+        self._replicas: dict[Key, _Replica] = {}
+        self._registered: dict[Key, m.Registration] = {}
+        self._wake = asyncio.Event()
+        self._changes: asyncio.Queue[m.ProcessState] = asyncio.Queue()
+        self._lines: asyncio.Queue[m.LogEvent] = asyncio.Queue(LINES_WAITING)
+        self._lines_lost = 0
+
+    async def run(self) -> None:
+        """Supervise until cancelled; then stop every worker within `STOP_ALL_S`."""
+        async with (
+            beside(self._tell_changes(), self._tell_again(), self._ship_lines()),
+            self._stopping_all(),
+            beside(self._follow_registrations(), self._follow_heartbeats()),
+            follow_plugins(self._client.store) as view,
+            beside(self._follow_desired(), self._act()),
+            self._answering(view),
+        ):
+            await self._instance.ready()
+            await asyncio.Event().wait()
+
+    # --- What is seen ---------------------------------------------------------------------------
+
+    async def _follow_desired(self) -> None:
+        async for changes in self._client.store.desired.follow():
+            for entry in changes.entries:
+                if entry.value is None:
+                    self._desired.pop(entry.names[0], None)
+                else:
+                    self._desired[entry.names[0]] = entry.value
+            self._wake.set()
+
+    async def _follow_registrations(self) -> None:
+        async for changes in self._client.store.instances.follow():
+            for entry in changes.entries:
+                key = Key(entry.names[0], int(entry.names[1]))
+                if entry.value is None:
+                    self._registered.pop(key, None)
+                    continue
+                self._registered[key] = entry.value
+                replica = self._replicas.get(key)
+                if (
+                    replica
+                    and replica.child
+                    and replica.phase == "starting"
+                    and entry.value.pid == replica.child.pid
+                    and entry.value.status == "running"
+                ):
+                    replica.error = None
+                    self._enter(replica, "running")
+
+    async def _follow_heartbeats(self) -> None:
+        loop = asyncio.get_running_loop()
+        async with self._client.follow(HEALTH) as beats:
+            async for beat in beats:
+                replica = self._replicas.get(Key(beat.payload.plugin, beat.payload.slot))
+                if replica and replica.child and replica.child.pid == beat.payload.pid:
+                    replica.heard = loop.time()
+
+    # --- What is done ---------------------------------------------------------------------------
+
+    async def _act(self) -> None:
+        """Reconcile whenever something changed, and at every tick."""
+        loop = asyncio.get_running_loop()
+        last = loop.time()
+        while True:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), TICK_S)
+            self._wake.clear()
+            now = loop.time()
+            if now - last > 1.0 or not self._client.connected:
+                # We were held up ourselves, or heard nothing because the broker was away: the
+                # silence of the workers says nothing about them.
+                for replica in self._replicas.values():
+                    replica.heard = now
+            last = now
+            for action in reconcile(self._wanted(), self._seen(), now):
+                await self._do(action)
+
+    def _wanted(self) -> dict[Key, int]:
+        return {
+            Key(name, slot): desired.generation
+            for name, desired in self._desired.items()
+            if desired.enabled
+            for slot in range(desired.config.replicas)
+        }
+
+    def _seen(self) -> dict[Key, Seen]:
+        return {
+            key: Seen(r.phase, r.generation, r.since, r.crashes, r.heard)
+            for key, r in self._replicas.items()
+        }
+
+    async def _do(self, action: Action) -> None:
+        match action:
+            case Start(key, generation):
+                await self._start(key, generation)
+            case Stop(key):
+                replica = self._replicas[key]
+                replica.wanted_end = True
+                if replica.child:
+                    replica.child.stop()
+                self._enter(replica, "stopping")
+            case Kill(key, why):
+                replica = self._replicas[key]
+                log.warning("plugin.killed", plugin=key.plugin, slot=key.slot, why=why)
+                replica.why = why
+                if replica.child:
+                    replica.child.kill()
+                self._enter(replica, "stopping")
+            case Forget(key):
+                del self._replicas[key]
+                await self._remove(key)
+
+    async def _start(self, key: Key, generation: int) -> None:
+        config = self._desired[key.plugin].config
+        before = self._replicas.get(key)
+        replica = _Replica(key, generation)
+        if before and before.generation == generation:
+            replica.crashes, replica.restarts = before.crashes, before.restarts
+        if before:
+            replica.last_exit, replica.error = before.last_exit, before.error
+        self._replicas[key] = replica
+
+        def on_line(stream: str, level: m.Level, text: str) -> None:
+            self._take_line(replica, stream, level, text)
+
+        try:
+            replica.child = await process.start(config, self._env(key, generation), on_line)
+        except OSError as error:
+            replica.crashes += 1
+            replica.error = f"{config.entrypoint} cannot be started: {error.strerror}"
+            log.warning("plugin.not_started", plugin=key.plugin, cause=replica.error)
+            self._enter(replica, "ended")
+            return
+        self._enter(replica, "starting")
+        log.info("plugin.starting", plugin=key.plugin, slot=key.slot, pid=replica.child.pid)
+        replica.task = asyncio.create_task(self._watch(replica, replica.child))
+
+    def _env(self, key: Key, generation: int) -> dict[str, str]:
+        return {
+            "BKG_NATS_URL": self._settings.nats_url,
+            "BKG_ROOT": self._settings.root,
+            "BKG_DATA_DIR": str(self._settings.data_dir),
+            "BKG_HOST_NAME": self._settings.host,
+            "BKG_LOG_LEVEL": self._settings.log_level,
+            "BKG_SLOT": str(key.slot),
+            "BKG_GENERATION": str(generation),
+            # The kernel is asked before exec, in `process.start`.
+            "BKG_PARENT_PID": "",
+            "PYTHONUNBUFFERED": "1",
+        }
+
+    async def _watch(self, replica: _Replica, child: Child) -> None:
+        """Wait for a process's end, and remember it."""
+        said = await child.ended()
+        ran_s = asyncio.get_running_loop().time() - replica.since
+        ran_well = replica.phase == "running" and ran_s > HEALTHY_S
+        replica.last_exit = f"{replica.why}; {said}" if replica.why else said
+        replica.child = None
+        if replica.wanted_end:
+            replica.crashes, replica.error = 0, None
+            log.info("plugin.stopped", plugin=replica.key.plugin, slot=replica.key.slot)
+        else:
+            replica.crashes = 1 if ran_well else replica.crashes + 1
+            replica.restarts += 1
+            reason = child.why()
+            replica.error = f"{replica.last_exit}: {reason}" if reason else replica.last_exit
+            log.error(
+                "plugin.crashed", plugin=replica.key.plugin, slot=replica.key.slot,
+                cause=replica.error, crashes=replica.crashes,
+            )  # fmt: skip
+        self._enter(replica, "ended")
+
+    def _enter(self, replica: _Replica, phase: Phase) -> None:
+        now = asyncio.get_running_loop().time()
+        replica.phase, replica.since, replica.heard = phase, now, now
+        replica.since_utc = m.now()
+        self._changes.put_nowait(self._state(replica))
+        self._wake.set()
+
+    @asynccontextmanager
+    async def _stopping_all(self) -> AsyncGenerator[None]:
+        """Left, no process of ours is left."""
+        try:
+            yield
+        finally:
+            watching = [replica.task for replica in self._replicas.values() if replica.task]
+            for replica in self._replicas.values():
+                replica.wanted_end = True
+                if replica.child:
+                    replica.child.stop()
+            if watching:
+                await asyncio.wait(watching, timeout=STOP_ALL_S)
+            for replica in self._replicas.values():
+                if replica.child:
+                    replica.child.kill()
+            await asyncio.gather(*watching, return_exceptions=True)
+            with contextlib.suppress(BusError, TimeoutError):
+                async with asyncio.timeout(0.5):
+                    for key in list(self._replicas):
+                        await self._remove(key)
+
+    # --- What is told ---------------------------------------------------------------------------
+
+    def _state(self, replica: _Replica) -> m.ProcessState:
+        return m.ProcessState(
+            plugin=replica.key.plugin,
+            slot=replica.key.slot,
+            host=self._settings.host,
+            status=_status(replica),
+            generation=replica.generation,
+            since=replica.since_utc,
+            pid=replica.child.pid if replica.child else None,
+            restarts=replica.restarts,
+            last_exit=replica.last_exit,
+            error=replica.error,
+        )
+
+    async def _tell_changes(self) -> None:
+        """Write every change down and publish it, in their order."""
+        while True:
+            state = await self._changes.get()
+            await self._write(state)
+            registered = self._registered.get(Key(state.plugin, state.slot))
+            await self._publish(state, registered)
+
+    async def _tell_again(self) -> None:
+        """Write what does not change again, before it expires."""
+        while True:
+            await asyncio.sleep(WRITE_AGAIN_S)
+            for replica in list(self._replicas.values()):
+                self._changes.put_nowait(self._state(replica))
+
+    async def _write(self, state: m.ProcessState) -> None:
+        if Key(state.plugin, state.slot) not in self._replicas:
+            return
+        try:
+            await self._client.store.processes.put(state, state.plugin, state.slot)
+        except BusError as error:
+            log.warning("plugin.not_written", plugin=state.plugin, cause=error.message)
+
+    async def _publish(self, state: m.ProcessState, registered: m.Registration | None) -> None:
+        with contextlib.suppress(BusError):
+            await self._client.publish(
+                STATUS, place(state, registered), plugin=state.plugin, slot=state.slot
+            )
+
+    async def _remove(self, key: Key) -> None:
+        state = m.ProcessState(
+            plugin=key.plugin, slot=key.slot, host=self._settings.host, status="stopped",
+            generation=0, since=m.now(),
+        )  # fmt: skip
+        with contextlib.suppress(BusError):
+            await self._client.store.processes.delete(key.plugin, key.slot)
+        await self._publish(state, None)
+
+    def _take_line(self, replica: _Replica, stream: str, level: m.Level, text: str) -> None:
+        """Queue a line that a worker printed; what the queue cannot hold is counted."""
+        record = m.LogEvent(
+            plugin=replica.key.plugin,
+            level=level,
+            message=text,
+            timestamp=m.now(),
+            slot=replica.key.slot,
+            host=self._settings.host,
+            logger=stream,
+        )
+        try:
+            self._lines.put_nowait(record)
+        except asyncio.QueueFull:
+            self._lines_lost += 1
+
+    async def _ship_lines(self) -> None:
+        while True:
+            record = await self._lines.get()
+            with contextlib.suppress(BusError):
+                await publish_log(self._client, record)
+            if self._lines_lost:
+                lost, self._lines_lost = self._lines_lost, 0
+                log.warning("lines.dropped", dropped=lost)
+
+    # --- What is asked --------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def _answering(self, view: PluginsView) -> AsyncGenerator[None]:
+        async def plugins(_request: m.Empty) -> m.PluginList:
+            return m.PluginList(plugins=view.list())
+
+        async def get(request: m.NamePlugin) -> m.PluginState:
+            return _known(view, request.name)
+
+        async def start(request: m.NamePlugin) -> m.PluginState:
+            def enable(now: m.DesiredState) -> m.DesiredState:
+                # One that is wanted but does not come up may be tried again by hand.
+                if now.enabled and _known(view, request.name).status != "error":
+                    raise Conflict(f"{request.name} is started already")
+                return _next(now, request.by, enabled=True)
+
+            return await self._change(view, request, enable, _all_ready)
+
+        async def stop(request: m.NamePlugin) -> m.PluginState:
+            def disable(now: m.DesiredState) -> m.DesiredState:
+                return _next(now, request.by, enabled=False) if now.enabled else now
+
+            return await self._change(view, request, disable, _all_gone)
+
+        async def restart(request: m.NamePlugin) -> m.PluginState:
+            def renew(now: m.DesiredState) -> m.DesiredState:
+                return _next(now, request.by, enabled=True)
+
+            return await self._change(view, request, renew, _all_ready)
+
+        async def configure(request: m.ConfigurePlugin) -> m.PluginState:
+            return await self._configure(view, request)
+
+        serving = self._instance.serving
+        async with (
+            serving(PLUGINS_LIST, plugins),
+            serving(PLUGINS_GET, get),
+            serving(PLUGINS_START, start),
+            serving(PLUGINS_STOP, stop),
+            serving(PLUGINS_RESTART, restart),
+            serving(PLUGINS_CONFIGURE, configure),
+        ):
+            yield
+
+    async def _change(
+        self,
+        view: PluginsView,
+        request: m.NamePlugin,
+        change: Callable[[m.DesiredState], m.DesiredState],
+        reached: Callable[[m.PluginState, int], str | None],
+    ) -> m.PluginState:
+        """Change desired state, and answer when observed state has reached it.
+
+        Raises:
+            DeadlineExceeded: It has not within the caller's time; says what is missing.
+        """
+        desired = await self._write_desired(view, request.name, change)
+        missing: str | None = "the supervisor has not seen the change yet"
+        try:
+            async with asyncio.timeout(request.timeout_s):
+                version = -1
+                while True:
+                    version = await view.wait(version)
+                    state = _known(view, request.name)
+                    if state.generation >= desired.generation:
+                        missing = reached(state, desired.generation)
+                        if missing is None:
+                            return state
+        except TimeoutError:
+            raise DeadlineExceeded(
+                f"{request.name}: not done within {request.timeout_s:g} s: {missing}"
+            ) from None
+
+    async def _write_desired(
+        self,
+        view: PluginsView,
+        name: str,
+        change: Callable[[m.DesiredState], m.DesiredState],
+    ) -> m.DesiredState:
+        """Change desired state by compare-and-set, again when another writer came first."""
+        for _ in range(5):
+            entry = await self._desired_entry(view, name)
+            assert entry.value is not None  # noqa: S101 - an entry that is there has a value
+            desired = change(entry.value)
+            if desired == entry.value:
+                return desired
+            with contextlib.suppress(Conflict):
+                await self._client.store.desired.update(desired, entry.revision, name)
+                return desired
+        raise Conflict(f"{name} is being changed by others all the time; try again")
+
+    async def _configure(self, view: PluginsView, request: m.ConfigurePlugin) -> m.PluginState:
+        if request.config.name != request.name:
+            raise InvalidRequest(
+                f"the configuration is for {request.config.name!r}, not for {request.name!r}",
+                field="name",
+            )
+        entry = await self._desired_entry(view, request.name)
+        assert entry.value is not None  # noqa: S101 - an entry that is there has a value
+        if request.revision is not None and request.revision != entry.revision:
+            raise Conflict(
+                f"{request.name} is at revision {entry.revision}, not {request.revision}; read "
+                "it and try again"
+            )
+        desired = m.DesiredState(
+            config=request.config,
+            enabled=entry.value.enabled,
+            generation=entry.value.generation,
+            changed_by=request.by,
+            changed_at=m.now(),
+        )
+        revision = await self._client.store.desired.update(desired, entry.revision, request.name)
+        log.info("plugin.configured", plugin=request.name, by=request.by, revision=revision)
+        async with asyncio.timeout(10):
+            version = -1
+            while True:
+                version = await view.wait(version)
+                state = _known(view, request.name)
+                if state.revision >= revision:
+                    return state
+
+    async def _desired_entry(self, view: PluginsView, name: str) -> Entry[m.DesiredState]:
+        entry = await self._client.store.desired.get(name)
+        if entry is None:
+            known = ", ".join(state.name for state in view.list() if state.config)
+            raise NotFound(f"there is no plugin {name!r}; there are: {known or 'none'}")
+        return entry
+
+
+def _status(replica: _Replica) -> m.Status:
+    match replica.phase:
+        case "ended":
+            return "error" if replica.error else "stopped"
+        case phase:
+            return phase
+
+
+def _next(now: m.DesiredState, by: str, *, enabled: bool) -> m.DesiredState:
+    return m.DesiredState(
+        config=now.config,
+        enabled=enabled,
+        generation=now.generation + 1,
+        changed_by=by,
+        changed_at=m.now(),
+    )
+
+
+def _known(view: PluginsView, name: str) -> m.PluginState:
+    state = view.get(name)
+    if state is None:
+        known = ", ".join(state.name for state in view.list())
+        raise NotFound(f"there is no plugin {name!r}; there are: {known or 'none'}")
+    return state
+
+
+def _all_ready(state: m.PluginState, generation: int) -> str | None:
+    """Return what is missing until every replica runs a generation; None when nothing is."""
+    places = {place.slot: place for place in state.instances}
+    missing = []
+    for slot in range(state.replicas.desired):
+        there = places.get(slot)
+        if there is None:
+            missing.append(f"replica {slot} is not there yet")
+        elif there.status != "running" or (there.generation or 0) < generation:
+            said = f" ({there.error})" if there.error else ""
+            missing.append(f"replica {slot} is {there.status}{said}")
+    return "; ".join(missing) or None
+
+
+def _all_gone(state: m.PluginState, _generation: int) -> str | None:
+    """Return what is missing until no replica is left; those started by hand do not count."""
+    left = [
+        f"replica {place.slot} is {place.status}"
+        for place in state.instances
+        if place.slot < FIRST_FREE_SLOT and place.status != "stopped"
+    ]
+    return "; ".join(left) or None
