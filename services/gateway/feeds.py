@@ -463,6 +463,7 @@ class Feeds:
         async with self._client.follow(TELEMETRY) as live:
             for snapshot in await self._client.store.telemetry():
                 self._snapshots.setdefault(snapshot.plugin, {})[snapshot.slot] = snapshot
+            _heed_cancellation()
             async for received in live:
                 # Who speaks is what the broker let them write on, not what they say.
                 plugin, slot = received.tokens["plugin"], received.tokens["slot"]
@@ -476,6 +477,7 @@ class Feeds:
         while True:
             await self._wanted.wait()
             async with self._client.follow(LIVE_LOG) as live:
+                _heed_cancellation()
                 self._taken = 0
                 self._tailing.set()
                 async for received in live:
@@ -564,6 +566,18 @@ class Feeds:
         for listener in self._listeners:
             if listener.tails:
                 listener.tell_lines(tick)
+
+
+def _heed_cancellation() -> None:
+    """End here if this task was cancelled while it waited for an answer.
+
+    `asyncio.wait_for` of Python 3.11 swallows a cancellation that meets a result (cpython#86296),
+    and nats-py waits for its answers that way: a task that then went on to follow a feed would
+    never end.
+    """
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError
 
 
 def _line(event: LogEvent, seq: int) -> Line:

@@ -30,7 +30,7 @@ CLOSE_PATIENCE_S: Final = 2.0
 log = structlog.get_logger("services.gateway.live")
 
 
-class Ask(State, frozen=True, forbid_unknown_fields=True):
+class Ask(State, frozen=True):
     """A frame of the client.
 
     Attributes:

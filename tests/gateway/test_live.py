@@ -367,7 +367,6 @@ async def test_a_clock_ticks_for_those_who_asked_for_something(gate, monkeypatch
         ('{"action":"SUB","topic":"logs","after":1e300}', "after"),
         ('{"action":"SUB","topic":"logs","backfill":100000}', "backfill"),
         ('{"action":"SUB","topic":"logs","level":"loud"}', "level"),
-        ('{"action":"SUB","topic":"logs","colour":"blue"}', "colour"),
         ("[" * 5_000, ""),
     ],
 )

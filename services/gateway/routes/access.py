@@ -11,7 +11,7 @@ from services.gateway.parts import PARTS
 from services.gateway.translate import answer, read
 
 
-class SignIn(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class SignIn(msgspec.Struct, frozen=True):
     """A key, to be given for a session."""
 
     key: Annotated[str, Meta(min_length=1, max_length=1024)]
