@@ -237,7 +237,8 @@ class Client:
         try:
             with _named_errors("the broker", timeout_s):
                 await self._nc.publish(f"{self._barrier_inbox}.{mark}", b"")
-            await asyncio.wait_for(passed, timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await passed
         except TimeoutError:
             raise Unavailable(f"the broker did not answer within {timeout_s:g} s") from None
         finally:
@@ -291,7 +292,8 @@ class Client:
 
     async def _come_online(self, timeout_s: float) -> None:
         try:
-            await asyncio.wait_for(self._online.wait(), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await self._online.wait()
         except TimeoutError:
             raise Unavailable("the broker cannot be reached just now", retry_after_s=2) from None
 

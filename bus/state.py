@@ -616,7 +616,8 @@ async def _batches(
     expected = 1
     while True:
         try:
-            message = await asyncio.wait_for(arrived.get(), 3 * HEARTBEAT_S)
+            async with asyncio.timeout(3 * HEARTBEAT_S):
+                message = await arrived.get()
         except TimeoutError:
             raise Unavailable("the consumer went silent") from None
         batch: list[Stored] = []

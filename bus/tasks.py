@@ -35,6 +35,10 @@ async def beside(*work: Coroutine[Any, Any, None]) -> AsyncGenerator[None]:
             raise failure[0] from None
         raise
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        # More than once: `asyncio.wait_for`, which nats-py uses, loses a cancellation in Python
+        # 3.11 when what it waits for comes at the same moment (cpython#86296).
+        left = {task for task in tasks if not task.done()}
+        while left:
+            for task in left:
+                task.cancel()
+            _, left = await asyncio.wait(left, timeout=1)
