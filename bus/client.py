@@ -30,6 +30,7 @@ from bus.errors import (
     DeadlineExceeded,
     ErrorBody,
     InvalidRequest,
+    NobodyListens,
     Overloaded,
     TooLarge,
     Unavailable,
@@ -445,7 +446,7 @@ def _named_errors(subject: str, timeout_s: float) -> Any:
     try:
         yield
     except nats.errors.NoRespondersError:
-        raise Unavailable(f"nobody answers {subject} just now", retry_after_s=2) from None
+        raise NobodyListens(f"nobody answers {subject} just now", retry_after_s=2) from None
     except nats.errors.TimeoutError:
         raise DeadlineExceeded(f"{subject} gave no answer within {timeout_s:g} s") from None
     except nats.errors.MaxPayloadError as error:

@@ -10,6 +10,7 @@
 | Unprocessable     | the caller             | send something else (no face in it) |
 | Overloaded        | nobody, it passes      | try again after `retry_after_s`     |
 | Unavailable       | nobody, it passes      | try again after `retry_after_s`     |
+| - NobodyListens   | whoever starts plugins | look whether the plugin runs        |
 | DeadlineExceeded  | nobody, it passes      | allow more time                     |
 | Internal          | us                     | report it; the log has the cause    |
 
@@ -104,6 +105,10 @@ class Unavailable(BusError):
 
     code = "unavailable"
     number = 503
+
+
+class NobodyListens(Unavailable):
+    """No process listens on the subject; said by the broker at once."""
 
 
 class DeadlineExceeded(BusError):

@@ -51,7 +51,8 @@ class Child:
         status = await self._process.wait()
         # A grandchild that holds the pipes open must not hold us up.
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(listening, 1)
+            async with asyncio.timeout(1):
+                await listening
         # Whatever it started in its group goes with it.
         self._signal_group(signal.SIGKILL)
         by_somebody = status == -signal.SIGKILL and not self._killed

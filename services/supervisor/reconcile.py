@@ -6,7 +6,7 @@ All rules of a replica's life stand here:
 - One that ended by itself is started again after a pause that doubles with each end in a row.
 - One that has not registered in time, or is silent although its process lives, is killed. Its end
   then counts like any other.
-- A newer generation replaces one replica at a time, and only while every other one runs: a
+- Another generation replaces one replica at a time, and only while every other one runs: a
   generation that does not come up stops there, and the rest goes on with the old one.
 - Whoever does not stop when asked is killed.
 """
@@ -110,7 +110,7 @@ def reconcile(wanted: Mapping[Key, int], seen: Mapping[Key, Seen], now: float) -
             actions.append(Start(key, generation))
         elif generation is None:
             actions += _unwanted(key, there, now)
-        elif there.phase == "running" and there.generation < generation:
+        elif there.phase == "running" and there.generation != generation:
             # Two of a plugin in one round would be two of them down at once.
             if key.plugin not in replaced and _others_run(key, wanted, seen):
                 replaced.add(key.plugin)
@@ -135,12 +135,12 @@ def _unwanted(key: Key, there: Seen, now: float) -> list[Action]:
 def _wanted(key: Key, there: Seen, generation: int, now: float) -> list[Action]:
     match there.phase:
         case "ended":
-            # A newer generation is a new chance: it does not wait for the old one's pause.
+            # Another generation is a new chance: it does not wait for the old one's pause.
             waited = now - there.since >= backoff_s(there.crashes)
-            return [Start(key, generation)] if waited or there.generation < generation else []
+            return [Start(key, generation)] if waited or there.generation != generation else []
         case "stopping":
             return _stubborn(key, there, now)
-        case "starting" if there.generation < generation:
+        case "starting" if there.generation != generation:
             return [Stop(key)]
         case "starting":
             late = now - there.since > STARTUP_GRACE_S

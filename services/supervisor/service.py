@@ -151,7 +151,8 @@ class Supervisor:
         last = loop.time()
         while True:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), TICK_S)
+                async with asyncio.timeout(TICK_S):
+                    await self._wake.wait()
             self._wake.clear()
             now = loop.time()
             if now - last > 1.0 or not self._client.connected:
@@ -240,6 +241,7 @@ class Supervisor:
     async def _watch(self, replica: _Replica, child: Child) -> None:
         """Wait for a process's end, and remember it."""
         said = await child.ended()
+        await self._bury(replica.key, child.pid)
         ran_s = asyncio.get_running_loop().time() - replica.since
         ran_well = replica.phase == "running" and ran_s > HEALTHY_S
         replica.last_exit = f"{replica.why}; {said}" if replica.why else said
@@ -257,6 +259,16 @@ class Supervisor:
                 cause=replica.error, crashes=replica.crashes,
             )  # fmt: skip
         self._enter(replica, "ended")
+
+    async def _bury(self, key: Key, pid: int) -> None:
+        """Remove the registration of a process that had no time to do so itself."""
+        with contextlib.suppress(BusError, TimeoutError):
+            async with asyncio.timeout(2):
+                entry = await self._client.store.instances.get(key.plugin, key.slot)
+                if entry and entry.value and entry.value.pid == pid:
+                    await self._client.store.instances.delete(
+                        key.plugin, key.slot, revision=entry.revision
+                    )
 
     def _enter(self, replica: _Replica, phase: Phase) -> None:
         now = asyncio.get_running_loop().time()

@@ -17,7 +17,7 @@ def open_model(path: Path, *, threads: int = 1) -> Runtime:
 
     Raises:
         InvalidRequest: No runtime takes that suffix.
-        Unprocessable: The file is not a sound model.
+        Unprocessable: The file is not a sound model, or cannot be read.
     """
     runtime = FORMATS.get(path.suffix.lower())
     if runtime is None:

@@ -1,5 +1,6 @@
 """What executes a format: the shape that every runtime has."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,14 +9,18 @@ from typing import Any, Final, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from bus.errors import InvalidRequest
+from bus.errors import InvalidRequest, Unprocessable
 
 Array = npt.NDArray[Any]
 Tensors = Mapping[str, Array]
 
 ANY_LENGTH: Final = -1
 
-# Datatypes of the Open Inference Protocol, and what numpy calls them.
+# What `blank` makes at most: a model may state any fixed length.
+MAX_BLANK_VALUES: Final = 1 << 24
+
+# Datatypes of the Open Inference Protocol, and what numpy calls them. BYTES are arrays of objects,
+# each a str, or bytes of UTF-8.
 DTYPES: Final[Mapping[str, np.dtype[Any]]] = {
     "BOOL": np.dtype(np.bool_),
     "UINT8": np.dtype(np.uint8),
@@ -69,15 +74,23 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Signature:
-    """What a model takes and gives."""
+    """What a model takes and gives.
+
+    Attributes:
+        inputs: What it takes, in its order.
+        outputs: What it gives, in its order.
+        rows_kept: False where a row that goes in is known not to be one row that comes out.
+    """
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    rows_kept: bool = True
 
     @property
     def batched(self) -> bool:
         """Whether axis 0 of every input and output takes any length: rows can be put together."""
-        return all(spec.shape[:1] == (ANY_LENGTH,) for spec in (*self.inputs, *self.outputs))
+        specs = (*self.inputs, *self.outputs)
+        return self.rows_kept and all(spec.shape[:1] == (ANY_LENGTH,) for spec in specs)
 
     @property
     def input_dim(self) -> int | None:
@@ -103,6 +116,46 @@ class Signature:
             spec.check(tensors[spec.name])
 
 
+def blank(signature: Signature, any_length: int = 1) -> dict[str, Array] | None:
+    """Return inputs of zeros and empty strings, or None if they would be too large.
+
+    Args:
+        signature: What they are for.
+        any_length: The length of each axis that varies.
+    """
+    shapes = {
+        spec.name: tuple(any_length if n == ANY_LENGTH else n for n in spec.shape)
+        for spec in signature.inputs
+    }
+    if sum(math.prod(shape) for shape in shapes.values()) > MAX_BLANK_VALUES:
+        return None
+    return {
+        spec.name: np.full(shapes[spec.name], "", np.object_)
+        if spec.datatype == "BYTES"
+        else np.zeros(shapes[spec.name], DTYPES[spec.datatype])
+        for spec in signature.inputs
+    }
+
+
+def read_source(source: Path | bytes, max_bytes: int) -> tuple[bytes, str]:
+    """Return a model's bytes, and what to call it in errors.
+
+    Raises:
+        Unprocessable: The file cannot be read, or is larger than `max_bytes`.
+    """
+    name = source.name if isinstance(source, Path) else "the file"
+    try:
+        # Its size first: what is too large is not worth reading.
+        size = source.stat().st_size if isinstance(source, Path) else len(source)
+        if size > max_bytes:
+            raise Unprocessable(
+                f"{name} has {size:,} bytes; a model of this format may have {max_bytes:,}"
+            )
+        return source.read_bytes() if isinstance(source, Path) else source, name
+    except OSError as error:
+        raise Unprocessable(f"{name} cannot be read: {error.strerror or error}") from None
+
+
 def _row_length(specs: tuple[TensorSpec, ...]) -> int | None:
     shape = specs[0].shape if specs else ()
     return shape[1] if len(shape) == 2 and shape[1] != ANY_LENGTH else None
@@ -124,11 +177,18 @@ class Runtime(Protocol):
         """What the file says about itself."""
 
     @classmethod
-    def load(cls, path: Path, *, threads: int = 1) -> "Runtime":
-        """Open a file.
+    def load(cls, source: Path | bytes, *, threads: int = 1) -> "Runtime":
+        """Open a file, or what a file holds.
 
         Raises:
             Unprocessable: It is not a sound model of the format; says why.
+        """
+        ...
+
+    def warm_up(self) -> None:
+        """Do one pass on zeros, so that the first caller does not pay for what a first pass makes.
+
+        A model that refuses zeros stays cold; that is no error.
         """
         ...
 

@@ -9,9 +9,19 @@ from msgspec import Meta
 
 from bus import codec
 from bus.errors import InvalidRequest, Unprocessable
-from services.candle.runtimes.base import ANY_LENGTH, Array, Signature, Tensors, TensorSpec
+from services.candle.runtimes.base import (
+    ANY_LENGTH,
+    Array,
+    Signature,
+    Tensors,
+    TensorSpec,
+    blank,
+    read_source,
+)
 
 MAX_DIM: Final = 1_000_000
+# As Python numbers the weights take several times the file; larger models belong into ONNX.
+MAX_BYTES: Final = 256 * 1024**2
 Dim = Annotated[int, Meta(ge=1, le=MAX_DIM)]
 
 
@@ -60,19 +70,28 @@ class Linear:
         )
 
     @classmethod
-    def load(cls, path: Path, *, threads: int = 1) -> "Linear":  # noqa: ARG003 - numpy decides
+    def load(cls, source: Path | bytes, *, threads: int = 1) -> "Linear":  # noqa: ARG003 - numpy decides
         """Open a file; see `Runtime.load`."""
+        content, name = read_source(source, MAX_BYTES)
         try:
-            return cls(codec.decode(path.read_bytes(), LinearFile))
+            return cls(codec.decode(content, LinearFile))
         except InvalidRequest as error:
             raise Unprocessable(
-                f"{path.name} is no linear model: {error.message}", field=error.field
+                f"{name} is no linear model: {error.message}", field=error.field
             ) from None
 
+    def warm_up(self) -> None:
+        """Do one pass on zeros; see `Runtime.warm_up`."""
+        zeros = blank(self.signature)
+        if zeros is not None:
+            self.run(zeros)
+
     def run(self, tensors: Tensors) -> dict[str, Array]:
-        """Do one forward pass; see `Runtime.run`."""
+        """Do one forward pass; see `Runtime.run`. What is beyond float32 comes out infinite."""
         self.signature.check(tensors)
-        return {"outputs": tensors["inputs"] @ self._weights.T + self._bias}
+        # An overflow is the caller's to see in the answer, not a warning in the worker's log.
+        with np.errstate(over="ignore", invalid="ignore"):
+            return {"outputs": tensors["inputs"] @ self._weights.T + self._bias}
 
 
 def _as_float32(values: list[float], name: str) -> Array:

@@ -1,12 +1,13 @@
 """ONNX models through onnxruntime, on the processor."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
-from bus.errors import Unprocessable
+from bus.errors import InvalidRequest, Unprocessable
 from services.candle.runtimes.base import (
     ANY_LENGTH,
     DTYPES,
@@ -14,7 +15,12 @@ from services.candle.runtimes.base import (
     Signature,
     Tensors,
     TensorSpec,
+    blank,
+    read_source,
 )
+
+# What one protobuf message, and so an ONNX file, can hold.
+MAX_BYTES: Final = 2 * 1024**3
 
 # What onnxruntime calls the types that tensors on the wire can have.
 _DATATYPES: Final[Mapping[str, str]] = {
@@ -33,6 +39,11 @@ _DATATYPES: Final[Mapping[str, str]] = {
     "tensor(string)": "BYTES",
 }
 
+# Around the cause in onnxruntime's messages: its error number, and its place in the C++ source,
+# with the signature and the condition there.
+_ERROR_NUMBER: Final = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ")
+_CPP_PLACE: Final = re.compile(r"\S+\.(?:cc|h|cpp):\d+ (?:.*? was false\. ?)?")
+
 
 class Onnx:
     """An ONNX model, loaded; see `Runtime`."""
@@ -40,6 +51,7 @@ class Onnx:
     format = "onnx"
 
     def __init__(self, content: bytes, name: str, threads: int) -> None:
+        _refuse_unsound(content, name)
         # Imported here: a worker that serves only linear models starts without its 30 MB.
         import onnxruntime as ort  # type: ignore[import-untyped] # noqa: PLC0415
 
@@ -50,14 +62,11 @@ class Onnx:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = 4
         try:
-            # From bytes, not from a path: external data cannot be reached from there.
             self._session = ort.InferenceSession(
                 content, options, providers=["CPUExecutionProvider"]
             )
         except Exception as error:  # noqa: BLE001 - onnxruntime's have no base of their own
-            raise Unprocessable(
-                f"{name} is no ONNX model that can be run: {_cause(error)}"
-            ) from None
+            raise _unsound(name, _cause(error)) from None
         described = self._session.get_modelmeta()
         self.metadata = {
             "producer": described.producer_name,
@@ -70,21 +79,96 @@ class Onnx:
             inputs=tuple(_spec(node, name) for node in self._session.get_inputs()),
             outputs=tuple(_spec(node, name) for node in self._session.get_outputs()),
         )
+        if self.signature.batched and not self._rows_kept():
+            self.signature = Signature(
+                self.signature.inputs, self.signature.outputs, rows_kept=False
+            )
 
     @classmethod
-    def load(cls, path: Path, *, threads: int = 1) -> "Onnx":
-        """Open a file; see `Runtime.load`."""
-        return cls(path.read_bytes(), path.name, threads)
+    def load(cls, source: Path | bytes, *, threads: int = 1) -> "Onnx":
+        """Open a file; see `Runtime.load`. Weights in files beside it are refused."""
+        content, name = read_source(source, MAX_BYTES)
+        return cls(content, name, threads)
+
+    def warm_up(self) -> None:
+        """Do one pass on zeros; see `Runtime.warm_up`."""
+        zeros = blank(self.signature)
+        if zeros is not None:
+            self._try(zeros)
 
     def run(self, tensors: Tensors) -> dict[str, Array]:
-        """Do one forward pass; see `Runtime.run`."""
+        """Do one forward pass; see `Runtime.run`. BYTES come out as str."""
         self.signature.check(tensors)
+        fed = {
+            spec.name: _texts(tensors[spec.name], spec.name)
+            if spec.datatype == "BYTES"
+            else tensors[spec.name]
+            for spec in self.signature.inputs
+        }
         try:
-            values = self._session.run(None, dict(tensors))
+            values = self._session.run(None, fed)
         except Exception as error:  # noqa: BLE001 - onnxruntime's have no base of their own
             raise Unprocessable(f"the model failed on these inputs: {_cause(error)}") from None
         names = (spec.name for spec in self.signature.outputs)
         return {name: np.asarray(value) for name, value in zip(names, values, strict=True)}
+
+    def _rows_kept(self) -> bool:
+        """Return whether axis 0 is the same axis in all inputs and outputs, as far as can be told.
+
+        One name for it everywhere is the file's word. With several names, or none, the model is
+        asked: three rows of zeros must come out as three rows.
+        """
+        nodes = (*self._session.get_inputs(), *self._session.get_outputs())
+        if len({node.shape[0] for node in nodes}) == 1 and nodes[0].shape[0] is not None:
+            return True
+        zeros = blank(self.signature, any_length=3)
+        given = None if zeros is None else self._try(zeros)
+        return given is not None and all(v.shape[:1] == (3,) for v in given.values())
+
+    def _try(self, tensors: Tensors) -> dict[str, Array] | None:
+        try:
+            return self.run(tensors)
+        except Unprocessable:
+            return None
+
+
+def _refuse_unsound(content: bytes, name: str) -> None:
+    """Raise Unprocessable unless this is an ONNX file that needs no other file.
+
+    onnxruntime looks for external data from the working directory when it has only bytes, and
+    reads it: for a Constant node it gave the content of a file there (1.32, tried). So a model
+    could carry off what the worker can read.
+    """
+    import onnx  # noqa: PLC0415 - as onnxruntime
+
+    try:
+        model = onnx.ModelProto.FromString(content)
+    except Exception:  # noqa: BLE001 - which error depends on the protobuf underneath
+        model = None
+    # Some texts parse by chance: as a message of fields that ONNX does not know.
+    if model is None or not model.HasField("graph"):
+        raise _unsound(name, "it is not in the ONNX format, or is cut short")
+    for tensor in _tensors(model, onnx.TensorProto):
+        if tensor.external_data or tensor.data_location == onnx.TensorProto.EXTERNAL:
+            raise _unsound(
+                name,
+                f"the tensor {tensor.name!r} lies in another file (external data); "
+                "all weights must stand in the .onnx file itself",
+            )
+
+
+def _tensors(message: Any, kind: type) -> Iterator[Any]:
+    """Find every tensor, however deep: initializers, attributes, branches, loops, functions."""
+    # By reflection and not by a list of places, so that none is forgotten when ONNX gets a new one.
+    waiting = [message]
+    while waiting:
+        here = waiting.pop()
+        if isinstance(here, kind):
+            yield here
+            continue
+        for field, value in here.ListFields():
+            if field.message_type is not None:
+                waiting.extend([value] if hasattr(value, "ListFields") else value)
 
 
 def _spec(node: Any, file: str) -> TensorSpec:
@@ -98,7 +182,34 @@ def _spec(node: Any, file: str) -> TensorSpec:
     return TensorSpec(node.name, datatype, tuple(lengths))
 
 
+def _texts(array: Array, name: str) -> Array:
+    """Return an array of str only: of anything else onnxruntime would take Python's `str()`."""
+    texts = np.empty(array.shape, np.object_)
+    for at, element in np.ndenumerate(array):
+        if isinstance(element, str):
+            texts[at] = element
+            continue
+        place = f"{name}{list(at)}"
+        if not isinstance(element, bytes):
+            raise InvalidRequest(
+                f"{place} is of type {type(element).__name__}; BYTES take str or bytes of UTF-8",
+                field=place,
+            )
+        try:
+            texts[at] = element.decode()
+        except UnicodeDecodeError:
+            raise InvalidRequest(
+                f"{place} is not UTF-8, which the model's strings are", field=place
+            ) from None
+    return texts
+
+
+def _unsound(name: str, cause: str) -> Unprocessable:
+    return Unprocessable(f"{name} is no ONNX model that can be run: {cause}")
+
+
 def _cause(error: Exception) -> str:
-    """Return what onnxruntime says, without its error number and its place in the C++ source."""
-    said = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return said.rpartition(" : ")[2].strip()[:300] or said[:300]
+    """Return what onnxruntime says, without what speaks only to those who build it."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    said = _ERROR_NUMBER.sub("", lines[0]).rpartition("Status Message: ")[2]
+    return (_CPP_PLACE.sub("", said).strip() or said)[:300]

@@ -5,7 +5,7 @@ from typing import Final
 
 from aiohttp import hdrs, web
 
-from bus.errors import InvalidRequest, NotAllowed, NotFound, Overloaded, Unavailable
+from bus.errors import InvalidRequest, NobodyListens, NotAllowed, NotFound, Overloaded, Unavailable
 from bus.messages import PluginState
 from bus.subjects import CAPABILITIES, SUPERVISOR
 from services.gateway.parts import PARTS, Parts
@@ -40,10 +40,8 @@ async def invoke(request: web.Request) -> web.Response:
         subject = _subject(at, name, body, request.headers.get(hdrs.CONTENT_TYPE))
         try:
             relayed = await at.client.relay(subject, body, headers=headers, timeout_s=timeout_s)
-        except Unavailable as error:
-            if _nobody_listens(error, subject):
-                raise _why_nobody(at, name) from None
-            raise
+        except NobodyListens:
+            raise _why_nobody(at, name) from None
     finally:
         at.relaying -= 1
     return answer_as_it_is(relayed)
@@ -69,11 +67,6 @@ def _subject(at: Parts, name: str, body: bytes, content_type: str | None) -> str
     if any(name.startswith(f"{keyed}.") for keyed, one in CAPABILITIES.items() if one.keys):
         raise _unknown(at, name)
     return f"{at.client.root}.call.{name}"
-
-
-def _nobody_listens(error: Unavailable, subject: str) -> bool:
-    """Tell whether the broker itself said so, and not a worker about something else."""
-    return error.message.startswith(f"nobody answers {subject} ")
 
 
 def _why_nobody(at: Parts, name: str) -> NotFound | Unavailable:

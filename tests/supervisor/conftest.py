@@ -1,0 +1,91 @@
+"""A supervisor in the test's own process, with workers that are real processes."""
+
+import asyncio
+import sys
+import textwrap
+from collections.abc import AsyncGenerator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from bus import messages as m
+from bus.client import Client
+from bus.instance import join
+from bus.settings import Settings
+from services.supervisor import catalogue
+from services.supervisor.service import Supervisor
+
+# A worker as plain as can be. What it does beyond that stands in its test.
+WORKER = """
+import asyncio, os, sys
+from bus.client import connect
+from bus.instance import join
+from bus.process import run
+from bus.settings import Settings
+
+async def main():
+    settings = Settings.from_env()
+    async with (
+        connect(settings.nats_url, name="w", root=settings.root) as client,
+        join(client, settings, plugin="w", description="a test", telemetry_s=60) as instance,
+    ):
+        await instance.ready()
+        {then}
+
+sys.exit(run(main))
+"""
+
+Plugin = Callable[..., m.PluginConfig]
+Supervise = Callable[..., AbstractAsyncContextManager[Supervisor]]
+
+
+@pytest.fixture
+def plugin(tmp_path: Path) -> Plugin:
+    """Write a program, and return the configuration of the plugin `w` that runs it."""
+
+    def write(
+        program: str | None = None, then: str = "await asyncio.Event().wait()", **more: object
+    ):
+        path = tmp_path / "w.py"
+        path.write_text(WORKER.replace("{then}", then) if program is None else
+                        textwrap.dedent(program))  # fmt: skip
+        return m.PluginConfig(
+            name="w", description="a test", entrypoint=sys.executable, args=[str(path)],
+            capabilities=[], **{"autostart": True, **more},
+        )  # fmt: skip
+
+    return write
+
+
+@pytest.fixture
+def supervise(client: Client, settings: Settings) -> Supervise:
+    """Run a supervisor for a catalogue; in the end no process of it is left."""
+
+    @asynccontextmanager
+    async def start(*configs: m.PluginConfig) -> AsyncGenerator[Supervisor]:
+        await catalogue.seed(client.store, configs)
+        async with join(
+            client, settings, plugin="supervisor", description="a test", listed=False
+        ) as instance:
+            supervisor = Supervisor(client, instance, settings)
+            running = asyncio.create_task(supervisor.run())
+            try:
+                yield supervisor
+            finally:
+                children = psutil.Process().children(recursive=True)
+                running.cancel()
+                results = await asyncio.gather(running, return_exceptions=True)
+                assert isinstance(results[0], asyncio.CancelledError), results
+                left = [c for c in children if c.is_running() and "w.py" in " ".join(_line(c))]
+                assert not left
+
+    return start
+
+
+def _line(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []

@@ -1,0 +1,306 @@
+"""A supervisor with real workers: started, crashed, hung, killed, restarted, stopped."""
+
+import asyncio
+import os
+import signal
+import sys
+from itertools import pairwise
+
+import msgspec
+import psutil
+import pytest
+
+from bus import messages as m
+from bus.errors import Conflict, DeadlineExceeded, InvalidRequest, NotFound
+from bus.plugins import follow_plugins
+from bus.subjects import (
+    PLUGINS_CONFIGURE,
+    PLUGINS_GET,
+    PLUGINS_LIST,
+    PLUGINS_RESTART,
+    PLUGINS_START,
+    PLUGINS_STOP,
+    STATUS,
+)
+from bus.testing import until
+from services.supervisor import reconcile, service
+
+
+async def ask(client, endpoint, timeout_s: float = 10) -> m.PluginState:
+    request = m.NamePlugin(name="w", by="test", timeout_s=timeout_s)
+    return await client.call(endpoint, request, timeout_s=timeout_s + 5)
+
+
+async def test_what_is_wanted_runs_and_what_is_not_does_not(client, supervise, plugin):
+    idle = msgspec.structs.replace(plugin(), name="idle", autostart=False)
+    async with follow_plugins(client.store) as view, supervise(plugin(replicas=2), idle):
+        await until(lambda: view.get("w") and view.get("w").status == "running")
+        state = view.get("w")
+        assert (state.replicas.desired, state.replicas.ready) == (2, 2)
+        assert [i.slot for i in state.instances] == [0, 1]
+        assert all(psutil.pid_exists(i.pid) for i in state.instances)
+        assert view.get("idle").status == "stopped"
+        listed = await client.call(PLUGINS_LIST, m.Empty())
+        assert [(p.name, p.status) for p in listed.plugins] == [
+            ("idle", "stopped"),
+            ("w", "running"),
+        ]
+    await until(lambda: not any(psutil.pid_exists(i.pid) for i in state.instances))
+
+
+async def test_stop_and_start_answer_when_it_is_done(client, supervise, plugin):
+    async with supervise(plugin()):
+        await until(lambda: _is(client, "running"))
+        pid = (await ask(client, PLUGINS_GET)).pid
+        stopped = await ask(client, PLUGINS_STOP)
+        assert (stopped.status, stopped.instances) == ("stopped", [])
+        assert not psutil.pid_exists(pid)
+        # Stopping what does not run is no error.
+        assert (await ask(client, PLUGINS_STOP)).status == "stopped"
+        started = await ask(client, PLUGINS_START)
+        assert started.status == "running"
+        assert started.pid != pid
+        with pytest.raises(Conflict, match="w is started already"):
+            await ask(client, PLUGINS_START)
+
+
+async def test_a_worker_that_dies_at_import_is_visible_in_its_log_and_in_error(
+    client, supervise, plugin
+):
+    async with supervise(plugin("import time\nimport no_such_module\n")):
+        await until(lambda: _is(client, "error"))
+        state = await ask(client, PLUGINS_GET)
+        assert "No module named 'no_such_module'" in state.error
+        assert state.instances[0].last_exit == "ended with status 1"
+        records = await client.store.logs("w", limit=100, level="error")
+        # The traceback is one record.
+        assert records[0].message.startswith("Traceback")
+        assert "No module named 'no_such_module'" in records[0].message
+        assert records[0].logger == "stderr"
+        with pytest.raises(DeadlineExceeded, match=r"replica 0 is .*no_such_module"):
+            await ask(client, PLUGINS_RESTART, timeout_s=1)
+
+
+async def test_what_a_worker_prints_is_its_log(client, supervise, plugin):
+    program = """
+        import sys, time
+        print("\\x1b[31mred\\x1b[0m words")
+        print("x" * 40_000)
+        sys.stderr.write("careful\\nno newline at the end")
+    """
+    async with supervise(plugin(program)):
+        await until(lambda: _said(client, "no newline at the end"))
+        records = await client.store.logs("w", limit=100)
+        said = {(r.logger, r.level, r.message) for r in records}
+        assert ("stdout", "info", "red words") in said
+        assert ("stderr", "warn", "careful") in said
+        # Long lines come in pieces, and nothing of them is lost.
+        assert [len(r.message) for r in records if r.message.startswith("xxx")][:3] == [
+            16_384,
+            16_384,
+            40_000 - 2 * 16_384,
+        ]
+
+
+async def test_a_killed_worker_is_brought_back(client, supervise, plugin):
+    async with supervise(plugin()):
+        await until(lambda: _is(client, "running"))
+        pid = (await ask(client, PLUGINS_GET)).pid
+        os.kill(pid, signal.SIGKILL)
+        await until(lambda: _is(client, "running", other_than=pid))
+        place = (await ask(client, PLUGINS_GET)).instances[0]
+        assert place.restarts == 1
+        assert place.last_exit == "was ended by SIGKILL (by hand, or out of memory)"
+
+
+async def test_a_crash_loop_slows_down_and_says_so(client, supervise, plugin):
+    async with supervise(plugin("print('hello'); raise SystemExit(3)")):
+        await until(lambda: _restarts(client, 3))
+        state = await ask(client, PLUGINS_GET)
+        assert state.instances[0].last_exit == "ended with status 3"
+        assert "hello" in state.error
+        records = await client.store.logs("w", limit=100)
+        times = [r.timestamp for r in records if r.message == "hello"]
+        pauses = [(b - a).total_seconds() for a, b in pairwise(times)]
+        assert pauses[0] >= 0.5
+        assert pauses[1] >= 1.0
+
+
+async def test_a_program_that_is_not_there_is_an_error_in_words(client, supervise, plugin):
+    gone = msgspec.structs.replace(plugin(), entrypoint="/no/such/program")
+    async with supervise(gone):
+        await until(lambda: _is(client, "error"))
+        error = (await ask(client, PLUGINS_GET)).error
+    assert error == "/no/such/program cannot be started: No such file or directory"
+
+
+async def test_a_restart_replaces_one_replica_at_a_time(client, supervise, plugin):
+    ready: list[int] = []
+    async with follow_plugins(client.store) as view, supervise(plugin(replicas=3)):
+        await until(lambda: view.get("w") and view.get("w").replicas.ready == 3)
+        pids = {i.pid for i in view.get("w").instances}
+        watching = True
+
+        async def watch() -> None:
+            version = view.version
+            while watching:
+                version = await view.wait(version)
+                ready.append(view.get("w").replicas.ready)
+
+        watcher = asyncio.create_task(watch())
+        after = await ask(client, PLUGINS_RESTART)
+        watching = False
+        watcher.cancel()
+    assert after.status == "running"
+    assert not pids & {i.pid for i in after.instances}
+    assert {i.generation for i in after.instances} == {2}
+    assert min(ready) == 2
+
+
+async def test_a_hung_worker_is_found_and_replaced(client, supervise, plugin, monkeypatch):
+    monkeypatch.setattr(reconcile, "SILENCE_S", 2.5)
+    hang = "import time, pathlib; flag = pathlib.Path(sys.argv[0] + '.hung')\n"
+    hang += "        if not flag.exists(): flag.touch(); time.sleep(1000)\n"
+    hang += "        await asyncio.Event().wait()"
+    async with supervise(plugin(then=hang)):
+        await until(lambda: _restarts(client, 1), timeout_s=15)
+        await until(lambda: _is(client, "running"))
+        place = (await ask(client, PLUGINS_GET)).instances[0]
+        assert place.last_exit.startswith("gave no sign of life for 2.5 s; was ended by SIGKILL")
+
+
+async def test_a_worker_that_ignores_being_asked_is_killed(client, supervise, plugin, monkeypatch):
+    monkeypatch.setattr(reconcile, "STOP_GRACE_S", 1.0)
+    ignore = "import signal; asyncio.get_running_loop().remove_signal_handler(signal.SIGTERM)\n"
+    ignore += "        signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+    ignore += "        await asyncio.Event().wait()"
+    async with supervise(plugin(then=ignore)):
+        await until(lambda: _is(client, "running"))
+        assert (await ask(client, PLUGINS_STOP)).status == "stopped"
+
+
+async def test_stopping_the_supervisor_kills_what_does_not_stop_in_time(
+    client, supervise, plugin, monkeypatch
+):
+    monkeypatch.setattr(service, "STOP_ALL_S", 0.5)
+    ignore = "import signal; asyncio.get_running_loop().remove_signal_handler(signal.SIGTERM)\n"
+    ignore += "        signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+    ignore += "        await asyncio.Event().wait()"
+    async with supervise(plugin(then=ignore)):
+        await until(lambda: _is(client, "running"))
+        pid = (await ask(client, PLUGINS_GET)).pid
+    assert not psutil.pid_exists(pid)
+
+
+async def test_every_change_is_published(client, supervise, plugin):
+    async with client.follow(STATUS, plugin="w", slot=0) as changes, supervise(plugin()):
+        await until(lambda: _is(client, "running"))
+        await ask(client, PLUGINS_STOP)
+        heard = []
+        while "stopped" not in heard:
+            heard.append((await asyncio.wait_for(anext(changes), 5)).payload.status)
+    assert heard == ["starting", "running", "stopping", "stopped"]
+
+
+async def test_an_unknown_plugin_is_answered_with_those_that_there_are(client, supervise, plugin):
+    async with supervise(plugin()):
+        await until(lambda: _answers(client))
+        for endpoint in (PLUGINS_GET, PLUGINS_START, PLUGINS_STOP, PLUGINS_RESTART):
+            with pytest.raises(NotFound, match="no plugin 'nobody'; there are: w"):
+                await client.call(endpoint, m.NamePlugin(name="nobody"))
+
+
+async def test_a_configuration_is_stored_and_scales_at_once(client, supervise, plugin):
+    config = plugin()
+    async with supervise(config):
+        await until(lambda: _is(client, "running"))
+        before = await ask(client, PLUGINS_GET)
+        more = msgspec.structs.replace(config, replicas=2, settings={"x": 1})
+        after = await client.call(PLUGINS_CONFIGURE, m.ConfigurePlugin(name="w", config=more))
+        assert after.config == more
+        await until(lambda: _ready(client, 2))
+        # What ran goes on: it takes the configuration at its next restart.
+        assert (await ask(client, PLUGINS_GET)).pid == before.pid
+        with pytest.raises(Conflict, match="is at revision"):
+            await client.call(
+                PLUGINS_CONFIGURE,
+                m.ConfigurePlugin(name="w", config=more, revision=before.revision),
+            )
+        other = msgspec.structs.replace(config, name="other")
+        with pytest.raises(InvalidRequest, match="for 'other', not for 'w'"):
+            await client.call(PLUGINS_CONFIGURE, m.ConfigurePlugin(name="w", config=other))
+
+
+async def test_of_commands_at_the_same_time_none_is_lost(client, supervise, plugin):
+    async with supervise(plugin()):
+        await until(lambda: _is(client, "running"))
+        states = await asyncio.gather(*(ask(client, PLUGINS_RESTART) for _ in range(4)))
+        assert max(state.generation for state in states) == 5
+        assert (await ask(client, PLUGINS_GET)).instances[0].generation == 5
+
+
+async def test_desired_state_survives_the_supervisor(client, supervise, plugin):
+    config = plugin()
+    async with supervise(config):
+        await until(lambda: _is(client, "running"))
+        await ask(client, PLUGINS_STOP)
+    async with supervise(config):
+        await until(lambda: _answers(client))
+        assert (await ask(client, PLUGINS_GET)).status == "stopped"
+        assert (await ask(client, PLUGINS_START)).status == "running"
+
+
+async def test_the_workers_of_a_killed_supervisor_end_and_the_next_one_starts_them_again(
+    client, settings, plugin, supervise, tmp_path
+):
+    catalogue_file = tmp_path / "plugins.json"
+    catalogue_file.write_bytes(msgspec.json.encode([plugin()]))
+    env = {
+        **os.environ,
+        "BKG_NATS_URL": settings.nats_url,
+        "BKG_ROOT": settings.root,
+        "BKG_PLUGINS": str(catalogue_file),
+    }
+    supervisor = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "services.supervisor", env=env
+    )
+    await until(lambda: _answers(client))
+    await until(lambda: _is(client, "running"))
+    pid = (await ask(client, PLUGINS_GET)).pid
+    supervisor.kill()
+    await supervisor.wait()
+    await until(lambda: not psutil.pid_exists(pid))
+    async with supervise(plugin()):
+        await until(lambda: _is(client, "running", other_than=pid))
+
+
+async def _state(client) -> m.PluginState | None:
+    async with follow_plugins(client.store) as view:
+        return view.get("w")
+
+
+async def _is(client, status: str, other_than: int = 0) -> bool:
+    state = await _state(client)
+    return state is not None and state.status == status and state.pid != other_than
+
+
+async def _ready(client, count: int) -> bool:
+    state = await _state(client)
+    return state is not None and state.replicas.ready == count
+
+
+async def _restarts(client, count: int) -> bool:
+    state = await _state(client)
+    return state is not None and any(i.restarts >= count for i in state.instances)
+
+
+async def _said(client, message: str) -> bool:
+    return any(r.message == message for r in await client.store.logs("w", limit=100))
+
+
+async def _answers(client) -> bool:
+    try:
+        await client.call(PLUGINS_LIST, m.Empty(), timeout_s=1)
+    except Exception:  # noqa: BLE001 - not yet
+        return False
+    return True
