@@ -1,0 +1,196 @@
+"""ONNX models: what a file may not reach, and what callers are told."""
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from onnx import AttributeProto, TensorProto, helper
+
+from bus.errors import BusError, InvalidRequest, Unprocessable
+from services.candle import models
+from services.candle.runtimes.onnx import Onnx
+
+FLOAT, INT64, STRING = TensorProto.FLOAT, TensorProto.INT64, TensorProto.STRING
+OPSET = [helper.make_opsetid("", 17)]
+IRIS = Path(models.__file__).parent / "iris.onnx"
+
+
+def model(nodes, takes: Sequence = (), gives: Sequence = (), *, weights=(), **more: Any) -> bytes:
+    """Return an ONNX file; what it takes and gives are triples of name, type and shape."""
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info(*spec) for spec in takes],
+        [helper.make_tensor_value_info(*spec) for spec in gives],
+        list(weights),
+    )
+    made = helper.make_model(graph, opset_imports=OPSET, ir_version=8, **more)
+    return made.SerializeToString()
+
+
+def op(kind: str, takes: str = "x", gives: str = "y", **attributes: Any):
+    return helper.make_node(kind, takes.split(), gives.split(), **attributes)
+
+
+@pytest.fixture
+def secret(tmp_path, monkeypatch) -> TensorProto:
+    """A tensor whose values lie in a file of the working directory, where onnxruntime looks."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "secret.bin").write_bytes(np.array([41, 42], np.float32).tobytes())
+    tensor = TensorProto(name="w", data_type=FLOAT, dims=[2])
+    tensor.data_location = TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value="secret.bin")
+    return tensor
+
+
+def in_weights(secret):
+    return model([op("Identity", "w")], (), [("y", FLOAT, [2])], weights=[secret])
+
+
+def in_a_constant(secret):
+    return model([op("Constant", "", value=secret)], (), [("y", FLOAT, [2])])
+
+
+def in_a_branch(secret):
+    gives = [helper.make_tensor_value_info("z", FLOAT, [2])]
+    branch = helper.make_graph([op("Constant", "", "z", value=secret)], "b", [], gives)
+    node = op("If", then_branch=branch, else_branch=branch)
+    return model([node], [("x", TensorProto.BOOL, [])], [("y", FLOAT, [2])])
+
+
+def in_a_function(secret):
+    body = [op("Constant", "", "z", value=secret)]
+    function = helper.make_function("mine", "F", [], ["z"], body, OPSET)
+    node = helper.make_node("F", [], ["y"], domain="mine")
+    return model([node], (), [("y", FLOAT, [2])], functions=[function])
+
+
+def in_a_list(secret):
+    attribute = AttributeProto(name="values", type=AttributeProto.TENSORS, tensors=[secret])
+    node = op("Identity")
+    node.attribute.append(attribute)
+    return model([node], [("x", FLOAT, [2])], [("y", FLOAT, [2])])
+
+
+@pytest.mark.parametrize(
+    "hidden", [in_weights, in_a_constant, in_a_branch, in_a_function, in_a_list]
+)
+def test_a_model_reads_no_other_file(secret, hidden):
+    with pytest.raises(Unprocessable, match=r"tensor 'w' lies in another file \(external data\)"):
+        Onnx.load(hidden(secret))
+
+
+def test_a_file_cut_anywhere_is_a_model_or_an_error_of_ours():
+    whole = IRIS.read_bytes()
+    told = set()
+    for length in range(0, len(whole), 7):
+        try:
+            Onnx.load(whole[:length])
+        except BusError as error:
+            told.add(error.message)
+    assert told
+    assert not [said for said in told if "\n" in said or "onnxruntime" in said]
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"I only say that I am a model. " * 40, "not in the ONNX format, or is cut short"),
+        (b"", "not in the ONNX format, or is cut short"),
+        (
+            model([op("Nope")], [("x", FLOAT, ["n"])], [("y", FLOAT, ["n"])]),
+            "No Op registered for Nope",
+        ),
+    ],
+)
+def test_a_file_that_cannot_be_run_is_refused_with_the_cause(content, says):
+    with pytest.raises(Unprocessable, match=says):
+        Onnx.load(content)
+
+
+def test_a_tensor_type_that_is_not_served_is_named():
+    tensors = [(name, TensorProto.BFLOAT16, ["n"]) for name in ("x", "y")]
+    with pytest.raises(Unprocessable, match=r"'x' is a tensor\(bfloat16\); tensors of BOOL, "):
+        Onnx.load(model([op("Identity")], tensors[:1], tensors[1:]))
+
+
+def test_a_pass_that_fails_says_why_in_one_sentence():
+    table = helper.make_tensor("t", FLOAT, [3], [1, 2, 3])
+    gather = Onnx.load(
+        model([op("Gather", "t x")], [("x", INT64, ["n"])], [("y", FLOAT, ["n"])], weights=[table])
+    )
+    with pytest.raises(Unprocessable, match=r"inputs: indices element out of data bounds, idx=7"):
+        gather.run({"x": np.array([7])})
+    two = helper.make_tensor("t", INT64, [2], [2, 2])
+    reshape = Onnx.load(
+        model([op("Reshape", "x t")], [("x", FLOAT, ["n"])], [("y", FLOAT, [2, 2])], weights=[two])
+    )
+    with pytest.raises(Unprocessable, match="inputs: The input tensor cannot be reshaped"):
+        reshape.run({"x": np.ones(3, np.float32)})
+
+
+@pytest.fixture(scope="module")
+def echo() -> Onnx:
+    return Onnx.load(model([op("Identity")], [("x", STRING, ["n"])], [("y", STRING, ["n"])]))
+
+
+def objects(*values: object):
+    array = np.empty(len(values), np.object_)
+    array[:] = values
+    return array
+
+
+def test_strings_may_come_as_bytes_of_utf_8(echo):
+    given = echo.run({"x": objects("ä", "ö".encode(), b"", "a\0b")})
+    assert given["y"].tolist() == ["ä", "ö", "", "a\0b"]
+
+
+@pytest.mark.parametrize("wrong", [1, None, 2.5, ["a"]])
+def test_what_is_no_string_is_not_made_one(echo, wrong):
+    with pytest.raises(InvalidRequest, match=r"x\[1\] is of type .* take str or bytes") as raised:
+        echo.run({"x": objects("a", wrong)})
+    assert raised.value.field == "x[1]"
+
+
+def test_bytes_that_are_no_utf_8_are_named(echo):
+    with pytest.raises(InvalidRequest, match=r"x\[0\] is not UTF-8"):
+        echo.run({"x": objects(b"\xff")})
+
+
+def test_dynamic_axes_take_any_length():
+    takes, gives = ("x", FLOAT, ["n", "width"]), ("y", FLOAT, ["n", "width"])
+    any_size = Onnx.load(model([op("Relu")], [takes], [gives]))
+    assert any_size.signature.inputs[0].shape == (-1, -1)
+    for shape in ((1, 1), (3, 5), (0, 2)):
+        assert any_size.run({"x": np.ones(shape, np.float32)})["y"].shape == shape
+
+
+@pytest.mark.parametrize(
+    ("kind", "first", "kept"), [("Relu", "n", True), ("Relu", "m", True), ("NonZero", "m", False)]
+)
+def test_rows_are_put_together_only_where_they_come_out_as_they_went_in(kind, first, kept):
+    datatype = INT64 if kind == "NonZero" else FLOAT
+    content = model([op(kind)], [("x", FLOAT, ["n", 3])], [("y", datatype, [first, None])])
+    assert Onnx.load(content).signature.batched is kept
+
+
+def test_warming_up_a_model_that_refuses_zeros_or_is_huge_is_no_error():
+    ids = helper.make_tensor("t", FLOAT, [0], [])
+    refuses = model(
+        [op("Gather", "t x")], [("x", INT64, ["n"])], [("y", FLOAT, ["n"])], weights=[ids]
+    )
+    huge = model([op("Relu")], [("x", FLOAT, [1, 10**9])], [("y", FLOAT, [1, 10**9])])
+    for content in (refuses, huge, IRIS.read_bytes()):
+        Onnx.load(content).warm_up()
+
+
+def test_the_runtimes_are_imported_without_onnxruntime():
+    check = (
+        "import sys, services.candle.runtimes, services.candle.batcher;"
+        "sys.exit(bool({'onnx', 'onnxruntime'} & sys.modules.keys()))"
+    )
+    assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
