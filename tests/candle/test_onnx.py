@@ -16,6 +16,7 @@ from services.candle.runtimes.onnx import Onnx
 
 FLOAT, INT64, STRING = TensorProto.FLOAT, TensorProto.INT64, TensorProto.STRING
 OPSET = [helper.make_opsetid("", 17)]
+MODEL_OPSETS = [*OPSET, helper.make_opsetid("mine", 1)]
 IRIS = Path(models.__file__).parent / "iris.onnx"
 
 
@@ -28,7 +29,7 @@ def model(nodes, takes: Sequence = (), gives: Sequence = (), *, weights=(), **mo
         [helper.make_tensor_value_info(*spec) for spec in gives],
         list(weights),
     )
-    made = helper.make_model(graph, opset_imports=OPSET, ir_version=8, **more)
+    made = helper.make_model(graph, opset_imports=MODEL_OPSETS, ir_version=8, **more)
     return made.SerializeToString()
 
 
@@ -169,13 +170,17 @@ def test_dynamic_axes_take_any_length():
         assert any_size.run({"x": np.ones(shape, np.float32)})["y"].shape == shape
 
 
-@pytest.mark.parametrize(
-    ("kind", "first", "kept"), [("Relu", "n", True), ("Relu", "m", True), ("NonZero", "m", False)]
-)
-def test_rows_are_put_together_only_where_they_come_out_as_they_went_in(kind, first, kept):
-    datatype = INT64 if kind == "NonZero" else FLOAT
-    content = model([op(kind)], [("x", FLOAT, ["n", 3])], [("y", datatype, [first, None])])
-    assert Onnx.load(content).signature.batched is kept
+def test_rows_are_put_together_only_where_they_come_out_as_they_went_in():
+    takes = [("x", FLOAT, ["n", 3])]
+    same_name = model([op("Relu")], takes, [("y", FLOAT, ["n", 3])])
+    # Its outputs' first axis has a name of its own, but is the inputs'.
+    other_name = model([op("Cast", to=INT64)], takes, [("y", INT64, ["m", 3])])
+    # As many rows come out as there are values that are not zero.
+    places = [op("NonZero", gives="at"), op("Transpose", "at", perm=[1, 0])]
+    other_axis = model(places, takes, [("y", INT64, ["m", 2])])
+    signatures = [Onnx.load(content).signature for content in (same_name, other_name, other_axis)]
+    assert [signature.outputs[0].shape[0] for signature in signatures] == [-1, -1, -1]
+    assert [signature.batched for signature in signatures] == [True, True, False]
 
 
 def test_warming_up_a_model_that_refuses_zeros_or_is_huge_is_no_error():
