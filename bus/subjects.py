@@ -183,4 +183,10 @@ HEALTH = Feed("health.{plugin}.{slot}", m.Heartbeat)
 GALLERY_HEAD = Feed("gallery.{gallery}.head", m.GalleryHead)
 GALLERY_ENTRY = Feed("gallery.{gallery}.entry.{entry}", m.GalleryEntry)
 
+
+def gallery_events(root: str) -> str:
+    """Return the subject of every event of every gallery."""
+    return f"{root}.gallery.>"
+
+
 FEEDS = (LOG, LIVE_LOG, TELEMETRY, STATUS, HEALTH, GALLERY_HEAD, GALLERY_ENTRY)

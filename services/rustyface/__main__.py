@@ -1,0 +1,41 @@
+"""Starts a rustyface worker: settings from the environment, things made and handed on."""
+
+import sys
+
+import cv2
+
+from bus import codec
+from bus.client import connect
+from bus.instance import join
+from bus.process import run
+from bus.settings import Settings
+from bus.subjects import DATASET_MANAGE, FACES_ENCODE, FACES_SEARCH
+from services.rustyface.galleries import Galleries
+from services.rustyface.service import Rustyface, make_encoder
+from services.rustyface.settings import RustyfaceSettings
+
+
+async def main() -> None:
+    """Serve until cancelled."""
+    settings = Settings.from_env()
+    cv2.setNumThreads(1)
+    async with (
+        connect(settings.nats_url, name="rustyface", root=settings.root) as client,
+        join(
+            client,
+            settings,
+            plugin="rustyface",
+            description="Turns faces into embeddings, keeps datasets of them and searches them",
+            capabilities=[e.capability for e in (FACES_ENCODE, FACES_SEARCH, DATASET_MANAGE)],
+            config_schema=codec.schema(RustyfaceSettings),
+        ) as instance,
+    ):
+        wanted = instance.settings(RustyfaceSettings)
+        encoder = make_encoder(wanted, settings.data_dir, settings.cache_dir)
+        galleries = Galleries(client.store.galleries, client.root, encoder.name, encoder.dimensions)
+        datasets_dir = settings.data_dir / wanted.datasets_path
+        await Rustyface(instance, galleries, encoder, wanted, datasets_dir).run()
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

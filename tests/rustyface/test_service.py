@@ -1,0 +1,388 @@
+"""rustyface as callers see it: enrol, search, datasets; on one replica and on several."""
+
+import asyncio
+import base64
+import contextlib
+import hashlib
+import json
+import math
+
+import msgspec
+import numpy as np
+import pytest
+
+from bus import messages as m
+from bus.broker import running_broker
+from bus.client import connect
+from bus.errors import BusError, InvalidRequest, NotFound, Overloaded, Unprocessable
+from bus.instance import join
+from bus.subjects import DATASET_MANAGE, FACES_ENCODE, FACES_SEARCH, GALLERY_ENTRY, gallery_events
+from bus.testing import until
+from services.rustyface.galleries import Galleries
+from services.rustyface.service import FaceEncoder, PixelEncoder, Rustyface
+from services.rustyface.settings import RustyfaceSettings
+
+
+@pytest.fixture
+def worker(settings, pipeline):
+    """Start a worker; the nets are loaded once for all."""
+
+    @contextlib.asynccontextmanager
+    async def start(slot=0, encoder=None, nats_url=settings.nats_url, **changes):
+        here = msgspec.structs.replace(settings, slot=slot)
+        encoder = encoder or FaceEncoder(pipeline)
+        async with (
+            connect(nats_url, name="rustyface", root=here.root) as client,
+            join(client, here, plugin="rustyface", description="a test") as instance,
+        ):
+            galleries = Galleries(
+                client.store.galleries, client.root, encoder.name, encoder.dimensions
+            )
+            faces = Rustyface(
+                instance,
+                galleries,
+                encoder,
+                RustyfaceSettings(**changes),
+                here.data_dir / "datasets",
+            )
+            serving = asyncio.create_task(faces.run())
+            await until(lambda: instance._registration.status == "running" or serving.done())
+            try:
+                yield galleries
+            finally:
+                serving.cancel()
+                results = await asyncio.gather(serving, return_exceptions=True)
+                assert isinstance(results[0], asyncio.CancelledError), results
+
+    return start
+
+
+@pytest.fixture
+def picture(samples_dir):
+    def read(name: str) -> str:
+        return base64.b64encode((samples_dir / f"{name}.jpg").read_bytes()).decode()
+
+    return read
+
+
+async def encode(client, image: str, **more) -> m.EncodedFace:
+    return await client.call(FACES_ENCODE, m.EncodeFace(image_base64=image, **more))
+
+
+async def search(client, **asked) -> m.FaceMatches:
+    return await client.call(FACES_SEARCH, m.SearchFaces(**asked))
+
+
+async def manage(client, action: str, **more) -> dict[str, int]:
+    asked = m.ManageDataset(action=action, **more)
+    listed = await client.call(DATASET_MANAGE, asked)
+    return {dataset.id: dataset.entries for dataset in listed.datasets}
+
+
+async def test_a_changed_photo_finds_its_person_by_a_clear_margin(client, worker, picture):
+    async with worker():
+        first = await encode(
+            client, picture("astronaut"), entry_id="eileen", metadata={"name": "Eileen"}
+        )
+        await encode(client, picture("cameraman"), entry_id="cameraman")
+        found = await search(client, image_base64=picture("astronaut-changed"))
+    assert (first.id, first.dataset, first.dimensions) == ("eileen", "default", 128)
+    assert len(first.faces) == 1
+    assert math.isclose(np.linalg.norm(first.embedding), 1, abs_tol=1e-5)
+    best, other = found.results
+    assert (best.id, best.known, best.metadata) == ("eileen", True, {"name": "Eileen"})
+    assert found.known
+    assert (other.id, other.known) == ("cameraman", False)
+    assert best.score > 0.7
+    assert other.score < 0.3
+
+
+async def test_a_checksum_is_over_the_little_endian_values(client, worker, picture):
+    async with worker():
+        face = await encode(client, picture("astronaut"), persist=False)
+    values = np.array(face.embedding, "<f4").tobytes()
+    assert face.checksum == hashlib.sha256(values).hexdigest()
+
+
+async def test_what_is_not_persisted_is_in_no_dataset(client, worker, picture):
+    async with worker():
+        face = await encode(client, picture("astronaut"), persist=False, dataset="nowhere")
+        assert face.dataset is None
+        assert face.revision is None
+        assert await manage(client, "list") == {"default": 0}
+
+
+async def test_a_photo_without_a_face_is_refused_with_a_reason(client, worker, picture):
+    async with worker():
+        with pytest.raises(Unprocessable, match="no face was found in the image of") as raised:
+            await encode(client, picture("coffee"))
+        assert raised.value.field == "image_base64"
+        assert await manage(client, "list") == {"default": 0}
+
+
+async def test_an_entry_is_replaced_by_one_of_its_id(client, worker, picture):
+    async with worker():
+        await encode(client, picture("astronaut"), entry_id="x")
+        second = await encode(client, picture("cameraman"), entry_id="x")
+        found = await search(client, embedding=second.embedding)
+    assert [(r.id, round(r.score, 4)) for r in found.results] == [("x", 1.0)]
+
+
+async def test_any_id_can_be_an_entry(client, worker, picture):
+    async with worker():
+        made = await encode(client, picture("astronaut"), persist=False)
+        ids = ["a.b", "ü/../x", "*", ">", "x" * 256, "white space"]
+        for entry in ids:
+            await encode(client, picture("astronaut"), entry_id=entry)
+        found = await search(client, embedding=made.embedding, top_k=10)
+        assert sorted(r.id for r in found.results) == sorted(ids)
+        for entry in ids:
+            await manage(client, "remove-entry", dataset="default", entry_id=entry)
+        assert await manage(client, "list") == {"default": 0}
+
+
+async def test_the_best_come_first_and_those_below_the_threshold_leave(client, worker, picture):
+    async with worker():
+        face = await encode(client, picture("astronaut"), entry_id="a")
+        await encode(client, picture("cameraman"), entry_id="c")
+        scaled = [7 * value for value in face.embedding]
+        both = await search(client, embedding=scaled)
+        assert [r.id for r in both.results] == ["a", "c"]
+        assert math.isclose(both.results[0].score, 1, abs_tol=1e-5)
+        assert len((await search(client, embedding=scaled, top_k=1)).results) == 1
+        assert [r.id for r in (await search(client, embedding=scaled, threshold=0.9)).results] == [
+            "a"
+        ]
+        assert not (await search(client, embedding=[-v for v in scaled])).known
+
+
+async def test_datasets_are_made_listed_and_deleted(client, worker, picture):
+    async with worker():
+        assert await manage(client, "create", dataset="family") == {"default": 0, "family": 0}
+        assert await manage(client, "create", dataset="family") == {"default": 0, "family": 0}
+        await encode(client, picture("astronaut"), dataset="family")
+        assert await manage(client, "list") == {"default": 0, "family": 1}
+        unnamed = await manage(client, "create")
+        assert len(unnamed) == 3
+        assert "family" not in await manage(client, "delete-dataset", dataset="family")
+        with pytest.raises(NotFound, match="no dataset 'family'; there are: "):
+            await encode(client, picture("astronaut"), dataset="family")
+        # It comes back empty.
+        assert (await manage(client, "create", dataset="family"))["family"] == 0
+
+
+async def test_what_is_removed_is_gone_from_memory_from_the_stream_and_from_a_replay(
+    client, worker, picture
+):
+    async with worker() as galleries:
+        await encode(client, picture("astronaut"), entry_id="a")
+        await encode(client, picture("cameraman"), entry_id="c")
+        await manage(client, "remove-entry", dataset="default", entry_id="a")
+        assert galleries.entries == 1
+        await manage(client, "create", dataset="other")
+        await encode(client, picture("cameraman"), dataset="other")
+        await manage(client, "delete-dataset", dataset="other")
+    vectors = [
+        stored.subject
+        async for stored in client.store.galleries.read(gallery_events(client.root))
+        if b"embedding" in stored.body and len(stored.body) > 400
+    ]
+    assert vectors == [GALLERY_ENTRY.subject(client.root, gallery="default", entry="c")]
+    async with worker(1) as again:
+        assert [(d.id, d.entries) for d in again.datasets()] == [("default", 1)]
+
+
+async def test_what_one_replica_enrolled_another_finds_at_once(client, worker, picture, connected):
+    """Each replica is asked by hand, not by the queue group's choice."""
+    face = picture("astronaut")
+    async with worker(0) as first, worker(1) as second:
+        vector = np.array((await encode(client, face, persist=False)).embedding, np.float32)
+        for i in range(50):
+            writer, reader = (first, second) if i % 2 else (second, first)
+            await writer.enrol("default", f"e{i}", vector, None)
+            hits, _ = await reader.search("default", vector, k=100, threshold=0, revision=None)
+            assert len(hits) == i + 1
+
+
+async def test_no_acknowledged_entry_is_lost_when_a_dataset_is_deleted_meanwhile(
+    client, worker, picture
+):
+    async with worker(0) as first, worker(1) as second:
+        face = await encode(client, picture("astronaut"), persist=False)
+        vector = np.array(face.embedding, np.float32)
+        for round_number in range(5):
+            await first.create("g")
+            acked: dict[str, int] = {}
+
+            async def enrol(name: str, into: dict[str, int] = acked) -> None:
+                with contextlib.suppress(NotFound):
+                    into[name] = await second.enrol("g", name, vector, None)
+
+            tasks = [asyncio.create_task(enrol(f"{round_number}-{i}")) for i in range(20)]
+            await asyncio.sleep(0.002 * round_number)
+            await first.delete("g")
+            await asyncio.gather(*tasks)
+            await first.create("g")
+            newest = await first.newest()
+            await asyncio.gather(first.wait(newest), second.wait(newest))
+            # Whatever was acknowledged before the deletion went with it, all of it; whatever was
+            # acknowledged after it belongs to the new dataset, and is there.
+            created = first._galleries["g"].head_seq
+            alive = {name for name, revision in acked.items() if revision > created}
+            assert set(first._galleries["g"].entries) == alive
+            assert set(second._galleries["g"].entries) == alive
+            await first.delete("g")
+
+
+async def test_galleries_outlive_the_broker_and_the_worker(tmp_path, root, worker, picture):
+    async with contextlib.AsyncExitStack() as before:
+        broker = await before.enter_async_context(running_broker(tmp_path, sync_interval="2m"))
+        client = await before.enter_async_context(connect(broker.url, name="t", root=root))
+        await client.store.declare()
+        await before.enter_async_context(worker(nats_url=broker.url))
+        await encode(client, picture("astronaut"), entry_id="eileen")
+        await encode(client, picture("cameraman"), entry_id="cameraman")
+        earlier = await search(client, image_base64=picture("astronaut-changed"))
+    async with (
+        running_broker(tmp_path, sync_interval="2m") as broker,
+        connect(broker.url, name="t", root=root) as client,
+        worker(nats_url=broker.url),
+    ):
+        later = await search(client, image_base64=picture("astronaut-changed"))
+    assert later == earlier
+
+
+async def test_a_worker_goes_on_while_the_broker_is_restarted(tmp_path, root, worker, picture):
+    async with contextlib.AsyncExitStack() as first:
+        broker = await first.enter_async_context(running_broker(tmp_path, sync_interval="2m"))
+        async with connect(broker.url, name="t", root=root) as client:
+            await client.store.declare()
+            async with worker(nats_url=broker.url):
+                await encode(client, picture("astronaut"), entry_id="a")
+                await first.aclose()
+                async with running_broker(tmp_path, sync_interval="2m"):
+                    await until(lambda: client.connected)
+                    await until(lambda: _enrols(client, picture("cameraman")))
+                    found = await search(client, image_base64=picture("astronaut"), top_k=1)
+    assert found.results[0].id == "a"
+
+
+async def _enrols(client, image: str) -> bool:
+    with contextlib.suppress(BusError):
+        return bool(await encode(client, image, entry_id="c"))
+    return False
+
+
+async def test_an_embedder_is_not_mixed_with_another(client, worker, picture):
+    async with worker():
+        await encode(client, picture("astronaut"), entry_id="a")
+    async with worker(encoder=PixelEncoder()):
+        with pytest.raises(InvalidRequest, match="vectors of sface, this worker makes .* pixel32"):
+            await encode(client, picture("astronaut"))
+        with pytest.raises(InvalidRequest, match="1024 dimensions, the gallery has 128"):
+            await search(client, image_base64=picture("astronaut"))
+
+
+async def test_pixel32_takes_any_picture_whole(client, worker, picture):
+    async with worker(encoder=PixelEncoder()):
+        made = await encode(client, picture("coffee"), entry_id="cup")
+        assert (made.dimensions, made.embedder, made.faces) == (1024, "pixel32", [])
+        found = await search(client, image_base64=picture("coffee"))
+    assert found.results[0].id == "cup"
+    assert found.known
+
+
+async def test_the_files_of_the_original_are_taken_in_once(client, worker, settings, picture):
+    folder = settings.data_dir / "datasets"
+    folder.mkdir(parents=True)
+    vector = [1.0] + [0.0] * 127
+    entries = [{"id": "e", "embedding": vector, "metadata": {"n": 1}, "last_seen": _THEN}]
+    content = {"id": "old", "created_at": _THEN, "updated_at": _THEN, "entries": entries}
+    (folder / "old.json").write_text(json.dumps(content))
+    (folder / "broken.json").write_text("{")
+    short = {**content, "id": "short", "entries": [{**entries[0], "embedding": [1.0]}]}
+    (folder / "short.json").write_text(json.dumps(short))
+    async with worker():
+        found = await search(client, dataset="old", embedding=vector)
+        assert [(r.id, r.metadata) for r in found.results] == [("e", {"n": 1})]
+        await manage(client, "remove-entry", dataset="old", entry_id="e")
+    async with worker():
+        assert (await manage(client, "list"))["old"] == 0
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "broken.json",
+        "old.json.imported",
+        "short.json",
+    ]
+
+
+_THEN = "2024-01-01T00:00:00Z"
+
+
+async def test_a_full_queue_refuses_and_names_its_limit(client, worker, picture):
+    async with worker(max_waiting=1):
+        asked = [encode(client, picture("astronaut"), persist=False) for _ in range(20)]
+        done = await asyncio.gather(*asked, return_exceptions=True)
+        refused = [error for error in done if isinstance(error, Overloaded)]
+        assert refused
+        assert "max_waiting allows 1" in refused[0].message
+        assert all(isinstance(one, m.EncodedFace | Overloaded) for one in done)
+
+
+@pytest.mark.parametrize(
+    ("asked", "kind", "field"),
+    [
+        ({"image_base64": "not base64!"}, InvalidRequest, "image_base64"),
+        ({"image_base64": ""}, BusError, "image_base64"),
+        ({"image_base64": "aGVsbG8gd29ybGQ="}, Unprocessable, "image_base64"),
+        ({"image_base64": "CUT"}, Unprocessable, "image_base64"),
+        ({"image_base64": "GOOD", "dataset": "none"}, NotFound, "dataset"),
+    ],
+)
+async def test_what_cannot_be_encoded_is_refused(client, worker, picture, asked, kind, field):
+    good = picture("astronaut")
+    more = {name: value for name, value in asked.items() if name != "image_base64"}
+    replaced = {"GOOD": good, "CUT": good[: len(good) // 2 // 4 * 4]}
+    image = replaced.get(asked["image_base64"], asked["image_base64"])
+    async with worker():
+        with pytest.raises(kind) as raised:
+            await encode(client, image, **more)
+        assert raised.value.field == field
+        # And it goes on working.
+        assert (await encode(client, good, persist=False)).dimensions == 128
+
+
+@pytest.mark.parametrize(
+    ("asked", "kind", "says"),
+    [
+        ({}, InvalidRequest, "there is neither"),
+        ({"embedding": [1.0], "image_base64": "x"}, InvalidRequest, "there is both"),
+        ({"embedding": [1.0, 2.0]}, InvalidRequest, "2 dimensions, the gallery has 128"),
+        ({"embedding": [0.0] * 128}, InvalidRequest, "no direction"),
+        ({"embedding": []}, InvalidRequest, "no direction"),
+        ({"embedding": [1.0] * 128, "dataset": "none"}, NotFound, "no dataset 'none'"),
+    ],
+)
+async def test_what_cannot_be_searched_is_refused(client, worker, asked, kind, says):
+    async with worker():
+        with pytest.raises(kind, match=says):
+            await search(client, **asked)
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        (b'{"action": "explode"}', "action"),
+        (b"{}", "action"),
+        (b'{"action": "remove-entry", "dataset": "default"}', "entry_id"),
+        (b'{"action": "remove-entry"}', "dataset"),
+        (b'{"action": "delete-dataset"}', "dataset"),
+        (b'{"action": "delete-dataset", "dataset": "none"}', "dataset"),
+        (b'{"action": "remove-entry", "dataset": "default", "entry_id": "none"}', "entry_id"),
+        (b'{"action": "create", "dataset": "../x"}', "dataset"),
+    ],
+)
+async def test_what_cannot_be_managed_names_the_field(client, worker, body, field):
+    async with worker():
+        with pytest.raises(BusError) as raised:
+            await client.relay(DATASET_MANAGE.subject(client.root), body)
+    assert raised.value.field == field
