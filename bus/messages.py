@@ -440,9 +440,11 @@ class ModelOutput(Message, frozen=True):
 
     Attributes:
         id: The model.
-        outputs: Shape ``[n, output_dim]``, rows in the order of the inputs.
+        outputs: The first output of numbers, shape ``[n, output_dim]``, rows in the order of the
+            inputs.
         execution_ms: Time inside the runtime, without queueing, in milliseconds.
-        named: All outputs by name, for a model with more than one; rows as in `outputs`.
+        named: All outputs by name, where `outputs` cannot carry them: several, or other than rows
+            of numbers.
         checksum: SHA-256 of the artefact that answered.
         instance: The instance that answered.
     """
@@ -450,7 +452,7 @@ class ModelOutput(Message, frozen=True):
     id: str
     outputs: list[list[float]]
     execution_ms: float
-    named: dict[str, list[Any]] = {}
+    named: dict[str, Any] = {}
     checksum: str | None = None
     instance: str | None = None
 

@@ -112,7 +112,7 @@ class Batcher:
         if self._rows_waiting and self._rows_waiting + len(rows) > self._max_waiting:
             raise Overloaded(
                 f"the queue of {self._name} is full: {self._rows_waiting} rows wait and "
-                f"{len(rows)} came; max_waiting allows {self._max_waiting}",
+                f"{len(rows)} came; max_waiting_rows allows {self._max_waiting}",
                 retry_after_s=1,
             )
         asked = Waiting(rows, asyncio.get_running_loop().create_future())

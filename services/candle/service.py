@@ -8,6 +8,7 @@ from typing import Annotated
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 import structlog
 from msgspec import Meta
 
@@ -127,6 +128,7 @@ class Candle:
         try:
             path = await self._repository.bring(spec)
             runtime = await asyncio.to_thread(open_model, path, threads=self._settings.threads)
+            await asyncio.to_thread(runtime.warm_up)
         except Exception as error:
             serving.failure = error if isinstance(error, BusError) else Internal(str(error))
             serving.settled.set()
@@ -138,6 +140,7 @@ class Candle:
             lambda rows: _forward(runtime, rows),
             max_rows=self._settings.max_batch_rows if runtime.signature.batched else 1,
             max_waiting=self._settings.max_waiting_rows,
+            name=f"model {spec.id!r}",
         )
 
         async def run_model(request: m.RunModel) -> m.ModelOutput:
@@ -231,13 +234,12 @@ class Candle:
             log.error("model.failed", model="default", cause=error.message)
 
     def _output(self, spec: m.ModelSpec, outputs: Outputs, took_ms: float) -> m.ModelOutput:
-        first = next(iter(outputs.values()))
-        rows = first.reshape(len(first), -1).astype(np.float64)
+        first = next((value for value in outputs.values() if value.dtype.kind in "biuf"), None)
+        rows = np.empty((0, 0)) if first is None else _as_numbers(first)
         if not np.isfinite(rows).all():
             raise Unprocessable("the model gave values that are not finite; JSON has none")
-        named = (
-            {name: value.tolist() for name, value in outputs.items()} if len(outputs) > 1 else {}
-        )
+        is_all = len(outputs) == 1 and first is not None and first.ndim == 2
+        named = {} if is_all else {name: value.tolist() for name, value in outputs.items()}
         return m.ModelOutput(
             id=spec.id,
             outputs=rows.tolist(),
@@ -325,6 +327,11 @@ def _told(serving: _Serving) -> m.LoadedModel:
         requests=serving.requests,
         rows=serving.rows,
     )
+
+
+def _as_numbers(output: Array) -> npt.NDArray[np.float64]:
+    """Return an output as rows of numbers, whatever its rank: a scalar is one row of one."""
+    return output.reshape(len(output) if output.ndim else 1, -1).astype(np.float64)
 
 
 def _tensor(spec: TensorSpec) -> m.TensorInfo:

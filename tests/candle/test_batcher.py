@@ -85,7 +85,7 @@ async def test_a_full_queue_refuses_and_names_its_limit():
         first = await held(doubler, batcher)
         waiting = asyncio.create_task(batcher.submit(rows(1, 2, 3)))
         await until(lambda: batcher._rows_waiting == 3)
-        with pytest.raises(Overloaded, match=r"queue of iris is full.*max_waiting allows 3"):
+        with pytest.raises(Overloaded, match=r"queue of iris is full.*max_waiting_rows allows 3"):
             await batcher.submit(rows(4))
         doubler.go_on.set()
         await asyncio.gather(first, waiting)

@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 
 import pytest
+from onnx import TensorProto, helper, save
 
 from bus import codec
 from bus import messages as m
@@ -48,6 +49,27 @@ async def test_the_iris_classifier_names_flowers(client, worker):
     assert reply.named["species"] == [0, 2]
     assert reply.outputs[0][0] == pytest.approx(0.998, abs=2e-3)
     assert reply.outputs[1][2] == pytest.approx(0.998, abs=2e-3)
+
+
+async def test_outputs_that_are_no_rows_of_numbers_come_by_name(client, worker, models_dir):
+    """One model that gives the sum of all values, a scalar, and the input again as text."""
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 2])
+    outputs = [
+        helper.make_tensor_value_info("text", TensorProto.STRING, ["n", 2]),
+        helper.make_tensor_value_info("total", TensorProto.FLOAT, []),
+    ]
+    nodes = [
+        helper.make_node("Cast", ["x"], ["text"], to=TensorProto.STRING),
+        helper.make_node("ReduceSum", ["x"], ["total"], keepdims=0),
+    ]
+    graph = helper.make_graph(nodes, "g", [x], outputs)
+    opsets = [helper.make_opsetid("", 17)]
+    save(helper.make_model(graph, opset_imports=opsets, ir_version=8), models_dir / "t.onnx")
+    async with worker():
+        await load(client, "t.onnx")
+        reply = await run(client, [[1, 2], [3, 4]])
+    assert reply.outputs == [[10]]
+    assert reply.named == {"text": [["1", "2"], ["3", "4"]], "total": 10}
 
 
 async def test_stats_list_what_is_loaded(client, worker, linear):
