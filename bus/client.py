@@ -53,6 +53,9 @@ FOLLOW_BUFFER: Final = 10_000
 # The W3C trace context of the request that is being worked on; log records carry its trace id.
 trace: ContextVar[str | None] = ContextVar("trace", default=None)
 
+# A message as it came in; named here, so that nobody above imports nats.
+Incoming = Msg
+
 log = structlog.get_logger("bus.client")
 
 Req = TypeVar("Req", bound=Message)

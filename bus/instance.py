@@ -21,11 +21,10 @@ from typing import Any, Final, TypeVar
 
 import msgspec
 import structlog
-from nats.aio.msg import Msg
 
 from bus import codec, logs
 from bus import messages as m
-from bus.client import ERROR, ERROR_CODE, TIMEOUT_MS, TRACEPARENT, Client, trace
+from bus.client import ERROR, ERROR_CODE, TIMEOUT_MS, TRACEPARENT, Client, Incoming, trace
 from bus.errors import (
     BusError,
     Conflict,
@@ -178,7 +177,7 @@ class Instance:
         """
         served = _Served(endpoint, endpoint.subject(self._client.root, *keys), handler)
 
-        async def on_message(message: Msg) -> None:
+        async def on_message(message: Incoming) -> None:
             self._accept(served, message)
 
         heard = await self._client.listen(served.subject, endpoint.queue, on_message)
@@ -191,7 +190,7 @@ class Instance:
             if served.tasks:
                 await asyncio.wait(served.tasks, timeout=DRAIN_S)
 
-    def _accept(self, served: _Served, message: Msg) -> None:
+    def _accept(self, served: _Served, message: Incoming) -> None:
         # No reply subject: nobody asked. Another subject: a stream's consumer delivers here what
         # its maker may not send here (nats-server#8274).
         if not message.reply or message.subject != served.subject:
@@ -202,7 +201,7 @@ class Instance:
         self._in_flight[task] = time.monotonic()
         task.add_done_callback(lambda done: self._in_flight.pop(done, None))
 
-    async def _answer(self, served: _Served, message: Msg) -> None:
+    async def _answer(self, served: _Served, message: Incoming) -> None:
         headers = message.headers or {}
         content_type = headers.get(codec.CONTENT_TYPE) or codec.JSON
         trace.set(headers.get(TRACEPARENT))
@@ -224,7 +223,7 @@ class Instance:
             served.busy_ns += time.perf_counter_ns() - began
 
     async def _work(
-        self, served: _Served, message: Msg, headers: Mapping[str, str], content_type: str
+        self, served: _Served, message: Incoming, headers: Mapping[str, str], content_type: str
     ) -> m.Message:
         if self.in_flight > MAX_IN_FLIGHT:
             raise Overloaded(
@@ -375,7 +374,7 @@ class Instance:
             "metadata": {"host": self.host, "slot": str(self.slot), "pid": str(os.getpid())},
         }
 
-        async def on_message(message: Msg) -> None:
+        async def on_message(message: Incoming) -> None:
             said: dict[str, Any]
             match message.subject.split(".")[1]:
                 case "PING":

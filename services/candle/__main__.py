@@ -7,9 +7,8 @@ from bus.client import connect
 from bus.instance import join
 from bus.process import run
 from bus.settings import Settings
-from bus.subjects import CANDLE_STATS, MODEL_LOAD, MODEL_RUN, MODEL_UNLOAD
 from services.candle.repository import Repository
-from services.candle.service import Candle, CandleSettings
+from services.candle.service import SERVED, Candle, CandleSettings
 
 
 async def main() -> None:
@@ -22,10 +21,7 @@ async def main() -> None:
             settings,
             plugin="candle",
             description="Runs models: linear ones from JSON, and ONNX",
-            capabilities=[
-                endpoint.capability
-                for endpoint in (MODEL_LOAD, MODEL_UNLOAD, MODEL_RUN, CANDLE_STATS)
-            ],
+            capabilities=[endpoint.capability for endpoint in SERVED],
             config_schema=codec.schema(CandleSettings),
         ) as instance,
     ):

@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Final
 
 import msgspec
 import numpy as np
@@ -21,6 +21,8 @@ from services.candle.batcher import Array, Batcher, Outputs
 from services.candle.repository import Repository
 from services.candle.runtimes import open_model
 from services.candle.runtimes.base import DTYPES, Runtime, TensorSpec
+
+SERVED: Final = (MODEL_LOAD, MODEL_UNLOAD, MODEL_RUN, CANDLE_STATS)
 
 log = structlog.get_logger("candle.service")
 

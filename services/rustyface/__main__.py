@@ -9,9 +9,8 @@ from bus.client import connect
 from bus.instance import join
 from bus.process import run
 from bus.settings import Settings
-from bus.subjects import DATASET_MANAGE, FACES_ENCODE, FACES_SEARCH
 from services.rustyface.galleries import Galleries
-from services.rustyface.service import Rustyface, make_encoder
+from services.rustyface.service import SERVED, Rustyface, make_encoder
 from services.rustyface.settings import RustyfaceSettings
 
 
@@ -26,15 +25,15 @@ async def main() -> None:
             settings,
             plugin="rustyface",
             description="Turns faces into embeddings, keeps datasets of them and searches them",
-            capabilities=[e.capability for e in (FACES_ENCODE, FACES_SEARCH, DATASET_MANAGE)],
+            capabilities=[e.capability for e in SERVED],
             config_schema=codec.schema(RustyfaceSettings),
         ) as instance,
     ):
         wanted = instance.settings(RustyfaceSettings)
         encoder = make_encoder(wanted, settings.data_dir, settings.cache_dir)
         galleries = Galleries(client.store.galleries, client.root, encoder.name, encoder.dimensions)
-        datasets_dir = settings.data_dir / wanted.datasets_path
-        await Rustyface(instance, galleries, encoder, wanted, datasets_dir).run()
+        datasets = settings.data_dir / wanted.datasets_path
+        await Rustyface(instance, galleries, encoder, wanted, datasets).run()
 
 
 if __name__ == "__main__":

@@ -34,6 +34,8 @@ T = TypeVar("T")
 # is all that it can know.
 THRESHOLDS: Final[Mapping[str, float]] = {"sface": 0.45, "pixel32": 0.99}
 
+SERVED: Final = (FACES_ENCODE, FACES_SEARCH, DATASET_MANAGE)
+
 log = structlog.get_logger("rustyface.service")
 
 

@@ -1,0 +1,82 @@
+"""The whole platform, as `bkg up` runs it, for whoever only has its address and a key."""
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Generator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import psutil
+import pytest
+
+from bus.testing import until
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Platform:
+    """What its user knows of it."""
+
+    url: str
+    nats_url: str
+    key: str
+    data_dir: Path
+    pid: int
+
+    def session(self) -> aiohttp.ClientSession:
+        headers = {"Authorization": f"Bearer {self.key}"}
+        return aiohttp.ClientSession(self.url, headers=headers)
+
+
+@pytest.fixture(scope="module")
+def platform(tmp_path_factory: pytest.TempPathFactory) -> Generator[Platform]:
+    """A running platform; in the end nothing of it is left."""
+    data_dir = tmp_path_factory.mktemp("platform") / "data"
+    command = [sys.executable, "-m", "services.cli", "up", "--port", "0"]
+    log = data_dir.parent / "up.log"
+    with log.open("wb") as output:
+        up = subprocess.Popen(
+            [*command, "--data-dir", str(data_dir)],
+            stdout=output, stderr=output, cwd=REPOSITORY, env=without_bkg(),
+        )  # fmt: skip
+    try:
+        yield asyncio.run(up_and_running(up, data_dir, log))
+    finally:
+        family = [psutil.Process(up.pid), *psutil.Process(up.pid).children(recursive=True)]
+        up.terminate()
+        assert up.wait(10) == 0, log.read_text()
+        _, left = psutil.wait_procs(family, 2)
+        assert not left
+
+
+def without_bkg(**more: str) -> dict[str, str]:
+    """Return the environment without settings of ours."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("BKG_")}
+    return kept | more
+
+
+async def up_and_running(up: "subprocess.Popen[bytes]", data_dir: Path, log: Path) -> Platform:
+    """Return the platform once it says that it is up."""
+
+    def is_up() -> bool:
+        assert up.poll() is None, log.read_text()
+        return "is up, after" in log.read_text()
+
+    await until(is_up, 60)
+    run = json.loads((data_dir / "run.json").read_text())
+    key = (data_dir / "admin.key").read_text().strip()
+    return Platform(run["url"], run["nats_url"], key, data_dir, up.pid)
+
+
+async def ask(session: aiohttp.ClientSession, capability: str, **payload: Any) -> dict[str, Any]:
+    """Ask a capability over HTTP, and return its answer."""
+    async with session.post(f"/api/capabilities/{capability}", json=payload) as answer:
+        body: dict[str, Any] = await answer.json(content_type=None)
+        assert answer.status == 200, body
+        return body
