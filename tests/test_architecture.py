@@ -21,6 +21,7 @@ FLOORS = (
 OUTSIDERS = {
     "nats": {"bus/client.py", "bus/state.py"},
     "psutil": {"bus/telemetry.py", "services/supervisor/process.py", "services/cli"},
+    "msgpack": {"bus/codec.py"},
     "onnx": {"services/candle/runtimes/onnx.py", "services/candle/models/make.py",
              "services/rustyface/weights.py"},
     "onnxruntime": {"services/candle/runtimes/onnx.py", "services/rustyface/weights.py"},

@@ -2,6 +2,7 @@
 
 import contextlib
 import string
+from datetime import UTC
 
 import msgspec
 import pytest
@@ -50,6 +51,20 @@ def test_any_bytes_are_a_message_or_an_invalid_request(body, content_type):
 def test_a_message_survives_the_way_there(rows, content_type):
     sent = m.RunModel(id="m", inputs=rows)
     assert codec.decode(codec.encode(sent, content_type), m.RunModel, content_type) == sent
+
+
+@given(st.none() | st.binary(max_size=64), st.datetimes(timezones=st.just(UTC)))
+def test_bytes_and_times_survive_in_message_pack(embedding, at):
+    sent = m.GalleryEntry(id="e", at=at, embedding=embedding, metadata={"n": [1, None]})
+    assert codec.decode(codec.encode(sent, codec.MSGPACK), m.GalleryEntry, codec.MSGPACK) == sent
+
+
+@pytest.mark.parametrize(
+    "body", [b"\xc1", b"\xdd\xff\xff\xff\xff", b"\x81\x01\x02", b"\x91" * 5000, b"\x80\x80"]
+)
+def test_what_is_no_message_pack_is_refused_in_words(body):
+    with pytest.raises(InvalidRequest, match="not MessagePack: "):
+        codec.decode(body, m.RunModel, codec.MSGPACK)
 
 
 @given(st.sampled_from(KINDS), st.text(), st.none() | st.text(), st.none() | st.floats(0, 100))
