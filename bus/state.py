@@ -20,13 +20,14 @@ from typing import Any, Final, Generic, TypeVar
 import msgspec
 import nats.errors
 import nats.js.errors
+import structlog
 from nats.aio.client import Client as Nats
 from nats.aio.msg import Msg
 from nats.js.api import ObjectMeta
 
 from bus import codec
 from bus import messages as m
-from bus.errors import Conflict, DeadlineExceeded, Internal, NotFound, Unavailable
+from bus.errors import Conflict, DeadlineExceeded, Internal, InvalidRequest, NotFound, Unavailable
 from bus.subjects import (
     GALLERY_ENTRY,
     GALLERY_HEAD,
@@ -44,6 +45,8 @@ HEARTBEAT_S: Final = 1
 # A key of the observed bucket leaves when it was not written again for this long.
 OBSERVED_TTL_S: Final = 30
 WRITE_PATIENCE_S: Final = 15.0
+
+log = structlog.get_logger("bus.state")
 
 T = TypeVar("T", bound=m.Message)
 
@@ -248,15 +251,19 @@ class Bucket(Generic[T]):
         await self._stream.append(subject, b"", headers={"KV-Operation": "DEL"}, expect=expect)
 
     async def all(self) -> list[Entry[T]]:
-        """Return every entry that is there now."""
+        """Return every entry that is there now, and can be read."""
         latest = self._stream.read(self._all(), latest_only=True)
-        entries = [self._entry(message) async for message in latest]
+        entries = self._readable([message async for message in latest])
         return [entry for entry in entries if entry.value is not None]
 
     async def follow(self) -> AsyncIterator[Changes[T]]:
-        """Give every entry that is there, and then every change, without end."""
+        """Give every entry that is there, and then every change, without end.
+
+        What somebody wrote by hand and cannot be read is passed over: the last readable value
+        stands.
+        """
         async for batch in self._stream.follow(self._all(), latest_only=True):
-            yield Changes([self._entry(message) for message in batch.messages], batch.caught_up)
+            yield Changes(self._readable(batch.messages), batch.caught_up)
 
     async def _write(self, value: T, revision: int, subject: str) -> int:
         return await self._stream.append(subject, *self._body(value), expect=(subject, revision))
@@ -271,6 +278,15 @@ class Bucket(Generic[T]):
 
     def _all(self) -> str:
         return self._prefix + ".".join("*" * self._width) + self._suffix
+
+    def _readable(self, messages: Sequence[Stored]) -> list[Entry[T]]:
+        entries = []
+        for message in messages:
+            try:
+                entries.append(self._entry(message))
+            except InvalidRequest as error:
+                log.warning("entry.unreadable", subject=message.subject, cause=error.message)
+        return entries
 
     def _entry(self, message: Stored) -> Entry[T]:
         key = message.subject.removeprefix(self._prefix).removesuffix(self._suffix)
@@ -386,17 +402,22 @@ class Store:
         """
         which = {"plugin": plugin, "level": level}
         subject = LOG.subject(self._root, **{k: v for k, v in which.items() if v is not None})
-        newest: deque[Stored] = deque(maxlen=limit)
-        async for message in self._logs.read(subject, after=after or 0):
-            newest.append(message)
-        return [
-            msgspec.structs.replace(codec.decode(s.body, m.LogEvent), seq=s.seq) for s in newest
-        ]
+        newest: deque[m.LogEvent] = deque(maxlen=limit)
+        async for stored in self._logs.read(subject, after=after or 0):
+            # What somebody published by hand may be anything.
+            with contextlib.suppress(InvalidRequest):
+                record = codec.decode(stored.body, m.LogEvent)
+                newest.append(msgspec.structs.replace(record, seq=stored.seq))
+        return list(newest)
 
     async def telemetry(self) -> list[m.TelemetrySnapshot]:
         """Return the last snapshot of every instance."""
         latest = self._telemetry.read(TELEMETRY.subject(self._root), latest_only=True)
-        return [codec.decode(s.body, m.TelemetrySnapshot) async for s in latest]
+        snapshots = []
+        async for stored in latest:
+            with contextlib.suppress(InvalidRequest):
+                snapshots.append(codec.decode(stored.body, m.TelemetrySnapshot))
+        return snapshots
 
     async def _declare(self, config: dict[str, Any]) -> None:
         body = json.dumps(config).encode()

@@ -161,6 +161,20 @@ async def test_the_newest_records_come_oldest_first_with_their_sequence(client):
     assert await client.store.logs("nobody", limit=5) == []
 
 
+async def test_what_somebody_wrote_by_hand_spoils_nothing(client):
+    await client.store.models.put(spec("good"), "good")
+    await client._nc.publish(f"$KV.{client.root}-models.bad", b"no message of ours")
+    await client._nc.publish(LOG.subject(client.root, plugin="p", slot=0, level="info"), b"hello")
+    record = m.LogEvent(plugin="p", level="info", message="x", timestamp=m.now())
+    await client.publish(LOG, record, plugin="p", slot=0, level="info")
+    await client.barrier()
+    assert [entry.names for entry in await client.store.models.all()] == [("good",)]
+    assert [r.message for r in await client.store.logs("p", limit=5)] == ["x"]
+    async for changes in client.store.models.follow():
+        assert [entry.names for entry in changes.entries] == [("good",)]
+        break
+
+
 async def test_an_artefact_comes_back_byte_for_byte(client, tmp_path):
     path = tmp_path / "m.bin"
     path.write_bytes(bytes(range(256)) * 4096)
