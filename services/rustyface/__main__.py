@@ -1,8 +1,7 @@
 """Starts a rustyface worker: settings from the environment, things made and handed on."""
 
+import asyncio
 import sys
-
-import cv2
 
 from bus import codec
 from bus.client import connect
@@ -17,7 +16,6 @@ from services.rustyface.settings import RustyfaceSettings
 async def main() -> None:
     """Serve until cancelled."""
     settings = Settings.from_env()
-    cv2.setNumThreads(1)
     async with (
         connect(settings.nats_url, name="rustyface", root=settings.root) as client,
         join(
@@ -30,7 +28,8 @@ async def main() -> None:
         ) as instance,
     ):
         wanted = instance.settings(RustyfaceSettings)
-        encoder = make_encoder(wanted, settings.data_dir, settings.cache_dir)
+        dirs = settings.data_dir, settings.cache_dir
+        encoder = await asyncio.to_thread(make_encoder, wanted, *dirs)
         galleries = Galleries(client.store.galleries, client.root, encoder.name, encoder.dimensions)
         datasets = settings.data_dir / wanted.datasets_path
         await Rustyface(instance, galleries, encoder, wanted, datasets).run()

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final, Protocol, TypeVar
 
+import cv2
 import numpy as np
 import numpy.typing as npt
 import structlog
@@ -99,6 +100,8 @@ class PixelEncoder:
 
 def make_encoder(settings: RustyfaceSettings, data_dir: Path, cache_dir: Path) -> Encoder:
     """Open what the settings ask for; raises as `pipeline.load` does. Blocks for a second."""
+    # Each of our own threads works on an image of its own; OpenCV's would only compete.
+    cv2.setNumThreads(1)
     if settings.embedder == "pixel32":
         return PixelEncoder()
     models_dir = data_dir / settings.models_dir if settings.models_dir else None
