@@ -32,12 +32,15 @@ def load(path: Path) -> list[PluginConfig]:
         InvalidRequest: It cannot be read; names the file, the plugin and the field.
     """
     try:
-        configs = codec.decode(path.read_bytes(), list[PluginConfig])
+        content = path.read_bytes()
     except OSError as error:
         raise InvalidRequest(f"the catalogue {path} cannot be read: {error.strerror}") from None
+    try:
+        configs = codec.decode(content, list[PluginConfig])
     except BusError as error:
         raise InvalidRequest(
-            f"the catalogue {path}: {error.message}{_nearest(error)}", field=error.field
+            f"the catalogue {path}{_plugin(content, error)}: {error.message}{_nearest(error)}",
+            field=error.field,
         ) from None
     names = [config.name for config in configs]
     if twice := sorted({name for name in names if names.count(name) > 1}):
@@ -60,6 +63,20 @@ async def seed(store: Store, configs: Sequence[PluginConfig]) -> None:
         except Conflict:
             continue
         log.info("plugin.seeded", name=config.name, enabled=config.autostart)
+
+
+def _plugin(content: bytes, error: BusError) -> str:
+    """Return which plugin is meant, in words: people do not count entries of a list."""
+    at = re.match(r"\[(\d+)\]", error.field or "")
+    if at is None:
+        return ""
+    try:
+        entry = msgspec.json.decode(content)[int(at[1])]
+    except msgspec.DecodeError:
+        # What comes behind the entry is no JSON.
+        return ""
+    name = entry.get("name") if isinstance(entry, dict) else None
+    return f", plugin {name!r}" if isinstance(name, str) else ""
 
 
 def _nearest(error: BusError) -> str:

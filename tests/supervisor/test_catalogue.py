@@ -26,6 +26,8 @@ def test_the_shipped_catalogue_has_both_plugins_and_starts_them():
         ("{}", "Expected `array`"),
         (json.dumps([{**GOOD, "autostrat": True}]), "did you mean `autostart`"),
         (json.dumps([{**GOOD, "zzz": 1}]), "known are name, description"),
+        # The plugin is named, not only its place in the list.
+        (json.dumps([GOOD, {**GOOD, "name": "b", "env": {"x": 1}}]), "plugin 'b': [1].env"),
         (json.dumps([{**GOOD, "replicas": 1000}]), "replicas"),
         (json.dumps([{**GOOD, "name": "Not A Name"}]), "must be a plugin's name"),
         (json.dumps([GOOD, GOOD]), "has a more than once"),
