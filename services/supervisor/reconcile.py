@@ -4,8 +4,9 @@ All rules of a replica's life stand here:
 
 - What is wanted and not there is started; what is there and not wanted is stopped.
 - One that ended by itself is started again after a pause that doubles with each end in a row.
-- One that has not registered in time, or is silent although its process lives, is killed. Its end
-  then counts like any other.
+- One that is silent although its process lives is killed; one that still starts may be silent for
+  longer, because it builds or reads. Its end then counts like any other. One that beats is slow,
+  not hung: it has much more time to get ready, but not for ever.
 - Another generation replaces one replica at a time, and only while every other one runs: a
   generation that does not come up stops there, and the rest goes on with the old one.
 - Whoever does not stop when asked is killed.
@@ -15,7 +16,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
 
+# Silence while it starts: the time to load and register, or to compute without a beat.
 STARTUP_GRACE_S: Final = 30.0
+STARTUP_MAX_S: Final = 600.0
+# More than the ten seconds in which an instance finishes its requests.
 STOP_GRACE_S: Final = 15.0
 SILENCE_S: Final = 10.0
 BACKOFF_FIRST_S: Final = 0.5
@@ -43,7 +47,7 @@ class Seen:
         generation: The generation that it was started for.
         since: When it entered the phase, in monotonic seconds.
         crashes: How often in a row it ended by itself.
-        heard: When it was last heard of; counts while it runs.
+        heard: When it was last heard of; counts while it starts and runs.
     """
 
     phase: Phase
@@ -143,10 +147,17 @@ def _wanted(key: Key, there: Seen, generation: int, now: float) -> list[Action]:
         case "starting" if there.generation != generation:
             return [Stop(key)]
         case "starting":
-            late = now - there.since > STARTUP_GRACE_S
-            return [Kill(key, f"did not get ready within {STARTUP_GRACE_S:g} s")] if late else []
+            return _late(key, there, now)
         case _:
             return _silent(key, there, now)
+
+
+def _late(key: Key, there: Seen, now: float) -> list[Action]:
+    if now - there.since > STARTUP_MAX_S:
+        return [Kill(key, f"did not get ready within {STARTUP_MAX_S:g} s")]
+    if now - max(there.heard, there.since) > STARTUP_GRACE_S:
+        return [Kill(key, f"started, then gave no sign of life for {STARTUP_GRACE_S:g} s")]
+    return []
 
 
 def _stubborn(key: Key, there: Seen, now: float) -> list[Action]:

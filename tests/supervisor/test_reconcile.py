@@ -8,6 +8,7 @@ from services.supervisor.reconcile import (
     BACKOFF_MAX_S,
     SILENCE_S,
     STARTUP_GRACE_S,
+    STARTUP_MAX_S,
     STOP_GRACE_S,
     Forget,
     Key,
@@ -38,6 +39,8 @@ def seen(phase: str, generation: int = 1, ago: float = 0.0, **more: float) -> Se
         # All is well.
         ({C0: 1}, {C0: seen("running")}, []),
         ({C0: 1}, {C0: seen("starting", ago=STARTUP_GRACE_S - 1)}, []),
+        # One that beats while it starts is slow, not hung.
+        ({C0: 1}, {C0: seen("starting", ago=STARTUP_GRACE_S + 1)}, []),
         # One that ended waits, longer each time.
         ({C0: 1}, {C0: seen("ended", crashes=1, ago=0.4)}, []),
         ({C0: 1}, {C0: seen("ended", crashes=1, ago=0.6)}, [Start(C0, 1)]),
@@ -63,7 +66,8 @@ def test_the_rules(wanted, there, actions):
 @pytest.mark.parametrize(
     ("there", "why"),
     [
-        (seen("starting", ago=STARTUP_GRACE_S + 1), "did not get ready"),
+        (seen("starting", ago=99, heard=NOW - STARTUP_GRACE_S - 1), "gave no sign of life"),
+        (seen("starting", ago=STARTUP_MAX_S + 1), "did not get ready"),
         (seen("running", ago=99, heard=NOW - SILENCE_S - 1), "no sign of life"),
         (seen("stopping", ago=STOP_GRACE_S + 1), "did not stop"),
     ],
