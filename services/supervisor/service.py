@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 
+import msgspec
 import structlog
 
 from bus import messages as m
@@ -40,11 +41,15 @@ from services.supervisor.reconcile import (
     Seen,
     Start,
     Stop,
+    backoff_s,
     reconcile,
 )
 
 TICK_S = 0.25
+# Our own heartbeat comes back to us every second. While it does not, we hear nobody.
+DEAF_S = 3.0
 STOP_ALL_S = 3.0
+TELL_LAST_S = 0.5
 WRITE_AGAIN_S = OBSERVED_TTL_S / 3
 LINES_WAITING = 10_000
 
@@ -62,6 +67,7 @@ class _Replica:
     since_utc: datetime = field(default_factory=m.now)
     child: Child | None = None
     task: asyncio.Task[None] | None = None
+    ran_since: float | None = None
     crashes: int = 0
     restarts: int = 0
     heard: float = 0.0
@@ -69,6 +75,23 @@ class _Replica:
     why: str | None = None
     last_exit: str | None = None
     error: str | None = None
+
+
+@dataclass(frozen=True)
+class _Change:
+    """What is to be written down and published of a place.
+
+    Attributes:
+        state: What it is now.
+        dead: The process that has just ended in it.
+        forgotten: Whether the place is no more.
+        again: Whether this was told already, and only keeps it from expiring.
+    """
+
+    state: m.ProcessState
+    dead: int | None = None
+    forgotten: bool = False
+    again: bool = False
 
 
 class Supervisor:
@@ -88,7 +111,9 @@ class Supervisor:
         self._replicas: dict[Key, _Replica] = {}
         self._registered: dict[Key, m.Registration] = {}
         self._wake = asyncio.Event()
-        self._changes: asyncio.Queue[m.ProcessState] = asyncio.Queue()
+        self._heard_self = 0.0
+        # Unbounded, but a place in a crash loop adds three in 30 s, while the broker is away.
+        self._changes: asyncio.Queue[_Change] = asyncio.Queue()
         self._lines: asyncio.Queue[m.LogEvent] = asyncio.Queue(LINES_WAITING)
         self._lines_lost = 0
 
@@ -139,6 +164,8 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         async with self._client.follow(HEALTH) as beats:
             async for beat in beats:
+                if beat.payload.id == self._instance.id:
+                    self._heard_self = loop.time()
                 replica = self._replicas.get(Key(beat.payload.plugin, beat.payload.slot))
                 if replica and replica.child and replica.child.pid == beat.payload.pid:
                     replica.heard = loop.time()
@@ -147,6 +174,7 @@ class Supervisor:
 
     async def _act(self) -> None:
         """Reconcile whenever something changed, and at every tick."""
+        await self._end_leftovers()
         loop = asyncio.get_running_loop()
         last = loop.time()
         while True:
@@ -155,14 +183,25 @@ class Supervisor:
                     await self._wake.wait()
             self._wake.clear()
             now = loop.time()
-            if now - last > 1.0 or not self._client.connected:
-                # We were held up ourselves, or heard nothing because the broker was away: the
-                # silence of the workers says nothing about them.
+            if now - last > 1.0 or now - self._heard_self > DEAF_S:
+                # We were held up ourselves, or hear nothing because the broker hangs or is away:
+                # the silence of the workers says nothing about them.
                 for replica in self._replicas.values():
                     replica.heard = now
             last = now
             for action in reconcile(self._wanted(), self._seen(), now):
                 await self._do(action)
+
+    async def _end_leftovers(self) -> None:
+        """See that no place has two processes after a supervisor of this host was killed."""
+        found = [entry.value for entry in await self._client.store.processes.all()]
+        left = {
+            there.pid: self._env(Key(there.plugin, there.slot), there.generation)
+            for there in found
+            if there and there.pid and there.host == self._settings.host
+        }
+        for pid in await process.end_leftovers(left, STOP_ALL_S):
+            log.warning("leftover.killed", pid=pid)
 
     def _wanted(self) -> dict[Key, int]:
         return {
@@ -179,28 +218,31 @@ class Supervisor:
         }
 
     async def _do(self, action: Action) -> None:
+        """Carry an action out, if what it was decided for is still so: starting takes a while."""
         match action:
             case Start(key, generation):
                 await self._start(key, generation)
             case Stop(key):
                 replica = self._replicas[key]
-                replica.wanted_end = True
                 if replica.child:
+                    replica.wanted_end = True
                     replica.child.stop()
-                self._enter(replica, "stopping")
+                    self._enter(replica, "stopping")
             case Kill(key, why):
                 replica = self._replicas[key]
-                log.warning("plugin.killed", plugin=key.plugin, slot=key.slot, why=why)
-                replica.why = why
                 if replica.child:
+                    log.warning("plugin.killed", plugin=key.plugin, slot=key.slot, why=why)
+                    replica.why = why
                     replica.child.kill()
-                self._enter(replica, "stopping")
+                    self._enter(replica, "stopping")
             case Forget(key):
-                del self._replicas[key]
-                await self._remove(key)
+                self._forget(key)
 
     async def _start(self, key: Key, generation: int) -> None:
-        config = self._desired[key.plugin].config
+        desired = self._desired.get(key.plugin)
+        if desired is None:
+            return
+        config = desired.config
         before = self._replicas.get(key)
         replica = _Replica(key, generation)
         if before and before.generation == generation:
@@ -218,6 +260,7 @@ class Supervisor:
             replica.crashes += 1
             replica.error = f"{config.entrypoint} cannot be started: {error.strerror}"
             log.warning("plugin.not_started", plugin=key.plugin, cause=replica.error)
+            self._note(replica, "process.not_started")
             self._enter(replica, "ended")
             return
         self._enter(replica, "starting")
@@ -241,16 +284,17 @@ class Supervisor:
     async def _watch(self, replica: _Replica, child: Child) -> None:
         """Wait for a process's end, and remember it."""
         said = await child.ended()
-        await self._bury(replica.key, child.pid)
-        ran_s = asyncio.get_running_loop().time() - replica.since
-        ran_well = replica.phase == "running" and ran_s > HEALTHY_S
+        now = asyncio.get_running_loop().time()
+        ran_well = replica.ran_since is not None and now - replica.ran_since > HEALTHY_S
         replica.last_exit = f"{replica.why}; {said}" if replica.why else said
         replica.child = None
         if replica.wanted_end:
             replica.crashes, replica.error = 0, None
             log.info("plugin.stopped", plugin=replica.key.plugin, slot=replica.key.slot)
         else:
-            replica.crashes = 1 if ran_well else replica.crashes + 1
+            if ran_well:
+                replica.crashes = replica.restarts = 0
+            replica.crashes += 1
             replica.restarts += 1
             reason = child.why()
             replica.error = f"{replica.last_exit}: {reason}" if reason else replica.last_exit
@@ -258,24 +302,25 @@ class Supervisor:
                 "plugin.crashed", plugin=replica.key.plugin, slot=replica.key.slot,
                 cause=replica.error, crashes=replica.crashes,
             )  # fmt: skip
-        self._enter(replica, "ended")
+            self._note(replica, "process.ended")
+        self._enter(replica, "ended", dead=child.pid)
 
-    async def _bury(self, key: Key, pid: int) -> None:
-        """Remove the registration of a process that had no time to do so itself."""
-        with contextlib.suppress(BusError, TimeoutError):
-            async with asyncio.timeout(2):
-                entry = await self._client.store.instances.get(key.plugin, key.slot)
-                if entry and entry.value and entry.value.pid == pid:
-                    await self._client.store.instances.delete(
-                        key.plugin, key.slot, revision=entry.revision
-                    )
-
-    def _enter(self, replica: _Replica, phase: Phase) -> None:
+    def _enter(self, replica: _Replica, phase: Phase, *, dead: int | None = None) -> None:
         now = asyncio.get_running_loop().time()
         replica.phase, replica.since, replica.heard = phase, now, now
         replica.since_utc = m.now()
-        self._changes.put_nowait(self._state(replica))
+        if phase == "running":
+            replica.ran_since = now
+        self._changes.put_nowait(_Change(self._state(replica), dead=dead))
         self._wake.set()
+
+    def _forget(self, key: Key) -> None:
+        replica = self._replicas.pop(key)
+        state = msgspec.structs.replace(
+            self._state(replica), status="stopped", since=m.now(), pid=None, error=None
+        )
+        told = _status(replica) == "stopped"
+        self._changes.put_nowait(_Change(state, forgotten=True, again=told))
 
     @asynccontextmanager
     async def _stopping_all(self) -> AsyncGenerator[None]:
@@ -294,10 +339,12 @@ class Supervisor:
                 if replica.child:
                     replica.child.kill()
             await asyncio.gather(*watching, return_exceptions=True)
-            with contextlib.suppress(BusError, TimeoutError):
-                async with asyncio.timeout(0.5):
-                    for key in list(self._replicas):
-                        await self._remove(key)
+            for key in list(self._replicas):
+                self._forget(key)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(TELL_LAST_S):
+                    await self._changes.join()
+                    await self._lines.join()
 
     # --- What is told ---------------------------------------------------------------------------
 
@@ -316,54 +363,83 @@ class Supervisor:
         )
 
     async def _tell_changes(self) -> None:
-        """Write every change down and publish it, in their order."""
+        """Write every change down and publish it, in their order.
+
+        Nobody else writes them, and nobody waits here for the broker: while it is away, workers
+        are started and stopped as ever.
+        """
         while True:
-            state = await self._changes.get()
-            await self._write(state)
-            registered = self._registered.get(Key(state.plugin, state.slot))
-            await self._publish(state, registered)
+            change = await self._changes.get()
+            try:
+                await self._tell(change)
+            except BusError as error:
+                log.warning("plugin.not_told", plugin=change.state.plugin, cause=error.message)
+            finally:
+                self._changes.task_done()
 
     async def _tell_again(self) -> None:
         """Write what does not change again, before it expires."""
         while True:
             await asyncio.sleep(WRITE_AGAIN_S)
-            for replica in list(self._replicas.values()):
-                self._changes.put_nowait(self._state(replica))
+            # What waits there says it all, once the broker is back.
+            if self._changes.empty():
+                for replica in self._replicas.values():
+                    self._changes.put_nowait(_Change(self._state(replica), again=True))
 
-    async def _write(self, state: m.ProcessState) -> None:
-        if Key(state.plugin, state.slot) not in self._replicas:
-            return
-        try:
+    async def _tell(self, change: _Change) -> None:
+        state = change.state
+        if change.dead is not None:
+            await self._bury(state, change.dead)
+        if change.forgotten:
+            await self._client.store.processes.delete(state.plugin, state.slot)
+        else:
             await self._client.store.processes.put(state, state.plugin, state.slot)
-        except BusError as error:
-            log.warning("plugin.not_written", plugin=state.plugin, cause=error.message)
-
-    async def _publish(self, state: m.ProcessState, registered: m.Registration | None) -> None:
-        with contextlib.suppress(BusError):
+        if not change.again:
+            registered = self._registered.get(Key(state.plugin, state.slot))
             await self._client.publish(
                 STATUS, place(state, registered), plugin=state.plugin, slot=state.slot
             )
 
-    async def _remove(self, key: Key) -> None:
-        state = m.ProcessState(
-            plugin=key.plugin, slot=key.slot, host=self._settings.host, status="stopped",
-            generation=0, since=m.now(),
-        )  # fmt: skip
-        with contextlib.suppress(BusError):
-            await self._client.store.processes.delete(key.plugin, key.slot)
-        await self._publish(state, None)
+    async def _bury(self, state: m.ProcessState, pid: int) -> None:
+        """Remove the registration of a process that had no time to do so itself."""
+        instances = self._client.store.instances
+        entry = await instances.get(state.plugin, state.slot)
+        if entry and entry.value and entry.value.pid == pid:
+            # A successor has the place already.
+            with contextlib.suppress(Conflict):
+                await instances.delete(state.plugin, state.slot, revision=entry.revision)
 
     def _take_line(self, replica: _Replica, stream: str, level: m.Level, text: str) -> None:
-        """Queue a line that a worker printed; what the queue cannot hold is counted."""
-        record = m.LogEvent(
-            plugin=replica.key.plugin,
-            level=level,
-            message=text,
-            timestamp=m.now(),
-            slot=replica.key.slot,
-            host=self._settings.host,
-            logger=stream,
+        """Queue a line that a worker printed."""
+        self._queue_line(
+            m.LogEvent(
+                plugin=replica.key.plugin,
+                level=level,
+                message=text,
+                timestamp=m.now(),
+                slot=replica.key.slot,
+                host=self._settings.host,
+                logger=stream,
+            )
         )
+
+    def _note(self, replica: _Replica, message: str) -> None:
+        """Put an unwanted end into the worker's own log: a killed one could not do so."""
+        self._queue_line(
+            m.LogEvent(
+                plugin=replica.key.plugin,
+                level="error",
+                message=message,
+                timestamp=m.now(),
+                slot=replica.key.slot,
+                host=self._settings.host,
+                logger="supervisor",
+                fields={"cause": replica.error, "again_after_s": backoff_s(replica.crashes)},
+            )
+        )
+
+    def _queue_line(self, record: m.LogEvent) -> None:
+        """Queue a record; what the queue cannot hold is counted."""
         try:
             self._lines.put_nowait(record)
         except asyncio.QueueFull:
@@ -372,8 +448,11 @@ class Supervisor:
     async def _ship_lines(self) -> None:
         while True:
             record = await self._lines.get()
-            with contextlib.suppress(BusError):
-                await publish_log(self._client, record)
+            try:
+                with contextlib.suppress(BusError):
+                    await publish_log(self._client, record)
+            finally:
+                self._lines.task_done()
             if self._lines_lost:
                 lost, self._lines_lost = self._lines_lost, 0
                 log.warning("lines.dropped", dropped=lost)
@@ -433,6 +512,7 @@ class Supervisor:
         """Change desired state, and answer when observed state has reached it.
 
         Raises:
+            Conflict: Another command wanted the opposite meanwhile.
             DeadlineExceeded: It has not within the caller's time; says what is missing.
         """
         desired = await self._write_desired(view, request.name, change)
@@ -443,6 +523,8 @@ class Supervisor:
                 while True:
                     version = await view.wait(version)
                     state = _known(view, request.name)
+                    if state.generation > desired.generation:
+                        _check_not_overtaken(state, desired)
                     if state.generation >= desired.generation:
                         missing = reached(state, desired.generation)
                         if missing is None:
@@ -534,6 +616,14 @@ def _known(view: PluginsView, name: str) -> m.PluginState:
     return state
 
 
+def _check_not_overtaken(state: m.PluginState, desired: m.DesiredState) -> None:
+    """Raise Conflict when a later command wants a plugin to stop that was started, or to run."""
+    if desired.enabled and state.config and state.config.replicas and not state.replicas.desired:
+        raise Conflict(f"{state.name} was stopped meanwhile by another command")
+    if not desired.enabled and state.replicas.desired:
+        raise Conflict(f"{state.name} was started meanwhile by another command")
+
+
 def _all_ready(state: m.PluginState, generation: int) -> str | None:
     """Return what is missing until every replica runs a generation; None when nothing is."""
     places = {place.slot: place for place in state.instances}
@@ -553,6 +643,6 @@ def _all_gone(state: m.PluginState, _generation: int) -> str | None:
     left = [
         f"replica {place.slot} is {place.status}"
         for place in state.instances
-        if place.slot < FIRST_FREE_SLOT and place.status != "stopped"
+        if place.slot < FIRST_FREE_SLOT
     ]
     return "; ".join(left) or None

@@ -31,6 +31,7 @@ async def main():
         connect(settings.nats_url, name="w", root=settings.root) as client,
         join(client, settings, plugin="w", description="a test", telemetry_s=60) as instance,
     ):
+        {before}
         await instance.ready()
         {then}
 
@@ -46,11 +47,15 @@ def plugin(tmp_path: Path) -> Plugin:
     """Write a program, and return the configuration of the plugin `w` that runs it."""
 
     def write(
-        program: str | None = None, then: str = "await asyncio.Event().wait()", **more: object
+        program: str | None = None,
+        *,
+        before: str = "pass",
+        then: str = "await asyncio.Event().wait()",
+        **more: object,
     ):
         path = tmp_path / "w.py"
-        path.write_text(WORKER.replace("{then}", then) if program is None else
-                        textwrap.dedent(program))  # fmt: skip
+        worker = WORKER.replace("{before}", before).replace("{then}", then)
+        path.write_text(worker if program is None else textwrap.dedent(program))
         return m.PluginConfig(
             name="w", description="a test", entrypoint=sys.executable, args=[str(path)],
             capabilities=[], **{"autostart": True, **more},

@@ -24,6 +24,12 @@ from bus.subjects import (
 )
 from bus.testing import until
 from services.supervisor import reconcile, service
+from services.supervisor.reconcile import Key, Start, Stop
+
+# Blocks its event loop for good, but only the first time.
+HANG_ONCE = """import time, pathlib; flag = pathlib.Path(sys.argv[0] + '.hung')
+        if not flag.exists(): flag.touch(); time.sleep(1000)
+        await asyncio.Event().wait()"""
 
 
 async def ask(client, endpoint, timeout_s: float = 10) -> m.PluginState:
@@ -159,14 +165,63 @@ async def test_a_restart_replaces_one_replica_at_a_time(client, supervise, plugi
 
 async def test_a_hung_worker_is_found_and_replaced(client, supervise, plugin, monkeypatch):
     monkeypatch.setattr(reconcile, "SILENCE_S", 2.5)
-    hang = "import time, pathlib; flag = pathlib.Path(sys.argv[0] + '.hung')\n"
-    hang += "        if not flag.exists(): flag.touch(); time.sleep(1000)\n"
-    hang += "        await asyncio.Event().wait()"
-    async with supervise(plugin(then=hang)):
+    async with supervise(plugin(then=HANG_ONCE)):
         await until(lambda: _restarts(client, 1), timeout_s=15)
         await until(lambda: _is(client, "running"))
         place = (await ask(client, PLUGINS_GET)).instances[0]
         assert place.last_exit.startswith("gave no sign of life for 2.5 s; was ended by SIGKILL")
+
+
+async def test_a_worker_that_starts_slowly_but_beats_is_left_alone(
+    client, supervise, plugin, monkeypatch
+):
+    monkeypatch.setattr(reconcile, "STARTUP_GRACE_S", 2.0)
+    async with supervise(plugin(before="await asyncio.sleep(4)")):
+        await until(lambda: _is(client, "running"))
+        assert (await ask(client, PLUGINS_GET)).instances[0].restarts == 0
+
+
+async def test_a_worker_that_never_joins_is_replaced_after_its_grace(
+    client, supervise, plugin, monkeypatch
+):
+    monkeypatch.setattr(reconcile, "STARTUP_GRACE_S", 0.5)
+    async with supervise(plugin("import time; time.sleep(1000)")):
+        await until(lambda: _restarts(client, 1))
+        last_exit = (await ask(client, PLUGINS_GET)).instances[0].last_exit
+    assert last_exit.startswith("started, then gave no sign of life for 0.5 s")
+
+
+async def test_a_broker_that_hangs_costs_no_worker_its_life(
+    client, broker, supervise, plugin, monkeypatch
+):
+    monkeypatch.setattr(service, "DEAF_S", 1.5)
+    monkeypatch.setattr(reconcile, "SILENCE_S", 3.0)
+    async with supervise(plugin()):
+        await until(lambda: _is(client, "running"))
+        before = (await ask(client, PLUGINS_GET)).pid
+        os.kill(broker.pid, signal.SIGSTOP)
+        try:
+            # The silence is what is tested: longer than a worker's may be.
+            await asyncio.sleep(4.5)
+        finally:
+            os.kill(broker.pid, signal.SIGCONT)
+        await until(lambda: _answers(client))
+        place = (await ask(client, PLUGINS_GET)).instances[0]
+        assert (place.pid, place.restarts) == (before, 0)
+
+
+async def test_a_worker_that_ends_before_it_is_stopped_does_not_block_its_place(
+    client, supervise, plugin
+):
+    async with supervise(plugin()) as supervisor:
+        await until(lambda: _is(client, "running"))
+        replica = supervisor._replicas[Key("w", 0)]
+        replica.child.kill()
+        await until(lambda: replica.child is None)
+        # Decided while it still ran.
+        await supervisor._do(Stop(Key("w", 0)))
+        await supervisor._do(Start(Key("removed-meanwhile", 0), 1))
+        await until(lambda: _is(client, "running"))
 
 
 async def test_a_worker_that_ignores_being_asked_is_killed(client, supervise, plugin, monkeypatch):
@@ -239,6 +294,70 @@ async def test_of_commands_at_the_same_time_none_is_lost(client, supervise, plug
         assert (await ask(client, PLUGINS_GET)).instances[0].generation == 5
 
 
+async def test_a_start_that_is_overtaken_by_a_stop_says_so(client, supervise, plugin):
+    async with supervise(plugin("import time; time.sleep(1000)", autostart=False)):
+        await until(lambda: _is(client, "stopped"))
+        await until(lambda: _answers(client))
+        starting = asyncio.create_task(ask(client, PLUGINS_START))
+        await until(lambda: _is(client, "starting"))
+        await ask(client, PLUGINS_STOP)
+        with pytest.raises(Conflict, match="w was stopped meanwhile by another command"):
+            await starting
+
+
+async def test_of_two_who_configure_at_the_same_time_one_gets_a_conflict(client, supervise, plugin):
+    config = plugin(autostart=False)
+    async with supervise(config):
+        await until(lambda: _answers(client))
+        revision = (await ask(client, PLUGINS_GET)).revision
+        both = await asyncio.gather(
+            *(
+                client.call(
+                    PLUGINS_CONFIGURE,
+                    m.ConfigurePlugin(
+                        name="w",
+                        config=msgspec.structs.replace(config, description=text),
+                        revision=revision,
+                    ),
+                )
+                for text in ("one", "other")
+            ),
+            return_exceptions=True,
+        )
+        [won] = [one for one in both if isinstance(one, m.PluginState)]
+        assert [one for one in both if isinstance(one, Conflict)]
+        assert (await ask(client, PLUGINS_GET)).config == won.config
+
+
+async def test_a_worker_that_is_killed_has_that_in_its_own_log(client, supervise, plugin):
+    async with supervise(plugin()):
+        await until(lambda: _is(client, "running"))
+        os.kill((await ask(client, PLUGINS_GET)).pid, signal.SIGKILL)
+        await until(lambda: _said(client, "process.ended"))
+        [record] = [r for r in await _log(client) if r.message == "process.ended"]
+    assert (record.level, record.logger) == ("error", "supervisor")
+    assert "SIGKILL" in record.fields["cause"]
+    assert record.fields["again_after_s"] == 0.5
+
+
+async def test_only_changes_are_published_and_not_what_is_written_again(
+    client, supervise, plugin, monkeypatch
+):
+    monkeypatch.setattr(service, "WRITE_AGAIN_S", 0.05)
+    async with client.follow(STATUS, plugin="w", slot=0) as changes, supervise(plugin()):
+        await until(lambda: _is(client, "running"))
+        revisions = set()
+
+        async def written_again() -> bool:
+            revisions.add((await client.store.processes.get("w", 0)).revision)
+            return len(revisions) > 3
+
+        await until(written_again)
+        await ask(client, PLUGINS_STOP)
+        heard = [(await anext(changes)).payload.status for _ in range(4)]
+    assert heard == ["starting", "running", "stopping", "stopped"]
+
+
 async def test_desired_state_survives_the_supervisor(client, supervise, plugin):
     config = plugin()
     async with supervise(config):
@@ -253,25 +372,65 @@ async def test_desired_state_survives_the_supervisor(client, supervise, plugin):
 async def test_the_workers_of_a_killed_supervisor_end_and_the_next_one_starts_them_again(
     client, settings, plugin, supervise, tmp_path
 ):
-    catalogue_file = tmp_path / "plugins.json"
-    catalogue_file.write_bytes(msgspec.json.encode([plugin()]))
-    env = {
-        **os.environ,
-        "BKG_NATS_URL": settings.nats_url,
-        "BKG_ROOT": settings.root,
-        "BKG_PLUGINS": str(catalogue_file),
-    }
-    supervisor = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "services.supervisor", env=env
-    )
+    supervisor = await _supervisor_process(settings, tmp_path, plugin())
     await until(lambda: _answers(client))
     await until(lambda: _is(client, "running"))
     pid = (await ask(client, PLUGINS_GET)).pid
     supervisor.kill()
     await supervisor.wait()
-    await until(lambda: not psutil.pid_exists(pid))
+    await until(lambda: _has_ended(pid))
     async with supervise(plugin()):
         await until(lambda: _is(client, "running", other_than=pid))
+
+
+async def test_a_worker_that_hung_when_its_supervisor_was_killed_leaves_before_its_successor_comes(
+    client, settings, plugin, supervise, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(service, "STOP_ALL_S", 0.5)
+    config = plugin(then=HANG_ONCE)
+    supervisor = await _supervisor_process(settings, tmp_path, config)
+    await until(lambda: _is(client, "running"))
+    pid = (await _state(client)).pid
+    await until((tmp_path / "w.py.hung").exists)
+    supervisor.kill()
+    await supervisor.wait()
+    async with supervise(config):
+        await until(lambda: _is(client, "running", other_than=pid))
+        assert _has_ended(pid)
+
+
+async def test_sigterm_to_the_supervisor_leaves_no_process(client, settings, plugin, tmp_path):
+    supervisor = await _supervisor_process(settings, tmp_path, plugin(replicas=2))
+    await until(lambda: _is(client, "running"))
+    pids = [place.pid for place in (await _state(client)).instances]
+    supervisor.terminate()
+    assert await asyncio.wait_for(supervisor.wait(), 4) == 0
+    assert all(_has_ended(pid) for pid in pids)
+    # And no trace in observed state that would have to expire.
+    assert await client.store.processes.all() == []
+
+
+async def _supervisor_process(settings, tmp_path, config) -> asyncio.subprocess.Process:
+    catalogue_file = tmp_path / "plugins.json"
+    catalogue_file.write_bytes(msgspec.json.encode([config]))
+    env = {
+        **os.environ,
+        "BKG_NATS_URL": settings.nats_url,
+        "BKG_ROOT": settings.root,
+        "BKG_HOST_NAME": settings.host,
+        "BKG_PLUGINS": str(catalogue_file),
+    }
+    return await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "services.supervisor", env=env
+    )
+
+
+def _has_ended(pid: int) -> bool:
+    """Tell whether a process runs no more; its adoptive parent may not have taken note yet."""
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 async def _state(client) -> m.PluginState | None:
@@ -295,7 +454,11 @@ async def _restarts(client, count: int) -> bool:
 
 
 async def _said(client, message: str) -> bool:
-    return any(r.message == message for r in await client.store.logs("w", limit=100))
+    return any(r.message == message for r in await _log(client))
+
+
+async def _log(client) -> list[m.LogEvent]:
+    return await client.store.logs("w", limit=100)
 
 
 async def _answers(client) -> bool:
