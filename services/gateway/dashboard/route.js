@@ -37,6 +37,8 @@ export function followAddress() {
     if (!link || !plain || event.defaultPrevented || link.hasAttribute("download")) return;
     event.preventDefault();
     go(/** @type {HTMLAnchorElement} */ (link).href);
+    // The link may leave with its page; who uses the keyboard goes on from the new one.
+    document.getElementById("main")?.focus({ preventScroll: true });
   });
   read();
 }

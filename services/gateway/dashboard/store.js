@@ -143,6 +143,16 @@ export class Store {
     }
   }
 
+  /**
+   * Return what a plugin uses; nothing once it has ended, though its last numbers are kept.
+   * @param {string} name
+   */
+  measured(name) {
+    const status = this.plugins.value.get(name)?.status;
+    const ended = status === undefined || status === "stopped" || status === "error";
+    return ended ? undefined : this.telemetry.value.get(name);
+  }
+
   // --- What the reader does ----------------------------------------------------------------------
 
   /** Learn who looks at the page. Throws what `ask` throws, except for 401. */

@@ -46,6 +46,16 @@ test("measurements are kept for five minutes, each once", () => {
   assert.equal(last.cpu, 301);
 });
 
+test("what has ended uses nothing, whatever was measured last", () => {
+  const store = made();
+  store.apply(bootstrap([plugin("a")], [snapshot("a", 1, 7)]));
+  assert.equal(store.measured("a").last.cpu, 7);
+  store.apply({ type: "status", payload: plugin("a", { status: "stopped" }) });
+  assert.equal(store.measured("a"), undefined);
+  store.apply({ type: "status", payload: plugin("a", { status: "starting" }) });
+  assert.equal(store.measured("a").points.length, 1);
+});
+
 test("log records come one by one or many in a frame", () => {
   const store = made();
   const record = (seq) => ({ plugin: "a", level: "info", message: "x", timestamp: "", seq });

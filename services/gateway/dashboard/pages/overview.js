@@ -38,7 +38,7 @@ function Summary() {
   const plugins = [...store.plugins.value.values()];
   const running = plugins.filter(({ status }) => status === "running").length;
   const faults = store.faults.value;
-  const measured = [...store.telemetry.value.values()].map(({ last }) => last);
+  const measured = plugins.flatMap(({ name }) => store.measured(name)?.last ?? []);
   const cpu = measured.reduce((sum, one) => sum + one.cpu, 0);
   const memory = measured.reduce((sum, one) => sum + one.memBytes, 0);
   return html`<ul class="summary data">
@@ -81,7 +81,7 @@ function Card({ name }) {
       <${Fact} name="replicas" title=${t("plugin.replicas")}>
         ${t("plugin.replicasValue", { ready, desired })}
       </${Fact}>
-      ${holdings(store.telemetry.value.get(name)?.last).map(
+      ${holdings(store.measured(name)?.last).map(
         ([title, value]) => html`<${Fact} key=${title} name="holding" title=${title}>${value}</${Fact}>`,
       )}
       ${since &&

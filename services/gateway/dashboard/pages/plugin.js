@@ -68,7 +68,7 @@ export default function PluginPage() {
 function Numbers({ plugin }) {
   const { name, lastHeartbeat, pid, port, generation } = plugin;
   const { ready, desired } = plugin.replicas ?? { ready: 0, desired: 0 };
-  const last = store.telemetry.value.get(name)?.last;
+  const last = store.measured(name)?.last;
   const running = plugin.status === "running" || plugin.status === "degraded";
   const beat = lastHeartbeat && duration(store.now - Date.parse(lastHeartbeat));
   return html`<dl class="facts wide data">

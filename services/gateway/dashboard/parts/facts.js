@@ -50,7 +50,7 @@ export function Since({ since }) {
 
 /** @param {{name: string}} props */
 export function Cpu({ name }) {
-  const measured = store.telemetry.value.get(name);
+  const measured = store.measured(name);
   const value = measured ? percent(measured.last.cpu) : "–";
   return html`<${Measured}
     title=${t("plugin.cpu")}
@@ -64,7 +64,7 @@ export function Cpu({ name }) {
 
 /** @param {{name: string}} props */
 export function Memory({ name }) {
-  const measured = store.telemetry.value.get(name);
+  const measured = store.measured(name);
   const value = measured ? bytes(measured.last.memBytes) : "–";
   return html`<${Measured}
     title=${t("plugin.memory")}
