@@ -1,0 +1,294 @@
+"""Galleries as events: what is stored is what every replica knows, and what a replay finds."""
+
+import asyncio
+import contextlib
+import random
+
+import numpy as np
+import pytest
+
+from bus import codec
+from bus import messages as m
+from bus.errors import Conflict, DeadlineExceeded, InvalidRequest, NotFound, TooLarge, Unavailable
+from bus.subjects import GALLERY_ENTRY, GALLERY_HEAD, gallery_events
+from bus.testing import until
+from services.rustyface.galleries import METADATA_MAX_BYTES, Galleries
+
+EAST, NORTH = np.array([1, 0], np.float32), np.array([0, 1], np.float32)
+
+
+@contextlib.asynccontextmanager
+async def replica(client, embedder="test", dimensions=2):
+    """Galleries that are read from the beginning; what ends them comes out of here."""
+    galleries = Galleries(client.store.galleries, client.root, embedder, dimensions)
+    async with asyncio.timeout(30):
+        reading = asyncio.create_task(galleries.run())
+        try:
+            await until(lambda: galleries.caught_up.is_set() or reading.done())
+            yield galleries
+        finally:
+            reading.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await reading
+
+
+def known(galleries: Galleries) -> dict[str, dict[str, list[float]]]:
+    """Return all that a replica holds."""
+    return {
+        name: {
+            entry: gallery.matrix.vector(entry).tolist() for entry in sorted(gallery.matrix.ids())
+        }
+        for name, gallery in sorted(galleries._galleries.items())
+    }
+
+
+async def stored(client) -> list[str]:
+    """Return the subjects that carry a vector in the stream."""
+    events = client.store.galleries.read(gallery_events(client.root))
+    return [
+        event.subject
+        async for event in events
+        if ".entry." in event.subject
+        and codec.decode(event.body, m.GalleryEntry, codec.MSGPACK).embedding is not None
+    ]
+
+
+async def publish(client, event: m.GalleryHead | m.GalleryEntry, **tokens: str) -> int:
+    """Store an event as somebody does who may publish, whatever it says."""
+    feed = GALLERY_HEAD if isinstance(event, m.GalleryHead) else GALLERY_ENTRY
+    return await client.store.galleries.append(
+        feed.subject(client.root, **tokens),
+        codec.encode(event, codec.MSGPACK if feed is GALLERY_ENTRY else codec.JSON),
+        headers={codec.CONTENT_TYPE: codec.MSGPACK} if feed is GALLERY_ENTRY else None,
+    )
+
+
+async def test_after_any_changes_on_two_replicas_both_know_what_a_replay_finds(client, connected):
+    """Acknowledged entries of a living gallery are found everywhere; of dead ones nowhere."""
+    chance = random.Random(7)  # noqa: S311
+    other = await connected()
+    async with replica(client) as first, replica(other) as second:
+        acked: dict[tuple[str, str], int] = {}
+
+        async def change(galleries: Galleries, gallery: str, entry: str) -> None:
+            # Each may find that another one came first; that is for its caller, not for us.
+            with contextlib.suppress(NotFound, Conflict):
+                match chance.randrange(20):
+                    case 0 | 1:
+                        await galleries.delete(gallery)
+                    case 2 | 3 | 4:
+                        await galleries.create(gallery)
+                    case 5 | 6:
+                        await galleries.remove(gallery, entry)
+                    case _:
+                        revision = await galleries.enrol(gallery, entry, EAST, None)
+                        acked[gallery, entry] = max(revision, acked.get((gallery, entry), 0))
+
+        for gallery in "ab":
+            await first.create(gallery)
+        for _ in range(15):
+            changes = [
+                change(chance.choice([first, second]), chance.choice("ab"), f"e{i}")
+                for i in range(30)
+            ]
+            await asyncio.gather(*changes)
+        newest = await first.newest()
+        await asyncio.gather(first.wait(newest), second.wait(newest))
+        created = {name: gallery.head_seq for name, gallery in first._galleries.items()}
+        latest = {
+            event.subject: event.seq
+            async for event in client.store.galleries.read(gallery_events(client.root))
+        }
+        for (gallery, entry), revision in acked.items():
+            subject = GALLERY_ENTRY.subject(client.root, gallery=gallery, entry=entry)
+            if revision > created.get(gallery, 10**9) and latest.get(subject) == revision:
+                assert entry in known(first)[gallery]
+        assert known(first) == known(second)
+        async with replica(client) as replayed:
+            assert known(replayed) == known(first)
+        subjects = [
+            GALLERY_ENTRY.subject(client.root, gallery=gallery, entry=entry)
+            for gallery, entries in known(first).items()
+            for entry in entries
+        ]
+        assert sorted(await stored(client)) == sorted(subjects)
+
+
+async def test_a_gallery_that_is_made_again_is_empty_even_where_old_entries_are_left(client):
+    async with replica(client) as galleries:
+        await galleries.create("g")
+        await galleries.enrol("g", "a", EAST, None)
+        # A deletion that was killed before it cleared the stream.
+        gone = m.GalleryHead(id="g", at=m.now(), embedder="test", dimensions=2, deleted=True)
+        await publish(client, gone, gallery="g")
+        assert await stored(client)
+        await galleries.create("g")
+        await galleries.enrol("g", "b", EAST, None)
+        await galleries.wait(await galleries.newest())
+        assert list(known(galleries)["g"]) == ["b"]
+    async with replica(client) as replayed:
+        assert list(known(replayed)["g"]) == ["b"]
+    assert await stored(client) == [GALLERY_ENTRY.subject(client.root, gallery="g", entry="b")]
+
+
+async def test_the_vectors_of_a_deletion_that_was_cut_short_leave_at_the_next_start(client):
+    async with replica(client) as galleries:
+        for name in ("g", "kept"):
+            await galleries.create(name)
+            await galleries.enrol(name, "a", EAST, None)
+    gone = m.GalleryHead(id="g", at=m.now(), embedder="test", dimensions=2, deleted=True)
+    await publish(client, gone, gallery="g")
+    async with replica(client) as galleries:
+        assert list(known(galleries)) == ["kept"]
+    assert await stored(client) == [GALLERY_ENTRY.subject(client.root, gallery="kept", entry="a")]
+
+
+NEVER = m.now()
+VECTOR = EAST.tobytes()
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        m.GalleryEntry(id="a", at=NEVER, embedding=b"abc"),
+        m.GalleryEntry(id="a", at=NEVER, embedding=b""),
+        m.GalleryEntry(id="a", at=NEVER, embedding=VECTOR * 2),
+        m.GalleryEntry(id="a", at=NEVER, embedding=np.array([np.nan, 1], "<f4").tobytes()),
+        m.GalleryEntry(id="a", at=NEVER, embedding=bytes(8)),
+        m.GalleryEntry(id="other", at=NEVER, embedding=VECTOR),
+    ],
+)
+async def test_an_entry_that_cannot_be_read_is_passed_over_by_replicas_and_by_replays(
+    client, event
+):
+    async with replica(client) as galleries:
+        await galleries.create("g")
+        await galleries.enrol("g", "a", NORTH, None)
+        await publish(client, event, gallery="g", entry="a")
+        await galleries.enrol("g", "b", EAST, None)
+        await galleries.wait(await galleries.newest())
+        # The readable one was replaced by it, so it has left the stream too.
+        assert known(galleries) == {"g": {"b": [1, 0]}}
+        async with replica(client) as replayed:
+            assert known(replayed) == known(galleries)
+            await replayed.enrol("g", "a", NORTH, None)
+            await replayed.wait(await replayed.newest())
+            assert list(known(replayed)["g"]) == ["a", "b"]
+
+
+@pytest.mark.parametrize("dimensions", [-1, 0, 10**14])
+async def test_a_gallery_whose_own_event_cannot_be_read_is_left_alone(client, dimensions):
+    async with replica(client) as galleries:
+        await galleries.create("g")
+        await galleries.enrol("g", "a", NORTH, None)
+        await galleries.create("fine")
+    odd = m.GalleryHead(id="g", at=m.now(), embedder="newer", dimensions=dimensions)
+    await publish(client, odd, gallery="g")
+    async with replica(client) as galleries:
+        assert list(known(galleries)) == ["fine"]
+        for ask in (galleries.create("g"), galleries.enrol("g", "a", EAST, None)):
+            with pytest.raises(Conflict, match="'g', revision 4, cannot be read"):
+                await ask
+        await galleries.enrol("fine", "a", EAST, None)
+    # Its entries may be those of a newer version.
+    assert len(await stored(client)) == 2
+
+
+async def test_bytes_that_are_no_event_are_passed_over(client):
+    async with replica(client) as galleries:
+        await galleries.create("g")
+        for body in (b"", b"\xff\xfe", b"{", b"[1]", b'{"id": 7}'):
+            subject = GALLERY_ENTRY.subject(client.root, gallery="g", entry="x")
+            await client.store.galleries.append(subject, body)
+        await galleries.enrol("g", "a", EAST, None)
+        await galleries.wait(await galleries.newest())
+        assert known(galleries) == {"g": {"a": [1, 0]}}
+
+
+async def test_the_longest_ids_in_any_alphabet_are_entries_too(client):
+    """256 characters of four bytes make a subject of 3,072; the broker's line ends at 4,096."""
+    gallery, ids = "\U00010400" * 128, ["\U0001f600" * 256, "\U0001f601" * 256, "sha256-x", "x"]
+    async with replica(client) as galleries:
+        await galleries.create(gallery)
+        for entry in ids:
+            await galleries.enrol(gallery, entry, EAST, None)
+        await galleries.wait(await galleries.newest())
+        assert list(known(galleries)[gallery]) == sorted(ids)
+        await galleries.remove(gallery, ids[0])
+        async with replica(client) as replayed:
+            assert list(known(replayed)[gallery]) == sorted(ids[1:])
+    assert client.connected
+
+
+async def test_events_that_were_deleted_from_the_stream_by_hand_are_not_waited_for(
+    client, monkeypatch
+):
+    monkeypatch.setattr("services.rustyface.galleries.WAIT_S", 1.5)
+    async with replica(client) as galleries:
+        await galleries.create("g")
+        await galleries.enrol("g", "a", EAST, None)
+    await client.store.galleries.purge(gallery_events(client.root))
+    async with replica(client) as galleries:
+        assert known(galleries) == {}
+        await galleries.create("g")
+        assert known(galleries) == {"g": {}}
+        with pytest.raises(DeadlineExceeded, match="up to revision 3, not yet to 99"):
+            await galleries.wait(99)
+
+
+async def test_a_replica_ends_when_the_stream_was_replaced(client):
+    """It would answer with people who are not there, and see no new ones."""
+    galleries = Galleries(client.store.galleries, client.root, "test", 2)
+    reading = asyncio.create_task(galleries.run())
+    await galleries.caught_up.wait()
+    await galleries.create("g")
+    await galleries.enrol("g", "a", EAST, None)
+    await galleries.wait(2)
+    await client.store.delete_everything()
+    await client.store.declare()
+    with pytest.raises(Unavailable, match="ends at revision 0, read was 2"):
+        await galleries.search("g", EAST, k=1, threshold=0, revision=None)
+    with pytest.raises(Unavailable, match="was replaced; they are read anew"):
+        await reading
+
+
+async def test_two_replicas_that_create_the_same_gallery_make_one(client, connected):
+    async with replica(client) as first, replica(await connected()) as second:
+        await asyncio.gather(*[one.create("g") for one in (first, second, first, second)])
+        assert first._heads == second._heads == {"g": 1}
+
+
+async def test_a_gallery_belongs_to_one_embedder(client):
+    async with replica(client) as galleries:
+        await galleries.create("g")
+    async with replica(client, "other", 2) as others:
+        with pytest.raises(InvalidRequest, match="holds vectors of test, this worker .* other"):
+            await others.enrol("g", "a", EAST, None)
+        with pytest.raises(InvalidRequest, match="holds vectors of test, this worker .* other"):
+            await others.search("g", EAST, k=1, threshold=0, revision=None, by_embedder=True)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "kind"),
+    [
+        (2**64, InvalidRequest),
+        ({"a": [object()]}, InvalidRequest),
+        ("x" * METADATA_MAX_BYTES, TooLarge),
+    ],
+)
+async def test_metadata_that_cannot_be_kept_are_refused(client, metadata, kind):
+    async with replica(client) as galleries:
+        await galleries.create("g")
+        with pytest.raises(kind, match="metadata: ") as refused:
+            await galleries.enrol("g", "a", EAST, metadata)
+        assert refused.value.field == "metadata"
+
+
+async def test_metadata_come_back_as_they_were(client):
+    metadata = {"name": "Zoë", "n": [1, -2, 2**63, 1.5, None, True], "deep": {"a": {}}}
+    async with replica(client) as galleries:
+        await galleries.create("g")
+        await galleries.enrol("g", "a", EAST, metadata)
+    async with replica(client) as replayed:
+        [(hit, entry)], _ = await replayed.search("g", EAST, k=1, threshold=0, revision=None)
+    assert (hit.id, entry.metadata) == ("a", metadata)
