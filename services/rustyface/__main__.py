@@ -10,7 +10,7 @@ from bus.process import run
 from bus.settings import Settings
 from services.rustyface.galleries import Galleries
 from services.rustyface.service import SERVED, Rustyface, make_encoder
-from services.rustyface.settings import RustyfaceSettings
+from services.rustyface.settings import RustyfaceSettings, settings_of
 
 
 async def main() -> None:
@@ -27,11 +27,11 @@ async def main() -> None:
             config_schema=codec.schema(RustyfaceSettings),
         ) as instance,
     ):
-        wanted = instance.settings(RustyfaceSettings)
+        wanted = settings_of(instance)
         dirs = settings.data_dir, settings.cache_dir
         encoder = await asyncio.to_thread(make_encoder, wanted, *dirs)
         galleries = Galleries(client.store.galleries, client.root, encoder.name, encoder.dimensions)
-        datasets = settings.data_dir / wanted.datasets_path
+        datasets = settings.data_dir / wanted.datasets_path if wanted.datasets_path else None
         await Rustyface(instance, galleries, encoder, wanted, datasets).run()
 
 
