@@ -16,13 +16,13 @@ import numpy.typing as npt
 import structlog
 
 from bus import messages as m
-from bus.errors import InvalidRequest, Overloaded, Unprocessable
+from bus.errors import Conflict, InvalidRequest, NotFound, Overloaded, Unprocessable
 from bus.instance import Instance
 from bus.subjects import DATASET_MANAGE, FACES_ENCODE, FACES_SEARCH
 from bus.tasks import beside
 from services.rustyface import images, pipeline
 from services.rustyface.embedding import Pixel32
-from services.rustyface.galleries import LITTLE_ENDIAN, Galleries
+from services.rustyface.galleries import LITTLE_ENDIAN, Galleries, check_metadata
 from services.rustyface.pipeline import Face, Pipeline
 from services.rustyface.settings import RustyfaceSettings
 from services.rustyface.transfer import take_in
@@ -72,15 +72,16 @@ class FaceEncoder:
             Unprocessable: There is no face in the image, or no image in the data.
         """
         image = images.decode(data, field="image_base64")
-        faces = self._stages.analyse(image)
-        if not faces:
+        faces = self._stages.analyse(image, embedded_max=1)
+        vector = faces[0].embedding if faces else None
+        if vector is None:
             height, width = image.shape[:2]
             raise Unprocessable(
                 f"no face was found in the image of {width} x {height} pixels; one must be seen "
                 "from the front or half from the side, and be some 30 pixels wide",
                 field="image_base64",
             )
-        return faces[0].embedding, faces
+        return vector, faces
 
 
 class PixelEncoder:
@@ -116,7 +117,7 @@ class Rustyface:
         galleries: Where faces are kept.
         encoder: Makes the vectors.
         settings: How.
-        datasets_dir: Dataset files in it are taken in at the start.
+        datasets_dir: Dataset files in it are taken in at the start; None for none.
     """
 
     def __init__(
@@ -125,7 +126,7 @@ class Rustyface:
         galleries: Galleries,
         encoder: Encoder,
         settings: RustyfaceSettings,
-        datasets_dir: Path,
+        datasets_dir: Path | None,
     ) -> None:
         self._instance = instance
         self._galleries = galleries
@@ -136,39 +137,45 @@ class Rustyface:
             THRESHOLDS[encoder.name] if settings.threshold is None else settings.threshold
         )
         # One thread for each processor: onnxruntime runs with one thread and without the GIL.
-        self._threads = ThreadPoolExecutor(len(os.sched_getaffinity(0)), "faces")
+        self._threads = ThreadPoolExecutor(_processors(), "faces")
         self._waiting = 0
 
     async def run(self) -> None:
         """Serve until cancelled."""
         async with beside(self._galleries.run()):
             await self._galleries.caught_up.wait()
-            await self._galleries.create(self._settings.default_dataset)
-            await take_in(self._datasets_dir, self._galleries)
+            # First, so that there can be a file of the default dataset.
+            if self._datasets_dir is not None:
+                await take_in(self._datasets_dir, self._galleries)
+            try:
+                await self._galleries.create(self._settings.default_dataset)
+            except Conflict as error:
+                # The other datasets can be used all the same.
+                log.error("dataset.not_created", cause=error.message)
             self._tell()
-            async with (
-                self._instance.serving(FACES_ENCODE, self._encode),
-                self._instance.serving(FACES_SEARCH, self._search),
-                self._instance.serving(DATASET_MANAGE, self._manage),
-            ):
-                await self._instance.ready()
-                try:
+            try:
+                async with (
+                    self._instance.serving(FACES_ENCODE, self._encode),
+                    self._instance.serving(FACES_SEARCH, self._search),
+                    self._instance.serving(DATASET_MANAGE, self._manage),
+                ):
+                    await self._instance.ready()
                     await self._keep_telling()
-                finally:
-                    self._threads.shutdown(wait=False, cancel_futures=True)
+            finally:
+                # Not earlier: leaving `serving` answers what the broker had sent here already.
+                self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def _encode(self, request: m.EncodeFace) -> m.EncodedFace:
         began = time.perf_counter()
-        dataset = await self._dataset(request.dataset) if request.persist else None
+        check_metadata(request.metadata)
         vector, faces = await self._vector_of(request.image_base64)
         if not vector.any():
             raise Unprocessable("the image is all black: it has no vector", field="image_base64")
         entry = request.entry_id or str(uuid.uuid4())
-        revision = None
-        if dataset is not None:
-            revision = await self._galleries.enrol(dataset, entry, vector, request.metadata)
-            # So that a look at this replica, without a revision, shows it as well.
-            await self._galleries.wait(revision)
+        dataset = revision = None
+        if request.persist:
+            dataset = request.dataset or self._settings.default_dataset
+            revision = await self._enrol(request, entry, vector)
             took_ms = round(1e3 * (time.perf_counter() - began), 1)
             log.info(
                 "face.enrolled", dataset=dataset, entry=entry, revision=revision, took_ms=took_ms
@@ -202,6 +209,7 @@ class Rustyface:
             k=request.top_k,
             threshold=request.threshold,
             revision=request.revision,
+            by_embedder=request.image_base64 is not None,
         )
         results = [
             m.FaceMatch(
@@ -241,13 +249,19 @@ class Rustyface:
         self._tell()
         return m.DatasetList(datasets=self._galleries.datasets())
 
-    async def _dataset(self, named: str | None) -> str:
-        """Return where a face goes; the default dataset comes back if it was deleted."""
-        if named is not None:
-            return named
-        if self._settings.default_dataset not in self._galleries:
-            await self._galleries.create(self._settings.default_dataset)
-        return self._settings.default_dataset
+    async def _enrol(self, request: m.EncodeFace, entry: str, vector: Floats) -> int:
+        """Store an entry and return its revision; the default dataset is made if it is gone.
+
+        Waits for the broker alone: once that has the entry, nothing here may make it an error.
+        """
+        if request.dataset is not None:
+            return await self._galleries.enrol(request.dataset, entry, vector, request.metadata)
+        default = self._settings.default_dataset
+        try:
+            return await self._galleries.enrol(default, entry, vector, request.metadata)
+        except NotFound:
+            await self._galleries.create(default)
+            return await self._galleries.enrol(default, entry, vector, request.metadata)
 
     async def _vector_of(self, image_base64: str) -> tuple[Floats, list[Face]]:
         def work() -> tuple[Floats, list[Face]]:
@@ -282,6 +296,13 @@ class Rustyface:
         self._instance.counts["datasets"] = len(self._galleries.datasets())
         self._instance.counts["entries"] = self._galleries.entries
         self._instance.gauges["images_waiting"] = self._waiting
+
+
+def _processors() -> int:
+    """Return how many processors this process may use."""
+    # Only Linux can say.
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def _told(face: Face) -> m.FaceInfo:

