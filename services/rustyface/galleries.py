@@ -13,9 +13,10 @@ import asyncio
 import contextlib
 import hashlib
 from dataclasses import dataclass, field
-from datetime import datetime
-from typing import Any, Final
+from datetime import UTC, datetime
+from typing import Any, Final, TypeVar
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import structlog
@@ -37,6 +38,7 @@ from bus.tasks import beside
 from services.rustyface.search import Hit, Matrix
 
 Floats = npt.NDArray[np.float32]
+E = TypeVar("E", m.GalleryHead, m.GalleryEntry)
 
 LITTLE_ENDIAN: Final = np.dtype("<f4")
 WAIT_S: Final = 5.0
@@ -204,7 +206,7 @@ class Galleries:
             return
         self._check_readable(gallery)
         head = m.GalleryHead(
-            id=gallery, at=at or m.now(), embedder=self._embedder, dimensions=self._dimensions
+            id=gallery, at=_utc(at or m.now()), embedder=self._embedder, dimensions=self._dimensions
         )
         subject, predecessor = self._head_subject(gallery), self._heads.get(gallery, 0)
         try:
@@ -270,7 +272,7 @@ class Galleries:
             there,
             m.GalleryEntry(
                 id=entry,
-                at=at or m.now(),
+                at=_utc(at or m.now()),
                 embedding=vector.astype(LITTLE_ENDIAN).tobytes(),
                 metadata=metadata,
             ),
@@ -433,7 +435,7 @@ class Galleries:
         self._galleries.pop(gallery, None)
         self._heads[gallery] = stored.seq
         self._unreadable.add(gallery)
-        head = codec.decode(stored.body, m.GalleryHead)
+        head = _event(stored, m.GalleryHead)
         if head.id != gallery or not 1 <= head.dimensions <= DIMENSIONS_MAX:
             raise InvalidRequest(
                 f"it is about {head.id!r} with {head.dimensions} dimensions, expected are "
@@ -452,8 +454,7 @@ class Galleries:
             return
         there.revision = stored.seq
         try:
-            kind = stored.headers.get(codec.CONTENT_TYPE)
-            entry = codec.decode(stored.body, m.GalleryEntry, kind)
+            entry = _event(stored, m.GalleryEntry)
             if token(_addressed(entry.id)) != address:
                 raise InvalidRequest("it is about another entry than its subject says")
             if entry.embedding is None:
@@ -487,6 +488,25 @@ def check_metadata(metadata: Any) -> None:
             f"metadata: it has {size:,} bytes, allowed are {METADATA_MAX_BYTES:,}",
             field="metadata",
         )
+
+
+def _event(stored: Stored, kind: type[E]) -> E:
+    """Read an event, its time in UTC.
+
+    Raises:
+        InvalidRequest: It is none of that kind.
+    """
+    try:
+        event = codec.decode(stored.body, kind, stored.headers.get(codec.CONTENT_TYPE))
+    except OverflowError:
+        raise InvalidRequest("its time is beyond the year 9999") from None
+    at = _utc(event.at)
+    return event if at is event.at else msgspec.structs.replace(event, at=at)
+
+
+def _utc(at: datetime) -> datetime:
+    """Return a time with a zone; one without is in UTC."""
+    return at if at.tzinfo else at.replace(tzinfo=UTC)
 
 
 def _addressed(entry: str) -> str:

@@ -2,8 +2,11 @@
 
 import asyncio
 import contextlib
+import hashlib
 import random
+from datetime import UTC, datetime
 
+import msgpack
 import numpy as np
 import pytest
 
@@ -114,6 +117,28 @@ async def test_after_any_changes_on_two_replicas_both_know_what_a_replay_finds(c
         assert sorted(await stored(client)) == sorted(subjects)
 
 
+async def test_clearing_a_deleted_gallery_spares_the_one_that_took_its_name(
+    client, connected, monkeypatch
+):
+    async with replica(client) as first, replica(await connected()) as second:
+        await first.create("g")
+        await first.enrol("g", "old", EAST, None)
+        purge = first._stream.purge
+
+        async def late(subject, *, keep_from=None):
+            await second.create("g")
+            await second.enrol("g", "new", EAST, None)
+            await purge(subject, keep_from=keep_from)
+
+        monkeypatch.setattr(first._stream, "purge", late)
+        await first.delete("g")
+        assert await stored(client) == [
+            GALLERY_ENTRY.subject(client.root, gallery="g", entry="new")
+        ]
+        await first.wait(await first.newest())
+        assert known(first) == known(second) == {"g": {"new": [1, 0]}}
+
+
 async def test_a_gallery_that_is_made_again_is_empty_even_where_old_entries_are_left(client):
     async with replica(client) as galleries:
         await galleries.create("g")
@@ -194,6 +219,31 @@ async def test_a_gallery_whose_own_event_cannot_be_read_is_left_alone(client, di
     assert len(await stored(client)) == 2
 
 
+async def test_a_time_that_python_cannot_tell_is_passed_over(client):
+    late = msgpack.packb({"id": "x", "at": msgpack.Timestamp(2**60)})
+    async with replica(client) as galleries:
+        await galleries.create("g")
+        subject = GALLERY_ENTRY.subject(client.root, gallery="g", entry="x")
+        await client.store.galleries.append(subject, late, headers={"Content-Type": codec.MSGPACK})
+        await galleries.enrol("g", "a", EAST, None)
+        await galleries.wait(await galleries.newest())
+        assert known(galleries) == {"g": {"a": [1, 0]}}
+
+
+async def test_a_time_without_a_zone_is_in_utc(client):
+    then = datetime(2020, 1, 2, 3, 4)  # noqa: DTZ001 - the point of it
+    async with replica(client) as galleries:
+        await galleries.create("g", at=then)
+        await galleries.enrol("g", "a", EAST, None, at=then)
+        head = m.GalleryHead(id="h", at=then, embedder="test", dimensions=2)
+        await publish(client, head, gallery="h")
+        await galleries.enrol("h", "a", EAST, None)
+        await galleries.wait(await galleries.newest())
+        listed = galleries.datasets()
+        assert [d.created_at for d in listed] == [then.replace(tzinfo=UTC)] * 2
+        assert listed[0].updated_at == then.replace(tzinfo=UTC)
+
+
 async def test_bytes_that_are_no_event_are_passed_over(client):
     async with replica(client) as galleries:
         await galleries.create("g")
@@ -207,7 +257,9 @@ async def test_bytes_that_are_no_event_are_passed_over(client):
 
 async def test_the_longest_ids_in_any_alphabet_are_entries_too(client):
     """256 characters of four bytes make a subject of 3,072; the broker's line ends at 4,096."""
-    gallery, ids = "\U00010400" * 128, ["\U0001f600" * 256, "\U0001f601" * 256, "sha256-x", "x"]
+    gallery, ids = "\U00010400" * 128, ["\U0001f600" * 256, "\U0001f601" * 256, "x"]
+    # A short id that looks like what stands for a long one.
+    ids.append(f"sha256-{hashlib.sha256(ids[0].encode()).hexdigest()}")
     async with replica(client) as galleries:
         await galleries.create(gallery)
         for entry in ids:
