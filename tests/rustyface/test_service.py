@@ -346,6 +346,35 @@ async def test_galleries_outlive_the_broker_and_the_worker(tmp_path, root, worke
     assert later == earlier
 
 
+async def test_a_worker_that_was_killed_answers_as_before(client, settings, picture):
+    async with started(client, settings, {}) as process:
+        await until(lambda: answers(client))
+        await encode(client, picture("astronaut"), entry_id="eileen", metadata={"name": "Eileen"})
+        for i in range(5):
+            await encode(client, picture("cameraman"), entry_id=f"c{i}")
+        await manage(client, "remove-entry", dataset="default", entry_id="c3")
+        earlier = await search(client, image_base64=picture("astronaut-changed"), top_k=10)
+        process.kill()
+        await process.wait()
+    assert len(earlier.results) == 5
+    async with started(client, settings, {}) as process:
+        await until(lambda: answers(client))
+        later = await search(client, image_base64=picture("astronaut-changed"), top_k=10)
+        process.terminate()
+        assert await process.wait() == 0
+    assert [(r.id, r.metadata, r.last_seen, r.known) for r in later.results] == [
+        (r.id, r.metadata, r.last_seen, r.known) for r in earlier.results
+    ]
+    scores = [[r.score for r in found.results] for found in (earlier, later)]
+    assert np.allclose(*scores, atol=1e-6)
+
+
+async def answers(client) -> bool:
+    with contextlib.suppress(BusError):
+        return bool(await manage(client, "list"))
+    return False
+
+
 async def test_a_worker_goes_on_while_the_broker_is_restarted(tmp_path, root, worker, picture):
     async with contextlib.AsyncExitStack() as first:
         broker = await first.enter_async_context(running_broker(tmp_path, sync_interval="2m"))
@@ -418,7 +447,8 @@ async def test_the_files_of_the_original_are_taken_in_once(client, worker, setti
 async def test_a_file_of_a_dataset_that_is_there_is_left_alone(client, worker, settings, picture):
     folder = settings.data_dir / "datasets"
     folder.mkdir(parents=True)
-    entries = [{"id": "e", "embedding": [0.0] * 127 + [1.0]}]
+    # Times without a zone, and a length that overflows in float32.
+    entries = [{"id": "e", "embedding": [0.0] * 127 + [1e300], "last_seen": "2024-01-01T00:00:00"}]
     (folder / "default.json").write_text(json.dumps({"id": "default", "entries": entries}))
     async with worker():
         assert await manage(client, "list") == {"default": 1}
@@ -462,7 +492,15 @@ async def test_without_weights_the_worker_says_how_to_get_them(client, settings)
 
 
 async def started_with(client, settings, given) -> tuple[int, str]:
-    """Start a worker as the supervisor does, with settings that end it."""
+    """Start a worker with settings that end it; return its exit status and its last words."""
+    async with started(client, settings, given) as process, asyncio.timeout(30):
+        _, said = await process.communicate()
+    return process.returncode or 0, said.decode()
+
+
+@contextlib.asynccontextmanager
+async def started(client, settings, given):
+    """Start a worker as the supervisor does: a process of its own, its settings in the bucket."""
     config = m.PluginConfig(
         name="rustyface",
         description="a test",
@@ -484,9 +522,12 @@ async def started_with(client, settings, given) -> tuple[int, str]:
             "BKG_DATA_DIR": str(settings.data_dir),
         },
     )  # fmt: skip
-    async with asyncio.timeout(30):
-        _, said = await process.communicate()
-    return process.returncode or 0, said.decode()
+    try:
+        yield process
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
 
 
 async def test_a_full_queue_refuses_and_names_its_limit(client, worker, picture):
