@@ -253,7 +253,7 @@ jetstream {{
   store_dir: {store}
   sync_interval: {sync_interval}
   max_mem: 256MB
-  max_file: 10GB
+  max_file: 16GB
 }}
 """
 

@@ -20,7 +20,7 @@ from bus.subjects import CANDLE_STATS, MODEL_LOAD, MODEL_RUN, MODEL_UNLOAD
 from services.candle.batcher import Array, Batcher, Outputs
 from services.candle.repository import Repository
 from services.candle.runtimes import open_model
-from services.candle.runtimes.base import DTYPES, Runtime, TensorSpec
+from services.candle.runtimes.base import ANY_LENGTH, DTYPES, Runtime, TensorSpec
 
 SERVED: Final = (MODEL_LOAD, MODEL_UNLOAD, MODEL_RUN, CANDLE_STATS)
 
@@ -302,12 +302,15 @@ def _row_input(runtime: Runtime) -> TensorSpec:
 
 
 def _forward(runtime: Runtime, rows: Array) -> Mapping[str, Array]:
-    """Run rows through a model; one whose first axis has a fixed length takes them one by one."""
-    name = runtime.signature.inputs[0].name
-    if runtime.signature.batched or len(rows) == 1:
-        return runtime.run({name: rows})
-    each = [runtime.run({name: rows[i : i + 1]}) for i in range(len(rows))]
-    return {output: np.concatenate([one[output] for one in each]) for output in each[0]}
+    """Run rows through a model: at once, or in steps where its first axis has a fixed length."""
+    spec = runtime.signature.inputs[0]
+    step = len(rows) if spec.shape[0] == ANY_LENGTH else spec.shape[0]
+    if step == len(rows):
+        return runtime.run({spec.name: rows})
+    each = [runtime.run({spec.name: rows[at : at + step]}) for at in range(0, len(rows), step)]
+    return {
+        output: np.concatenate([np.atleast_1d(one[output]) for one in each]) for output in each[0]
+    }
 
 
 def _told(serving: _Serving) -> m.LoadedModel:

@@ -72,6 +72,32 @@ async def test_outputs_that_are_no_rows_of_numbers_come_by_name(client, worker, 
     assert reply.named == {"text": [["1", "2"], ["3", "4"]], "total": 10}
 
 
+@pytest.mark.parametrize("length", [1, 2])
+async def test_a_model_that_takes_a_fixed_number_of_rows_takes_more_in_steps(
+    client, worker, models_dir, length
+):
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [length, 2])
+    outputs = [
+        helper.make_tensor_value_info("double", TensorProto.FLOAT, [length, 2]),
+        helper.make_tensor_value_info("total", TensorProto.FLOAT, []),
+    ]
+    nodes = [
+        helper.make_node("Add", ["x", "x"], ["double"]),
+        helper.make_node("ReduceSum", ["x"], ["total"], keepdims=0),
+    ]
+    graph = helper.make_graph(nodes, "g", [x], outputs)
+    opsets = [helper.make_opsetid("", 17)]
+    save(helper.make_model(graph, opset_imports=opsets, ir_version=8), models_dir / "fixed.onnx")
+    async with worker():
+        await load(client, "fixed.onnx")
+        reply = await run(client, [[1, 2], [3, 4], [5, 6], [7, 8]])
+        assert reply.outputs == [[2, 4], [6, 8], [10, 12], [14, 16]]
+        assert reply.named["total"] == ([3, 7, 11, 15] if length == 1 else [10, 26])
+        if length == 2:
+            with pytest.raises(InvalidRequest, match=r"shape \[1, 2\], the model takes \[2, 2\]"):
+                await run(client, [[1, 2], [3, 4], [5, 6]])
+
+
 async def test_stats_list_what_is_loaded(client, worker, linear):
     async with worker():
         assert (await client.call(CANDLE_STATS, m.Empty())).models == []

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from bus.broker import Broker
-from bus.testing import until
+from bus.testing import declared, until
 
 EVERYWHERE = "0.0.0.0"  # noqa: S104 - refused, never listened on
 
@@ -112,7 +112,7 @@ async def test_a_broker_of_ones_own_is_used_and_left_alone(
     up: Any, broker: Broker, root: str, env: dict[str, str]
 ):
     env["BKG_ROOT"] = root
-    async with up("--port", "0", "--nats", broker.url) as platform:
+    async with declared(broker.url, root), up("--port", "0", "--nats", broker.url) as platform:
         assert platform.run["nats_url"] == broker.url
         assert "broker" not in platform.run["pids"]
     assert psutil.pid_exists(broker.pid)

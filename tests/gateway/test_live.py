@@ -126,7 +126,7 @@ async def test_a_plugin_that_nobody_knows_any_more_is_told_as_stopped(gate, clie
         socket(gate) as ws,
     ):
         await guest.ready()
-        await until(lambda: (s := gate.parts.view.get("guest")) and s.status == "running")
+        await until(lambda: [one.status for one in gate.parts.feeds.states()] == ["running"])
         await ask(ws, "SUB", "status", pluginId="guest")
         leave = asyncio.create_task(client.store.instances.delete("guest", 0))
         while (state := (await frame(ws, "status"))["payload"])["status"] != "stopped":
