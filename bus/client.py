@@ -350,13 +350,17 @@ async def connect(
     """
     nc = Nats()
     lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-    last_error: list[str] = []
+    refused: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+    cause = "no answer"
     client: Client | None = None
 
     async def on_error(error: Exception) -> None:
-        last_error[:] = [str(error) or type(error).__name__]
+        nonlocal cause
+        cause = str(error) or type(error).__name__
+        if "authorization" in cause.lower() and not refused.done():
+            refused.set_result(cause)
         if client is not None and client.connected:
-            log.warning("broker.error", cause=last_error[0])
+            log.warning("broker.error", cause=cause)
 
     async def on_disconnect() -> None:
         if client is not None and client.connected:
@@ -374,7 +378,7 @@ async def connect(
             lost.set_result(None)
 
     try:
-        async with asyncio.timeout(patience_s):
+        async with asyncio.timeout(patience_s), beside(_raise_when_refused(refused)):
             await nc.connect(
                 servers=url.split(","),
                 name=name,
@@ -393,7 +397,10 @@ async def connect(
             )
     except (TimeoutError, OSError, ValueError, nats.errors.Error) as error:
         await _close(nc)
-        cause = last_error[0] if last_error else str(error) or "no answer"
+        if refused.done():
+            cause = refused.result()
+        elif str(error):
+            cause = str(error)
         raise Unavailable(f"no broker can be used at {_shown(url)}: {cause}") from None
 
     client = Client(nc, root)
@@ -422,6 +429,17 @@ async def _close(nc: Nats) -> None:
     with contextlib.suppress(OSError, nats.errors.Error, TimeoutError):
         async with asyncio.timeout(5):
             await nc.close()
+
+
+async def _raise_when_refused(refused: asyncio.Future[str]) -> None:
+    """Give up at the first refusal. nats-py would ask again for as long as it may.
+
+    It may take several tries to hear of it: the broker hangs up at once, and what it said before
+    is lost when our next word arrives after that.
+    """
+    # Not awaited itself: cancelled with this task, it could no longer be asked.
+    await asyncio.wait([refused])
+    raise nats.errors.Error(refused.result())
 
 
 async def _raise_when(lost: asyncio.Future[None]) -> None:

@@ -5,10 +5,12 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Generator
+from collections.abc import AsyncGenerator, Generator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import aiohttp
 import psutil
@@ -29,9 +31,18 @@ class Platform:
     data_dir: Path
     pid: int
 
-    def session(self) -> aiohttp.ClientSession:
+    @asynccontextmanager
+    async def session(self) -> AsyncGenerator[aiohttp.ClientSession]:
+        """Ask it with the key while inside; left, every connection is closed."""
         headers = {"Authorization": f"Bearer {self.key}"}
-        return aiohttp.ClientSession(self.url, headers=headers)
+        async with aiohttp.ClientSession(self.url, headers=headers) as one:
+            yield one
+        # A body that was refused before it was sent is still on its way out.
+        await until(lambda: not self._connections())
+
+    def _connections(self) -> list[Any]:
+        ours = psutil.Process().net_connections("tcp")
+        return [one for one in ours if one.raddr and one.raddr.port == urlsplit(self.url).port]
 
 
 @pytest.fixture(scope="module")
