@@ -19,6 +19,7 @@ test: lint ## check and test everything
 
 lint: .venv/test.stamp ## check style and types
 	@$(BIN)/ruff check && $(BIN)/ruff format --check && $(BIN)/mypy
+	@$(BIN)/oxlint --deny-warnings --ignore-pattern '**/vendor/**' services/gateway/dashboard tests/gateway/dashboard
 
 clean: ## remove what was installed and made here; data stays
 	rm -rf .venv .cache build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

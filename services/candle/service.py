@@ -106,6 +106,7 @@ class Candle:
                 for serving in list(self._models.values()):
                     await serving.settled.wait()
                 await self._load_default()
+                self._tell()
                 await self._instance.ready()
 
     async def _apply(self, entry: Entry[m.ModelSpec]) -> None:

@@ -19,13 +19,15 @@ export class ApiError extends Error {
  * @throws {ApiError}
  */
 export async function ask(method, path, body) {
+  /** @type {RequestInit} */
+  const asked = { method };
+  if (body !== undefined) {
+    asked.headers = { "Content-Type": "application/json" };
+    asked.body = JSON.stringify(body);
+  }
   let response;
   try {
-    response = await fetch(path, {
-      method,
-      headers: body === undefined ? {} : { "Content-Type": "application/json" },
-      body: body === undefined ? undefined : JSON.stringify(body),
-    });
+    response = await fetch(path, asked);
   } catch {
     throw new ApiError(0, { title: "no answer" });
   }

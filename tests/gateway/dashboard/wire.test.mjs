@@ -9,15 +9,15 @@ import {
 function clock() {
   let present = 1_000_000;
   let timers = [];
-  const add = (ms, then, every) => {
-    const timer = { at: present + ms, then, every: every ? ms : 0 };
+  const add = (ms, ring, every) => {
+    const timer = { at: present + ms, ring, every: every ? ms : 0 };
     timers.push(timer);
     return timer;
   };
   return {
     now: () => present,
-    after: (ms, then) => add(ms, then, false),
-    every: (ms, then) => add(ms, then, true),
+    after: (ms, ring) => add(ms, ring, false),
+    every: (ms, ring) => add(ms, ring, true),
     cancel: (timer) => {
       timers = timers.filter((one) => one !== timer);
     },
@@ -29,7 +29,7 @@ function clock() {
         present = next.at;
         if (next.every) next.at += next.every;
         else this.cancel(next);
-        next.then();
+        next.ring();
       }
       present = end;
     },
