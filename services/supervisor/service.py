@@ -1,8 +1,8 @@
-"""Makes desired state true on this host, and takes the commands that change it."""
+"""Makes desired state true on this host."""
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -12,24 +12,16 @@ import structlog
 
 from bus import messages as m
 from bus.client import Client
-from bus.errors import BusError, Conflict, DeadlineExceeded, InvalidRequest, NotFound
-from bus.instance import FIRST_FREE_SLOT, Instance
+from bus.errors import BusError, Conflict
+from bus.instance import Instance
 from bus.logs import publish_log
-from bus.plugins import PluginsView, follow_plugins, place
+from bus.plugins import follow_plugins, place
 from bus.settings import Settings
-from bus.state import OBSERVED_TTL_S, Entry
-from bus.subjects import (
-    HEALTH,
-    PLUGINS_CONFIGURE,
-    PLUGINS_GET,
-    PLUGINS_LIST,
-    PLUGINS_RESTART,
-    PLUGINS_START,
-    PLUGINS_STOP,
-    STATUS,
-)
+from bus.state import OBSERVED_TTL_S
+from bus.subjects import HEALTH, STATUS
 from bus.tasks import beside
 from services.supervisor import process
+from services.supervisor.commands import answering
 from services.supervisor.process import Child
 from services.supervisor.reconcile import (
     HEALTHY_S,
@@ -125,7 +117,7 @@ class Supervisor:
             beside(self._follow_registrations(), self._follow_heartbeats()),
             follow_plugins(self._client.store) as view,
             beside(self._follow_desired(), self._act()),
-            self._answering(view),
+            answering(self._client, self._instance, view),
         ):
             await self._instance.ready()
             await asyncio.Event().wait()
@@ -457,138 +449,6 @@ class Supervisor:
                 lost, self._lines_lost = self._lines_lost, 0
                 log.warning("lines.dropped", dropped=lost)
 
-    # --- What is asked --------------------------------------------------------------------------
-
-    @asynccontextmanager
-    async def _answering(self, view: PluginsView) -> AsyncGenerator[None]:
-        async def plugins(_request: m.Empty) -> m.PluginList:
-            return m.PluginList(plugins=view.list())
-
-        async def get(request: m.NamePlugin) -> m.PluginState:
-            return _known(view, request.name)
-
-        async def start(request: m.NamePlugin) -> m.PluginState:
-            def enable(now: m.DesiredState) -> m.DesiredState:
-                # One that is wanted but does not come up may be tried again by hand.
-                if now.enabled and _known(view, request.name).status != "error":
-                    raise Conflict(f"{request.name} is started already")
-                return _next(now, request.by, enabled=True)
-
-            return await self._change(view, request, enable, _all_ready)
-
-        async def stop(request: m.NamePlugin) -> m.PluginState:
-            def disable(now: m.DesiredState) -> m.DesiredState:
-                return _next(now, request.by, enabled=False) if now.enabled else now
-
-            return await self._change(view, request, disable, _all_gone)
-
-        async def restart(request: m.NamePlugin) -> m.PluginState:
-            def renew(now: m.DesiredState) -> m.DesiredState:
-                return _next(now, request.by, enabled=True)
-
-            return await self._change(view, request, renew, _all_ready)
-
-        async def configure(request: m.ConfigurePlugin) -> m.PluginState:
-            return await self._configure(view, request)
-
-        serving = self._instance.serving
-        async with (
-            serving(PLUGINS_LIST, plugins),
-            serving(PLUGINS_GET, get),
-            serving(PLUGINS_START, start),
-            serving(PLUGINS_STOP, stop),
-            serving(PLUGINS_RESTART, restart),
-            serving(PLUGINS_CONFIGURE, configure),
-        ):
-            yield
-
-    async def _change(
-        self,
-        view: PluginsView,
-        request: m.NamePlugin,
-        change: Callable[[m.DesiredState], m.DesiredState],
-        reached: Callable[[m.PluginState, int], str | None],
-    ) -> m.PluginState:
-        """Change desired state, and answer when observed state has reached it.
-
-        Raises:
-            Conflict: Another command wanted the opposite meanwhile.
-            DeadlineExceeded: It has not within the caller's time; says what is missing.
-        """
-        desired = await self._write_desired(view, request.name, change)
-        missing: str | None = "the supervisor has not seen the change yet"
-        try:
-            async with asyncio.timeout(request.timeout_s):
-                version = -1
-                while True:
-                    version = await view.wait(version)
-                    state = _known(view, request.name)
-                    if state.generation > desired.generation:
-                        _check_not_overtaken(state, desired)
-                    if state.generation >= desired.generation:
-                        missing = reached(state, desired.generation)
-                        if missing is None:
-                            return state
-        except TimeoutError:
-            raise DeadlineExceeded(
-                f"{request.name}: not done within {request.timeout_s:g} s: {missing}"
-            ) from None
-
-    async def _write_desired(
-        self,
-        view: PluginsView,
-        name: str,
-        change: Callable[[m.DesiredState], m.DesiredState],
-    ) -> m.DesiredState:
-        """Change desired state by compare-and-set, again when another writer came first."""
-        for _ in range(5):
-            entry = await self._desired_entry(view, name)
-            assert entry.value is not None  # noqa: S101 - an entry that is there has a value
-            desired = change(entry.value)
-            if desired == entry.value:
-                return desired
-            with contextlib.suppress(Conflict):
-                await self._client.store.desired.update(desired, entry.revision, name)
-                return desired
-        raise Conflict(f"{name} is being changed by others all the time; try again")
-
-    async def _configure(self, view: PluginsView, request: m.ConfigurePlugin) -> m.PluginState:
-        if request.config.name != request.name:
-            raise InvalidRequest(
-                f"the configuration is for {request.config.name!r}, not for {request.name!r}",
-                field="name",
-            )
-        entry = await self._desired_entry(view, request.name)
-        assert entry.value is not None  # noqa: S101 - an entry that is there has a value
-        if request.revision is not None and request.revision != entry.revision:
-            raise Conflict(
-                f"{request.name} is at revision {entry.revision}, not {request.revision}; read "
-                "it and try again"
-            )
-        desired = m.DesiredState(
-            config=request.config,
-            enabled=entry.value.enabled,
-            generation=entry.value.generation,
-            changed_by=request.by,
-            changed_at=m.now(),
-        )
-        revision = await self._client.store.desired.update(desired, entry.revision, request.name)
-        log.info("plugin.configured", plugin=request.name, by=request.by, revision=revision)
-        async with asyncio.timeout(10):
-            version = -1
-            while True:
-                version = await view.wait(version)
-                state = _known(view, request.name)
-                if state.revision >= revision:
-                    return state
-
-    async def _desired_entry(self, view: PluginsView, name: str) -> Entry[m.DesiredState]:
-        entry = await self._client.store.desired.get(name)
-        if entry is None:
-            known = ", ".join(state.name for state in view.list() if state.config)
-            raise NotFound(f"there is no plugin {name!r}; there are: {known or 'none'}")
-        return entry
-
 
 def _status(replica: _Replica) -> m.Status:
     match replica.phase:
@@ -596,53 +456,3 @@ def _status(replica: _Replica) -> m.Status:
             return "error" if replica.error else "stopped"
         case phase:
             return phase
-
-
-def _next(now: m.DesiredState, by: str, *, enabled: bool) -> m.DesiredState:
-    return m.DesiredState(
-        config=now.config,
-        enabled=enabled,
-        generation=now.generation + 1,
-        changed_by=by,
-        changed_at=m.now(),
-    )
-
-
-def _known(view: PluginsView, name: str) -> m.PluginState:
-    state = view.get(name)
-    if state is None:
-        known = ", ".join(state.name for state in view.list())
-        raise NotFound(f"there is no plugin {name!r}; there are: {known or 'none'}")
-    return state
-
-
-def _check_not_overtaken(state: m.PluginState, desired: m.DesiredState) -> None:
-    """Raise Conflict when a later command wants a plugin to stop that was started, or to run."""
-    if desired.enabled and state.config and state.config.replicas and not state.replicas.desired:
-        raise Conflict(f"{state.name} was stopped meanwhile by another command")
-    if not desired.enabled and state.replicas.desired:
-        raise Conflict(f"{state.name} was started meanwhile by another command")
-
-
-def _all_ready(state: m.PluginState, generation: int) -> str | None:
-    """Return what is missing until every replica runs a generation; None when nothing is."""
-    places = {place.slot: place for place in state.instances}
-    missing = []
-    for slot in range(state.replicas.desired):
-        there = places.get(slot)
-        if there is None:
-            missing.append(f"replica {slot} is not there yet")
-        elif there.status != "running" or (there.generation or 0) < generation:
-            said = f" ({there.error})" if there.error else ""
-            missing.append(f"replica {slot} is {there.status}{said}")
-    return "; ".join(missing) or None
-
-
-def _all_gone(state: m.PluginState, _generation: int) -> str | None:
-    """Return what is missing until no replica is left; those started by hand do not count."""
-    left = [
-        f"replica {place.slot} is {place.status}"
-        for place in state.instances
-        if place.slot < FIRST_FREE_SLOT
-    ]
-    return "; ".join(left) or None
