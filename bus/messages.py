@@ -54,12 +54,14 @@ class Healthcheck(State, frozen=True):
         interval_seconds: Time between two checks.
         timeout_seconds: Time that one answer may take.
         failure_threshold: How many consecutive failures replace the instance.
+        startup_grace_seconds: Time after the start in which failures do not count.
     """
 
-    path: str = "/health"
-    interval_seconds: float = 10.0
-    timeout_seconds: float = 2.0
-    failure_threshold: int = 3
+    path: Annotated[str, Meta(pattern="^/")] = "/health"
+    interval_seconds: Annotated[float, Meta(ge=0.1, le=3600)] = 10.0
+    timeout_seconds: Annotated[float, Meta(gt=0, le=600)] = 2.0
+    failure_threshold: Annotated[int, Meta(ge=1, le=1000)] = 3
+    startup_grace_seconds: Annotated[float, Meta(ge=0, le=3600)] = 30.0
 
 
 class PluginConfig(State, frozen=True, forbid_unknown_fields=True):
@@ -78,6 +80,7 @@ class PluginConfig(State, frozen=True, forbid_unknown_fields=True):
         healthcheck: How its health is asked for.
         replicas: How many instances are wanted.
         requires: Host labels that a replica needs.
+        memory_max_bytes: Resident memory from which an instance is replaced; no limit if absent.
     """
 
     name: PluginName
@@ -91,6 +94,7 @@ class PluginConfig(State, frozen=True, forbid_unknown_fields=True):
     healthcheck: Healthcheck | None = None
     replicas: Annotated[int, Meta(ge=0, le=100)] = 1
     requires: dict[str, str] = {}
+    memory_max_bytes: Annotated[int, Meta(ge=1024 * 1024)] | None = None
 
 
 class DesiredState(State, frozen=True):
@@ -221,6 +225,48 @@ class PluginState(State, frozen=True):
     error: str | None = None
 
 
+class HostState(State, frozen=True):
+    """A host as its supervisor tells of it; bucket `hosts`, key `<host>`.
+
+    Attributes:
+        name: The host.
+        id: The supervisor's process, and no other before or after it.
+        pid: Its number there.
+        version: Of bkg.
+        since: When that supervisor came.
+        last_heartbeat: When this was last said.
+        labels: What plugins can require of a host.
+        processors: How many it may use.
+        mem_total_bytes: Its memory, or the limit of the group that it runs in.
+        mem_available_bytes: What of it is free for more.
+    """
+
+    name: Name
+    id: str
+    pid: int
+    version: str
+    since: datetime
+    last_heartbeat: datetime
+    labels: dict[str, str] = {}
+    processors: int = 1
+    mem_total_bytes: int = 0
+    mem_available_bytes: int = 0
+
+
+class HostDesired(State, frozen=True):
+    """What a host should be; bucket `desired`, key `<host>.host`.
+
+    Attributes:
+        draining: Whether its replicas move away, and none comes.
+        changed_by: Who asked for the last change.
+        changed_at: When.
+    """
+
+    draining: bool
+    changed_by: str
+    changed_at: datetime
+
+
 class NamePlugin(State, frozen=True):
     """Names one plugin; every command for the supervisor carries at least this.
 
@@ -311,6 +357,32 @@ class TelemetrySnapshot(State, frozen=True):
     instance: str | None = None
     host: str | None = None
     gauges: dict[str, float] = {}
+
+
+class Event(State, frozen=True):
+    """Something that happened, kept for 30 days.
+
+    Attributes:
+        kind: What it happened to.
+        name: Which plugin or host.
+        verb: What happened, in the past: `started`, `ready`, `crashed`, `configured`, `joined`.
+        timestamp: When.
+        slot: Which of a plugin's places.
+        host: Where.
+        cause: Why, in words.
+        by: Who asked for it.
+        seq: The number that the stream gave it; set when it is read.
+    """
+
+    kind: Literal["plugin", "host"]
+    name: str
+    verb: str
+    timestamp: datetime
+    slot: int | None = None
+    host: str | None = None
+    cause: str | None = None
+    by: str | None = None
+    seq: int | None = None
 
 
 class Heartbeat(State, frozen=True):

@@ -29,6 +29,7 @@ from bus import codec
 from bus import messages as m
 from bus.errors import Conflict, DeadlineExceeded, Internal, InvalidRequest, NotFound, Unavailable
 from bus.subjects import (
+    EVENT,
     GALLERY_ENTRY,
     GALLERY_HEAD,
     LIVE_LOG,
@@ -349,6 +350,8 @@ class Store:
         desired: What each plugin should be, by plugin.
         processes: Replicas as their supervisor sees them, by plugin and slot.
         instances: Instances as they tell of themselves, by plugin and slot.
+        hosts: Hosts as their supervisors tell of them, by name.
+        hosts_desired: What each host should be, by name; without an entry, one that takes replicas.
         models: What should be served, by model id.
         galleries: The events of all galleries.
         artefacts: Model files by digest.
@@ -360,11 +363,14 @@ class Store:
         self.desired = Bucket(nc, f"{root}-desired", m.DesiredState, 1)
         self.processes = Bucket(nc, f"{root}-observed", m.ProcessState, 2, "process")
         self.instances = Bucket(nc, f"{root}-observed", m.Registration, 2, "instance")
+        self.hosts = Bucket(nc, f"{root}-hosts", m.HostState, 1)
+        self.hosts_desired = Bucket(nc, f"{root}-desired", m.HostDesired, 1, "host")
         self.models = Bucket(nc, f"{root}-models", m.ModelSpec, 1)
         self.galleries = Stream(nc, f"{root}-galleries")
         self.artefacts = Artefacts(nc, f"{root}-artefacts")
         self._logs = Stream(nc, f"{root}-logs")
         self._telemetry = Stream(nc, f"{root}-telemetry")
+        self._events = Stream(nc, f"{root}-events")
 
     async def check(self) -> None:
         """Raise Unavailable when the broker has no JetStream."""
@@ -419,6 +425,41 @@ class Store:
                 snapshots.append(codec.decode(stored.body, m.TelemetrySnapshot))
         return snapshots
 
+    async def tell(self, event: m.Event, *, once: str | None = None) -> None:
+        """Store an event; what several may tell of is stored once if they give it the same name.
+
+        Raises:
+            Unavailable: The broker did not store it in time.
+        """
+        subject = EVENT.subject(self._root, kind=event.kind, name=event.name, verb=event.verb)
+        headers = {"Nats-Msg-Id": once} if once else None
+        await self._events.append(subject, codec.encode(event), headers=headers)
+
+    async def events(
+        self,
+        *,
+        limit: int,
+        kind: str | None = None,
+        name: str | None = None,
+        after: int | None = None,
+    ) -> list[m.Event]:
+        """Return the newest events, oldest first, with their sequence.
+
+        Args:
+            limit: How many at most.
+            kind: Only those of plugins, or of hosts.
+            name: Only those of this plugin or host.
+            after: Only those with a greater sequence.
+        """
+        which = {"kind": kind, "name": name}
+        subject = EVENT.subject(self._root, **{k: v for k, v in which.items() if v is not None})
+        newest: deque[m.Event] = deque(maxlen=limit)
+        async for stored in self._events.read(subject, after=after or 0):
+            with contextlib.suppress(InvalidRequest):
+                event = codec.decode(stored.body, m.Event)
+                newest.append(msgspec.structs.replace(event, seq=stored.seq))
+        return list(newest)
+
     async def _declare(self, config: dict[str, Any]) -> None:
         body = json.dumps(config).encode()
         name = config["name"]
@@ -470,6 +511,15 @@ def _assets(root: str) -> list[dict[str, Any]]:
             **flood,
         },
         {
+            "name": f"{root}-events",
+            "description": "what happened to plugins and hosts",
+            "subjects": [EVENT.subject(root)],
+            "max_msgs_per_subject": 5_000,
+            "max_bytes": 64 * MIB,
+            "max_age": 30 * 86_400 * NS,
+            **flood,
+        },
+        {
             "name": f"{root}-status",
             "description": "changes of status, a ring for each slot",
             "subjects": [STATUS.subject(root)],
@@ -494,6 +544,14 @@ def _assets(root: str) -> list[dict[str, Any]]:
         galleries,
         _bucket(f"{root}-desired", "what each plugin should be", history=32),
         _bucket(f"{root}-models", "what candle should serve", history=8),
+        _bucket(
+            f"{root}-hosts",
+            "hosts that are there; keys expire",
+            history=1,
+            max_age=OBSERVED_TTL_S * NS,
+            subject_delete_marker_ttl=60 * NS,
+            allow_msg_ttl=True,
+        ),
         _bucket(
             f"{root}-observed",
             "what was last seen; keys expire",

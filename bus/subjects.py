@@ -180,6 +180,7 @@ LIVE_LOG = Feed("live.log.{plugin}.{slot}.{level}", m.LogEvent)
 TELEMETRY = Feed("telemetry.{plugin}.{slot}", m.TelemetrySnapshot)
 STATUS = Feed("status.{plugin}.{slot}", m.InstanceState)
 HEALTH = Feed("health.{plugin}.{slot}", m.Heartbeat)
+EVENT = Feed("event.{kind}.{name}.{verb}", m.Event)
 GALLERY_HEAD = Feed("gallery.{gallery}.head", m.GalleryHead)
 GALLERY_ENTRY = Feed("gallery.{gallery}.entry.{entry}", m.GalleryEntry)
 
@@ -189,4 +190,4 @@ def gallery_events(root: str) -> str:
     return f"{root}.gallery.>"
 
 
-FEEDS = (LOG, LIVE_LOG, TELEMETRY, STATUS, HEALTH, GALLERY_HEAD, GALLERY_ENTRY)
+FEEDS = (LOG, LIVE_LOG, TELEMETRY, STATUS, HEALTH, EVENT, GALLERY_HEAD, GALLERY_ENTRY)
