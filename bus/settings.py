@@ -24,6 +24,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         generation: `BKG_GENERATION`, of the desired state that it was started for.
         log_level: `BKG_LOG_LEVEL`, the least level that is published.
         host: `BKG_HOST_NAME`, this host's name.
+        labels: `BKG_HOST_LABELS`, `key=value` with commas between: what plugins can require of it.
     """
 
     nats_url: str
@@ -33,6 +34,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     generation: int
     log_level: str
     host: str
+    labels: dict[str, str] = {}
 
     @property
     def cache_dir(self) -> Path:
@@ -60,12 +62,31 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             generation=_number("BKG_GENERATION") or 0,
             log_level=level,
             host=os.environ.get("BKG_HOST_NAME") or socket.gethostname(),
+            labels=labels_in(os.environ.get("BKG_HOST_LABELS", "")),
         )
 
 
 def default_data_dir() -> Path:
     """Return where this platform keeps a user's application data."""
     return Path(platformdirs.user_data_dir("bkg", appauthor=False))
+
+
+def labels_in(text: str) -> dict[str, str]:
+    """Read `key=value,key=value`.
+
+    Raises:
+        InvalidRequest: A part is no `key=value`; shows it.
+    """
+    labels = {}
+    for part in filter(None, (one.strip() for one in text.split(","))):
+        key, equals, value = part.partition("=")
+        if not (key.strip() and equals):
+            raise InvalidRequest(
+                f"the label {part!r} is no key=value; example: gpu=yes,zone=cellar",
+                field="BKG_HOST_LABELS",
+            )
+        labels[key.strip()] = value.strip()
+    return labels
 
 
 def _number(variable: str) -> int | None:

@@ -135,6 +135,14 @@ PLUGINS_CONFIGURE = Endpoint(
     "Store a configuration; a running worker takes it at its next restart.",
 )
 
+HOSTS_LIST = Endpoint("hosts.list", SUPERVISOR, m.Empty, m.HostList, "Every host that is there.")
+HOSTS_DRAIN = Endpoint(
+    "hosts.drain", SUPERVISOR, m.NameHost, m.HostInfo, "Move a host's replicas away; wait for it."
+)
+HOSTS_UNDRAIN = Endpoint(
+    "hosts.undrain", SUPERVISOR, m.NameHost, m.HostInfo, "Let a drained host take replicas again."
+)
+
 # One subject per model: a replica listens only for the models that it has loaded. So the broker
 # routes, and a model that nobody has is answered at once, not after a time-out.
 MODEL_RUN = Endpoint(
@@ -167,6 +175,7 @@ DATASET_MANAGE = Endpoint(
 
 ENDPOINTS: tuple[Endpoint[m.Message, m.Message], ...] = (  # type: ignore[assignment]
     PLUGINS_LIST, PLUGINS_GET, PLUGINS_START, PLUGINS_STOP, PLUGINS_RESTART, PLUGINS_CONFIGURE,
+    HOSTS_LIST, HOSTS_DRAIN, HOSTS_UNDRAIN,
     MODEL_RUN, MODEL_LOAD, MODEL_UNLOAD, CANDLE_STATS,
     FACES_ENCODE, FACES_SEARCH, DATASET_MANAGE,
 )  # fmt: skip
