@@ -140,10 +140,16 @@ async def test_a_program_that_is_not_there_is_an_error_in_words(client, supervis
     assert error == "/no/such/program cannot be started: No such file or directory"
 
 
-async def test_a_restart_replaces_one_replica_at_a_time(client, supervise, plugin):
+@pytest.mark.parametrize(("room_factor", "fewest"), [(1.25, 3), (1e9, 2)])
+async def test_a_restart_replaces_one_replica_at_a_time(
+    client, supervise, plugin, monkeypatch, room_factor, fewest
+):
+    """Where there is memory for one more, all run all the time; else all but one."""
+    monkeypatch.setattr(service, "ROOM_FACTOR", room_factor)
     ready: list[int] = []
-    async with follow_plugins(client.store) as view, supervise(plugin(replicas=3)):
+    async with follow_plugins(client.store) as view, supervise(plugin(replicas=3)) as supervisor:
         await until(lambda: view.get("w") and view.get("w").replicas.ready == 3)
+        await until(lambda: all(r.mem_bytes for r in supervisor._replicas.values()))
         pids = {i.pid for i in view.get("w").instances}
         watching = True
 
@@ -154,13 +160,14 @@ async def test_a_restart_replaces_one_replica_at_a_time(client, supervise, plugi
                 ready.append(view.get("w").replicas.ready)
 
         watcher = asyncio.create_task(watch())
-        after = await ask(client, PLUGINS_RESTART)
+        after = await ask(client, PLUGINS_RESTART, 30)
         watching = False
         watcher.cancel()
+        await until(lambda: len(view.get("w").instances) == 3)
     assert after.status == "running"
     assert not pids & {i.pid for i in after.instances}
     assert {i.generation for i in after.instances} == {2}
-    assert min(ready) == 2
+    assert min(ready) == fewest
 
 
 async def test_a_hung_worker_is_found_and_replaced(client, supervise, plugin, monkeypatch):

@@ -55,7 +55,7 @@ def _capability(request: web.Request) -> str:
             f"digits, - and _ with dots between, at most {_NAME_MAX_CHARS} characters",
             field="capability",
         )
-    if name.partition(".")[0] == "plugins":
+    if name.partition(".")[0] in {"plugins", "hosts"}:
         raise NotAllowed(f"{name} is asked by its own route, such as POST /api/plugins/NAME/start")
     return name
 
