@@ -206,9 +206,9 @@ class _Rollout:
         surge = Key(plugin, wanted.replicas)
         surging = surge in seen and seen[surge].phase in ("starting", "running")
         done = len(running) == len(places) and not outdated
+        least = len(places)
         has_room = extra is not None and hosts[extra].room_bytes >= wanted.replica_bytes
-        least = sum(host is not None for host in places.values())
-        if not done and (surging or (outdated and has_room)):
+        if extra is not None and not done and (surging or (outdated and has_room)):
             places[surge] = seen[surge].host if surging else extra
             if surging and seen[surge].phase == "running":
                 running.append(surge)

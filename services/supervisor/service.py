@@ -125,6 +125,9 @@ class Supervisor:
         self._lines_lost = 0
         # The revision of the last that we wrote of each place: whoever writes there next has it.
         self._written: dict[Key, int] = {}
+        # Who had each place before, when that was another host.
+        self._before: dict[Key, str] = {}
+        self._statuses: dict[str, m.Status] = {}
 
     async def run(self) -> None:
         """Supervise until cancelled; then stop every worker within `STOP_ALL_S`."""
@@ -282,6 +285,7 @@ class Supervisor:
             for there in view.processes()
             if there.host != self._settings.host and there.host in alive
         }
+        self._before |= {key: there.host for key, there in seen.items()}
         for key, r in self._replicas.items():
             # One of ours that has ended is nothing beside another host's that is there.
             if r.child or key not in seen:
@@ -299,6 +303,26 @@ class Supervisor:
                 await self._hosts.tell_lost(alive)
                 if self._settings.host == min(alive):
                     await self._tell_unplaced(view, alive)
+                    await self._tell_degraded(view)
+
+    async def _tell_degraded(self, view: PluginsView) -> None:
+        """Tell of plugins that have lost some of their replicas, and of those whole again."""
+        before, self._statuses = self._statuses, {one.name: one.status for one in view.list()}
+        for name, status in self._statuses.items():
+            if status == before.get(name, status) or "degraded" not in (status, before.get(name)):
+                continue
+            state = view.get(name)
+            verb = {"degraded": "degraded", "running": "recovered"}.get(status)
+            if state and verb:
+                await self._client.store.tell(
+                    m.Event(
+                        kind="plugin",
+                        name=name,
+                        verb=verb,
+                        timestamp=m.now(),
+                        cause=f"{state.replicas.ready} of {state.replicas.desired} are ready",
+                    )
+                )
 
     async def _tell_unplaced(self, view: PluginsView, alive: dict[str, Host]) -> None:
         """Write down the places for which no host fits, and take back those that have one now."""
@@ -383,7 +407,13 @@ class Supervisor:
             self._note(replica, "process.not_started")
             self._enter(replica, "ended", verb="crashed", cause=replica.error)
             return
-        self._enter(replica, "starting", verb="started", cause=_cause(before, generation))
+        elsewhere = self._before.pop(key, None)
+        self._enter(
+            replica,
+            "starting",
+            verb="placed" if elsewhere else "started",
+            cause=f"it was on {elsewhere}" if elsewhere else _cause(before, generation),
+        )
         log.info("plugin.starting", plugin=key.plugin, slot=key.slot, pid=replica.child.pid)
         replica.task = asyncio.create_task(self._watch(replica, replica.child))
 

@@ -115,6 +115,9 @@ async def test_what_a_killed_host_had_is_back_within_ten_seconds(
             listed = (await client.call(HOSTS_LIST, m.Empty())).hosts
             assert {one.name: one.status for one in listed}["b"] == "lost"
             await until(lambda: _told(client, "b", "lost"))
+            await until(lambda: _told(client, "w", "placed"))
+            await until(lambda: _told(client, "w", "degraded"))
+            await until(lambda: _told(client, "w", "recovered"))
     assert took_s < 10
 
 

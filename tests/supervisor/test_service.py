@@ -474,3 +474,70 @@ async def _answers(client) -> bool:
     except Exception:  # noqa: BLE001 - not yet
         return False
     return True
+
+
+async def test_a_worker_that_takes_more_memory_than_it_may_is_replaced(
+    client, supervise, plugin, monkeypatch
+):
+    monkeypatch.setattr(service, "MEASURE_S", 0.2)
+    greedy = plugin(
+        then="""hold = bytearray(os.urandom(1024)) * (200 * 1024)
+        await asyncio.Event().wait()""",
+        memory_max_bytes=150 * 1024 * 1024,
+    )
+    async with follow_plugins(client.store) as view, supervise(greedy):
+        await until(lambda: (s := view.get("w")) and s.instances and s.instances[0].restarts, 20)
+        place = view.get("w").instances[0]
+        assert "MiB of memory; memoryMaxBytes allows 150 MiB" in (place.last_exit or "")
+
+
+async def test_what_a_worker_printed_last_is_told_with_its_end(client, supervise, plugin):
+    async with (
+        follow_plugins(client.store) as view,
+        supervise(
+            plugin("""
+            import sys
+            for n in range(30): print(f"line {n}", flush=True)
+            sys.exit("it cannot go on")
+        """)
+        ),
+    ):
+        await until(lambda: (s := view.get("w")) and s.status == "error")
+        place = view.get("w").instances[0]
+    assert {"line 29", "it cannot go on"} <= set(place.last_lines)
+    assert len(place.last_lines) <= 8
+    assert place.error == "ended with status 1: it cannot go on"
+
+
+async def test_its_ends_are_forgotten_after_it_ran_well(client, supervise, plugin, monkeypatch):
+    monkeypatch.setattr(service, "HEALTHY_S", 1.0)
+    monkeypatch.setattr(service, "MEASURE_S", 0.1)
+    monkeypatch.setattr(service, "WRITE_AGAIN_S", 0.2)
+    async with follow_plugins(client.store) as view, supervise(plugin()):
+        await until(lambda: _is(client, "running"))
+        pid = view.get("w").pid
+        os.kill(pid, signal.SIGKILL)
+        await until(lambda: view.get("w").instances[0].restarts == 1)
+        await until(lambda: view.get("w").instances[0].restarts == 0)
+        assert view.get("w").status == "running"
+
+
+async def test_the_story_of_a_place_is_kept(client, supervise, plugin):
+    async def story() -> list[str]:
+        return [event.verb for event in await client.store.events(limit=100, name="w")]
+
+    async with follow_plugins(client.store) as view, supervise(plugin()):
+        await until(lambda: _is(client, "running"))
+        pid = view.get("w").pid
+        os.kill(pid, signal.SIGKILL)
+        await until(lambda: _is(client, "running", other_than=pid))
+        await ask(client, PLUGINS_STOP)
+        expected = ["started", "ready", "crashed", "started", "ready", "draining", "stopped"]
+
+        async def told() -> bool:
+            return await story() == expected
+
+        await until(told)
+        crash = (await client.store.events(limit=100, name="w"))[2]
+    assert crash.cause == "was ended by SIGKILL (by hand?)"
+    assert (crash.kind, crash.slot, crash.host) == ("plugin", 0, "test-host")
