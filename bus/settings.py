@@ -24,6 +24,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         generation: `BKG_GENERATION`, of the desired state that it was started for.
         log_level: `BKG_LOG_LEVEL`, the least level that is published.
         host: `BKG_HOST_NAME`, this host's name.
+        probe_port: `BKG_PROBE_PORT`, the loopback HTTP port of this worker; 0: a free one.
     """
 
     nats_url: str
@@ -33,6 +34,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     generation: int
     log_level: str
     host: str
+    probe_port: int = 0
 
     @property
     def cache_dir(self) -> Path:
@@ -60,6 +62,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             generation=_number("BKG_GENERATION") or 0,
             log_level=level,
             host=os.environ.get("BKG_HOST_NAME") or socket.gethostname(),
+            probe_port=_number("BKG_PROBE_PORT", most=65_535) or 0,
         )
 
 
@@ -68,10 +71,12 @@ def default_data_dir() -> Path:
     return Path(platformdirs.user_data_dir("bkg", appauthor=False))
 
 
-def _number(variable: str) -> int | None:
+def _number(variable: str, most: int | None = None) -> int | None:
     text = os.environ.get(variable)
     if not text:
         return None
     if not text.isdecimal():
         raise InvalidRequest(f"{variable} is {text!r}, not a whole number", field=variable)
+    if most is not None and int(text) > most:
+        raise InvalidRequest(f"{variable} is {text}; allowed is up to {most}", field=variable)
     return int(text)

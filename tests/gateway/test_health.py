@@ -23,7 +23,7 @@ async def test_health_lists_every_plugin_with_its_port(gate, worker, wanted):
     assert told["status"] == "ok"
     assert told["timestamp"].endswith("Z")
     assert told["plugins"] == [
-        {"name": "echo", "status": "running", "port": "internal"},
+        {"name": "echo", "status": "running", "port": worker._registration.port},
         {"name": "silent", "status": "stopped", "port": "n/a"},
     ]
 
