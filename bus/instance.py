@@ -220,7 +220,9 @@ class Instance:
         """
         served = self._served.get(endpoint.subject_of(self._client.root, request))
         if served is None:
-            raise NobodyListens(f"this instance does not serve {endpoint.capability} for that")
+            raise NobodyListens(
+                f"{endpoint.capability} is not served by this instance just now", retry_after_s=2
+            )
 
         async def work() -> Any:
             with self._counted(served):

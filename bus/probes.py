@@ -8,6 +8,7 @@ send to another origin without being allowed to.
 
 import asyncio
 import ipaddress
+import logging
 import math
 import re
 from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -19,6 +20,7 @@ from typing import Any, Final, Literal
 
 import structlog
 from aiohttp import hdrs, web
+from aiohttp.http_exceptions import HttpProcessingError
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from bus import codec
@@ -41,6 +43,15 @@ LEAVE_S: Final = 10.0
 CLOSE_S: Final = 1.0
 
 log = structlog.get_logger("bus.probes")
+
+
+def _is_worth_a_record(record: logging.LogRecord) -> bool:
+    """Drop what aiohttp says about bytes that are no HTTP: their sender is told."""
+    return not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError))
+
+
+_http_log = logging.getLogger("bus.probes.http")
+_http_log.addFilter(_is_worth_a_record)
 
 
 @dataclass(frozen=True)
@@ -101,7 +112,7 @@ class Probes:
         app = web.Application(client_max_size=self._body_max_bytes)
         app.router.add_route("*", "/{path:.*}", self._answer)
         app.on_response_prepare.append(_dress)
-        runner = web.AppRunner(app, access_log=None, shutdown_timeout=CLOSE_S)
+        runner = web.AppRunner(app, access_log=None, logger=_http_log, shutdown_timeout=CLOSE_S)
         await runner.setup()
         try:
             yield await _listen(runner, wanted)
@@ -197,7 +208,7 @@ class Probes:
         kind = request.headers.get(hdrs.CONTENT_TYPE, "")
         if kind.partition(";")[0].strip().lower() != codec.JSON:
             raise InvalidRequest(
-                f"Content-Type is {kind[:100]!r}; allowed is {codec.JSON}", field=hdrs.CONTENT_TYPE
+                f"Content-Type is {kind[:100]!r}; allowed is {codec.JSON}", field=codec.CONTENT_TYPE
             )
         most = self._body_max_bytes
         if (announced := request.content_length or 0) > most:
