@@ -229,11 +229,13 @@ def is_loopback(host: str) -> bool:
     found = _HOST.fullmatch(host)
     if found is None:
         return False
-    name = found["name"].strip("[]")
+    name = found["name"]
     if name.lower() == "localhost":
         return True
     try:
-        return ipaddress.ip_address(name).is_loopback
+        if name.startswith("["):
+            return ipaddress.IPv6Address(name[1:-1]).is_loopback
+        return ipaddress.IPv4Address(name).is_loopback
     except ValueError:
         return False
 

@@ -2,9 +2,12 @@
 
 import asyncio
 import contextlib
+import gzip
 import io
 import json
+import re
 import socket
+from urllib.parse import urlsplit
 
 import msgspec
 import pytest
@@ -24,6 +27,7 @@ from bus.plugins import follow_plugins
 from bus.probes import Route, is_loopback
 from bus.settings import Settings
 from bus.subjects import MODEL_RUN
+from bus.telemetry import Calls, Figures
 from bus.testing import until
 
 
@@ -242,6 +246,25 @@ async def test_metrics_tell_of_the_process_and_what_the_instance_holds(instance,
     assert found["bkg_gauge", 'images "waiting"\n'] == 2.5
 
 
+numbers = st.floats(allow_nan=False)
+
+
+@given(st.dictionaries(st.text(max_size=20), numbers, max_size=5), st.text(max_size=20))
+def test_whatever_an_instance_calls_its_numbers_they_are_read_as_they_were_told(told, name):
+    figures = Figures(
+        labels={"plugin": name, "slot": "0"}, identity={"version": name}, ready=True,
+        connected=True, lag_s=0, oldest_s=0, counts=told, gauges=told,
+        calls={name: Calls(requests=3)},
+    )  # fmt: skip
+    families = {f.name: f for f in text_string_to_metric_families(figures.text().decode())}
+    for kind in ("bkg_count", "bkg_gauge"):
+        read = {sample.labels["name"]: sample.value for sample in families[kind].samples}
+        assert read == told
+    [requests] = families["bkg_requests"].samples
+    assert requests.labels == {"plugin": name, "slot": "0", "capability": name}
+    assert requests.value == 3
+
+
 # --- Further routes -------------------------------------------------------------------------------
 
 
@@ -374,11 +397,20 @@ async def test_a_loopback_name_is_answered(http, host):
     await get(http, "/livez", headers={"Host": host})
 
 
-@given(st.text(max_size=60))
-def test_no_other_text_is_taken_for_a_loopback_name(text):
-    name = text.rpartition(":")[0] if text.rpartition(":")[2].isdigit() else text
-    known = name.lower() in {"localhost", "[::1]"} or name.startswith("127.")
-    assert known or not is_loopback(text)
+near_misses = st.builds(
+    "{}{}{}".format,
+    st.text("a.@[:/\\ 1", max_size=2),
+    st.sampled_from(["localhost", "127.0.0.1", "127.1", "[::1]", "[127.0.0.1]", "::1", "[::]"]),
+    st.text("a.@]:/\\ 1", max_size=4),
+)
+
+
+@given(near_misses | st.text(max_size=30))
+def test_what_is_taken_for_a_loopback_name_is_one_to_every_parser_of_urls(text):
+    if is_loopback(text):
+        host = urlsplit(f"http://{text}/").hostname
+        assert host
+        assert host in {"localhost", "::1"} or re.fullmatch(r"127(\.\d{1,3}){3}", host)
 
 
 @pytest.mark.parametrize(
@@ -443,6 +475,24 @@ async def test_a_body_over_the_limit_of_the_bus_is_refused(client, routed, http,
         with contextlib.suppress(ConnectionError):
             async with http.post("/models/m/run", data=data, headers=headers) as response:
                 assert response.status == 413
+    await get(http, "/livez")
+
+
+async def test_a_small_body_that_unpacks_to_a_large_one_is_refused(client, routed, http):
+    packed = gzip.compress(b" " * (client.max_payload + 1))
+    assert len(packed) < client.max_payload / 100
+    headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
+    async with http.post("/models/m/run", data=packed, headers=headers) as response:
+        assert response.status == 413
+    whole = gzip.compress(b'{"inputs": [[1]]}')
+    async with http.post("/models/m/run", data=whole, headers=headers) as response:
+        assert response.status == 200
+
+
+async def test_a_body_that_is_not_packed_as_it_says_is_400(routed, http):
+    headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
+    async with http.post("/models/m/run", data=b"no gzip", headers=headers) as response:
+        assert response.status == 400
     await get(http, "/livez")
 
 
