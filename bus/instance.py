@@ -171,7 +171,8 @@ class Instance:
     async def ready(self) -> None:
         """Tell everybody that this instance can do its work."""
         await self._become("running")
-        log.info("instance.ready", slot=self.slot, pid=os.getpid())
+        port = self._registration.port
+        log.info("instance.ready", slot=self.slot, pid=os.getpid(), port=port)
 
     @asynccontextmanager
     async def serving(

@@ -99,6 +99,7 @@ class Probes:
         self._body_max_bytes = body_max_bytes
         self._added: tuple[Route, ...] = ()
         self._working: set[asyncio.Task[object]] = set()
+        self._taken = 0
         self._make_table()
 
     @asynccontextmanager
@@ -185,15 +186,20 @@ class Probes:
     async def _serve(
         self, route: Route, request: web.Request, fields: dict[str, str]
     ) -> web.Response:
-        if len(self._working) >= WORKING_MAX:
+        if self._taken >= WORKING_MAX:
             raise Overloaded(f"this port works on {WORKING_MAX} requests already", retry_after_s=1)
-        # A task of its own: leaving waits for the work, not for the connection.
-        task = asyncio.create_task(self._work(route, request, fields))
-        self._working.add(task)
-        task.add_done_callback(self._working.discard)
-        return _json(await task)
+        self._taken += 1
+        try:
+            asked = await self._read(route, request, fields)
+            # A task of its own: leaving waits for the work, and not for a caller who dawdles.
+            task = asyncio.create_task(_handle(route, asked))
+            self._working.add(task)
+            task.add_done_callback(self._working.discard)
+            return _json(await task)
+        finally:
+            self._taken -= 1
 
-    async def _work(self, route: Route, request: web.Request, fields: dict[str, str]) -> object:
+    async def _read(self, route: Route, request: web.Request, fields: dict[str, str]) -> m.Message:
         given: dict[str, Any] = {}
         if route.method == "POST":
             given = codec.decode(await self._body(request), dict[str, Any])
@@ -202,7 +208,7 @@ class Probes:
                 raise InvalidRequest(
                     f"{name}: the path says {value!r}, the body something else", field=name
                 )
-        return await route.handler(codec.convert(given, route.request))
+        return codec.convert(given, route.request)
 
     async def _body(self, request: web.Request) -> bytes:
         kind = request.headers.get(hdrs.CONTENT_TYPE, "")
@@ -249,6 +255,10 @@ _HEADERS: Final = {
 }
 
 
+async def _handle(route: Route, asked: m.Message) -> object:
+    return await route.handler(asked)
+
+
 async def _listen(runner: web.AppRunner, wanted: int) -> int | None:
     for port in dict.fromkeys((wanted, 0)):
         try:
@@ -257,7 +267,6 @@ async def _listen(runner: web.AppRunner, wanted: int) -> int | None:
             log.warning("probes.no_port", host=HOST, port=port, cause=error.strerror or str(error))
         else:
             bound: int = runner.addresses[0][1]
-            log.info("probes.listening", host=HOST, port=bound)
             return bound
     return None
 

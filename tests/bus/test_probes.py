@@ -509,6 +509,20 @@ async def test_a_body_that_does_not_come_is_given_up(routed, http, monkeypatch):
     writer.close()
 
 
+async def test_leaving_does_not_wait_for_a_body_that_does_not_come(instance, http):
+    port = instance._registration.port
+    async with instance.local_routes(Route("POST", "/x", m.Empty, echo)):
+        _reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(
+            b"POST /x HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            b"Content-Length: 100\r\n\r\n{"
+        )
+        await until(lambda: instance._probes._taken == 1)
+        assert not instance._probes._working
+    writer.close()
+    await until(lambda: instance._probes._taken == 0)
+
+
 @pytest.mark.parametrize(
     "said",
     [
