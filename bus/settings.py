@@ -25,6 +25,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         log_level: `BKG_LOG_LEVEL`, the least level that is published.
         host: `BKG_HOST_NAME`, this host's name.
         labels: `BKG_HOST_LABELS`, `key=value` with commas between: what plugins can require of it.
+        probe_port: `BKG_PROBE_PORT`, the loopback HTTP port of this worker; 0: a free one.
     """
 
     nats_url: str
@@ -35,6 +36,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     log_level: str
     host: str
     labels: dict[str, str] = {}
+    probe_port: int = 0
 
     @property
     def cache_dir(self) -> Path:
@@ -63,6 +65,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             log_level=level,
             host=os.environ.get("BKG_HOST_NAME") or socket.gethostname(),
             labels=labels_in(os.environ.get("BKG_HOST_LABELS", "")),
+            probe_port=_number("BKG_PROBE_PORT", most=65_535) or 0,
         )
 
 
@@ -89,10 +92,12 @@ def labels_in(text: str) -> dict[str, str]:
     return labels
 
 
-def _number(variable: str) -> int | None:
+def _number(variable: str, most: int | None = None) -> int | None:
     text = os.environ.get(variable)
     if not text:
         return None
     if not text.isdecimal():
         raise InvalidRequest(f"{variable} is {text!r}, not a whole number", field=variable)
+    if most is not None and int(text) > most:
+        raise InvalidRequest(f"{variable} is {text}; allowed is up to {most}", field=variable)
     return int(text)

@@ -57,6 +57,10 @@ NOWHERE = ""
 log = structlog.get_logger("supervisor.service")
 
 
+def _future() -> asyncio.Future[int]:
+    return asyncio.get_running_loop().create_future()
+
+
 @dataclass
 class _Replica:
     """A place on this host, and the process that fills it."""
@@ -66,8 +70,10 @@ class _Replica:
     phase: Phase = "starting"
     since: float = 0.0
     since_utc: datetime = field(default_factory=m.now)
+    started_at: float = 0.0
     child: Child | None = None
     task: asyncio.Task[None] | None = None
+    port: asyncio.Future[int] = field(default_factory=_future)
     ran_since: float | None = None
     crashes: int = 0
     restarts: int = 0
@@ -170,13 +176,11 @@ class Supervisor:
                     continue
                 self._registered[key] = entry.value
                 replica = self._replicas.get(key)
-                if (
-                    replica
-                    and replica.child
-                    and replica.phase == "starting"
-                    and entry.value.pid == replica.child.pid
-                    and entry.value.status == "running"
-                ):
+                if not replica or not replica.child or replica.child.pid != entry.value.pid:
+                    continue
+                if entry.value.port and not replica.port.done():
+                    replica.port.set_result(entry.value.port)
+                if replica.phase == "starting" and entry.value.status == "running":
                     replica.error = None
                     replica.last_lines = []
                     self._enter(replica, "running", verb="ready")
@@ -192,6 +196,18 @@ class Supervisor:
                 replica = self._replicas.get(Key(beat.payload.plugin, beat.payload.slot))
                 if replica and replica.child and replica.child.pid == beat.payload.pid:
                     replica.heard = loop.time()
+
+    async def _check_health(self, replica: _Replica) -> None:
+        """Ask a replica for its health from the moment that it has said where."""
+        port = await replica.port
+        desired = self._desired.get(replica.key.plugin)
+        if desired is None or desired.config.healthcheck is None:
+            return
+        # Only here: the HTTP client costs memory that a supervisor without such checks can spare.
+        from services.supervisor import health  # noqa: PLC0415
+
+        replica.fault = await health.watch(desired.config.healthcheck, port, replica.started_at)
+        self._wake.set()
 
     # --- What is done ---------------------------------------------------------------------------
 
@@ -387,7 +403,7 @@ class Supervisor:
             return
         config = desired.config
         before = self._replicas.get(key)
-        replica = _Replica(key, generation)
+        replica = _Replica(key, generation, started_at=asyncio.get_running_loop().time())
         if before and before.generation == generation:
             replica.crashes, replica.restarts = before.crashes, before.restarts
         if before:
@@ -433,7 +449,8 @@ class Supervisor:
 
     async def _watch(self, replica: _Replica, child: Child) -> None:
         """Wait for a process's end, and remember it."""
-        said = await child.ended()
+        async with beside(self._check_health(replica)):
+            said = await child.ended()
         now = asyncio.get_running_loop().time()
         ran_well = replica.ran_since is not None and now - replica.ran_since > HEALTHY_S
         replica.last_exit = f"{replica.why}; {said}" if replica.why else said

@@ -541,3 +541,36 @@ async def test_the_story_of_a_place_is_kept(client, supervise, plugin):
         crash = (await client.store.events(limit=100, name="w"))[2]
     assert crash.cause == "was ended by SIGKILL (by hand?)"
     assert (crash.kind, crash.slot, crash.host) == ("plugin", 0, "test-host")
+
+
+async def test_a_worker_that_fails_its_health_checks_in_a_row_is_replaced(
+    client, supervise, plugin
+):
+    check = m.Healthcheck(
+        path="/no-such-thing",
+        interval_seconds=0.1,
+        timeout_seconds=5,
+        failure_threshold=3,
+        startup_grace_seconds=0,
+    )
+    async with follow_plugins(client.store) as view, supervise(plugin(healthcheck=check)):
+        await until(lambda: (s := view.get("w")) and s.instances and s.instances[0].restarts, 20)
+        said = view.get("w").instances[0].last_exit
+    assert "3 health checks in a row failed: GET /no-such-thing was answered 404" in said
+
+
+async def test_a_worker_that_passes_its_health_checks_stays(client, supervise, plugin):
+    check = m.Healthcheck(
+        interval_seconds=0.1, timeout_seconds=5, failure_threshold=1, startup_grace_seconds=0
+    )
+    async with (
+        follow_plugins(client.store) as view,
+        supervise(plugin(healthcheck=check)) as supervisor,
+    ):
+        await until(lambda: _is(client, "running"))
+        [replica] = supervisor._replicas.values()
+        await until(replica.port.done)
+        pid = view.get("w").pid
+        heard = view.get("w").last_heartbeat
+        await until(lambda: view.get("w").last_heartbeat > heard, 20)
+        assert (view.get("w").pid, replica.fault) == (pid, None)
