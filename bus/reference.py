@@ -66,8 +66,10 @@ _EXAMPLES: Final[Mapping[type, Mapping[str, Any]]] = {
     m.GalleryHead: {"id": "default"},
     m.GalleryEntry: {"id": "ada", "metadata": {"name": "Ada"}},
     m.PluginConfig: {"name": "candle", "description": "Runs models", "settings": {}},
-    ErrorBody: {"code": "invalid-request", "message": "id: missing required field `id`", "field": "id",
-                "retry_after_s": UNSET},
+    ErrorBody: {
+        "code": "invalid-request", "message": "id: missing required field `id`",
+        "field": "id", "retry_after_s": UNSET,
+    },
 }  # fmt: skip
 # Tried in turn where a text has a pattern or a length.
 _TEXTS: Final = (

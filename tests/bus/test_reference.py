@@ -32,7 +32,9 @@ def test_the_page_is_what_the_declarations_say():
 
 @pytest.mark.parametrize("kind", PAYLOADS)
 def test_an_example_on_the_page_can_be_read_as_what_it_is_an_example_of(kind):
-    block = re.search(rf"^### {kind.__name__}\n.+?```json\n(.+?)```", render(), re.M | re.S)
+    block = re.search(
+        rf"^### {kind.__name__}\n.+?```json\n(.+?)```", render(), re.MULTILINE | re.DOTALL
+    )
     assert block is not None
     assert codec.decode(block[1].encode(), kind) == example(kind)
 
@@ -53,7 +55,7 @@ def test_every_bucket_stands_there_with_the_key_that_it_takes():
         if isinstance(bucket, Bucket):
             name = bucket._stream.name.removeprefix("KV_")
             keys = re.findall(
-                rf"^\| `{name}` \| `(\S+)` \| \[{bucket._kind.__name__}\]", page, re.M
+                rf"^\| `{name}` \| `(\S+)` \| \[{bucket._kind.__name__}\]", page, re.MULTILINE
             )
             assert len(keys) == 1, name
             assert len(re.findall(r"<\w+>", keys[0])) == bucket._width
