@@ -23,6 +23,7 @@ import psutil
 import pytest
 
 from bus.testing import until
+from services.supervisor.reconcile import SILENCE_S
 from tests.journeys.conftest import REPOSITORY, ask, running_platform
 
 CALLERS = 4
@@ -91,6 +92,26 @@ async def test_a_broker_that_is_killed_loses_no_acknowledged_write_and_nothing_e
         async with session.post(f"/api/plugins/{plugin}/restart?timeout=60") as answer:
             assert answer.status == 200
     await written.check(session)
+
+
+async def test_a_broker_that_stands_still_for_a_while_makes_nobody_end(platform, session):
+    before = await pids(platform, session)
+    async with steady_load(session) as load:
+        await until(lambda: len(load.answers) > 50, 30)
+        os.kill(before["broker"], signal.SIGSTOP)
+        try:
+            # Longer than a worker may be silent.
+            await asyncio.sleep(SILENCE_S + 3)
+            assert not await is_ready(session)
+        finally:
+            os.kill(before["broker"], signal.SIGCONT)
+        again_at = time.monotonic()
+        served = len(load.answers)
+        await until(lambda: len(load.answers) > served + 100, 60)
+        await until(lambda: is_ready(session), 60)
+        report("broker stopped: ready after it goes on", time.monotonic() - again_at)
+    assert await pids(platform, session) == before
+    assert {status for status, _ in load.failures} <= {503, 504}, load.failures
 
 
 # --- The supervisor -------------------------------------------------------------------------------

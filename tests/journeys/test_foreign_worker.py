@@ -3,6 +3,7 @@
 import ast
 import asyncio
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -108,6 +109,18 @@ async def test_it_is_found_by_the_service_protocol(platform, session):
         await plain.close()
 
 
+async def test_it_outlives_a_broker_that_is_killed(platform, session):
+    pid = (await greet(session))["pid"]
+    run = json.loads((platform.data_dir / "run.json").read_text())
+    os.kill(run["pids"]["broker"], signal.SIGKILL)
+
+    async def answers() -> bool:
+        return (await hello(session, {"name": "Ada"}, timeout_s=1))[0] == 200
+
+    await until(answers, 30)
+    assert (await greet(session))["pid"] == pid
+
+
 async def test_by_hand_it_joins_shares_the_work_and_leaves_cleanly(platform, session):
     with by_hand(platform) as worker:
 
@@ -163,6 +176,7 @@ async def greet(session) -> dict[str, object]:
         return await answer.json()
 
 
-async def hello(session, body) -> tuple[int, dict[str, object]]:
-    async with session.post("/api/capabilities/greet.hello?timeout=10", json=body) as answer:
+async def hello(session, body, timeout_s: int = 10) -> tuple[int, dict[str, object]]:
+    path = f"/api/capabilities/greet.hello?timeout={timeout_s}"
+    async with session.post(path, json=body) as answer:
         return answer.status, await answer.json(content_type=None)
