@@ -196,7 +196,7 @@ def _feed_row(
     feed: _AnyFeed, root: str, kinds: "_Kinds", assets: list[dict[str, Any]]
 ) -> tuple[str, ...]:
     listened = feed.subject(root)
-    stream = next((one for one in assets if listened in one["subjects"]), None)
+    stream = next((one for one in assets if listened in one.get("subjects", [])), None)
     template = feed.template.replace("{", "<").replace("}", ">")
     kept = f"`{stream['name']}`: {_limits(stream)}" if stream else "no"
     return (
@@ -225,8 +225,8 @@ def _bucket_rows(
 
 
 def _stream_row(asset: dict[str, Any]) -> tuple[str, ...]:
-    subjects = ", ".join(f"`{subject}`" for subject in asset["subjects"])
-    return f"`{asset['name']}`", asset["description"], subjects, _limits(asset)
+    subjects = ", ".join(f"`{subject}`" for subject in asset.get("subjects", []))
+    return f"`{asset['name']}`", asset.get("description", ""), subjects, _limits(asset)
 
 
 def _key(kind: type, width: int, suffix: str) -> str:
@@ -242,6 +242,8 @@ def _limits(asset: Mapping[str, Any]) -> str:
     said.append(_age(asset["max_age"] // NS) if asset.get("max_age") else "for ever")
     if count := asset.get("max_msgs_per_subject"):
         said.append(f"the last {count:,} of each subject" if count > 1 else "the last of each")
+    if not asset.get("max_bytes"):
+        return ", ".join(said)
     full = "the oldest leave" if asset.get("discard") == "old" else "then writes are refused"
     said.append(f"at most {asset['max_bytes'] // MIB:,} MiB ({full})")
     return ", ".join(said)
@@ -401,7 +403,8 @@ def _candidates(kind: types.Type, depth: int) -> Iterator[Any]:
         case types.BoolType():
             yield True
         case types.IntType() | types.FloatType():
-            bounds = [kind.ge, kind.le, None if kind.gt is None else kind.gt + 1]
+            above = None if kind.gt is None else kind.gt + 1
+            bounds = [kind.ge, kind.le, above, kind.multiple_of]
             yield from (1, 0, *(bound for bound in bounds if bound is not None))
         case types.StrType(min_length=least):
             yield from _TEXTS

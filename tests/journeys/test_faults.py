@@ -143,6 +143,21 @@ async def test_a_supervisor_that_is_killed_takes_its_workers_along_and_all_comes
     assert all("candle" in detail for _, detail in load.failures), load.failures
 
 
+async def test_a_worker_that_hangs_when_its_supervisor_is_killed_is_gone_before_its_successor_comes(
+    platform, session
+):
+    before = await pids(platform, session)
+    async with session.post("/api/capabilities/stubborn.block?timeout=1") as answer:
+        assert answer.status == 504
+    async with watched_slots(platform) as most:
+        os.kill(before["supervisor"], signal.SIGKILL)
+        killed_at = time.monotonic()
+        await until(lambda: was_replaced(platform, session, before), 60)
+        await until(lambda: is_ready(session), 60)
+        report("supervisor killed, a worker hangs: ready", time.monotonic() - killed_at)
+    assert most == dict.fromkeys(SLOTS, 1), "a slot had two processes"
+
+
 # --- The gateway ----------------------------------------------------------------------------------
 
 
