@@ -468,7 +468,7 @@ class Heartbeat(State, frozen=True):
 
 
 class ModelSpec(Message, frozen=True):
-    """A model that should be served; bucket `models`, key = its id.
+    """A model that should be served; bucket `models`, key `<id>`.
 
     Attributes:
         id: The name that requests use.

@@ -13,7 +13,7 @@ FLOORS = (
     {"errors", "messages"},
     {"codec", "subjects", "tasks", "settings", "process", "telemetry"},
     {"state"},
-    {"client", "plugins", "broker"},
+    {"client", "plugins", "broker", "reference"},
     {"logs", "probes"},
     {"instance"},
     {"testing"},
