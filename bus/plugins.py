@@ -72,7 +72,7 @@ def place(process: ProcessState | None, told: Registration | None) -> InstanceSt
     return InstanceState(
         slot=process.slot,
         host=process.host,
-        # What its supervisor said last may be old: without the instance's own word it serves nobody.
+        # What its supervisor said last may be old: without the instance's own word it serves none.
         status="starting" if process.status == "running" else process.status,
         since=process.since,
         restarts=process.restarts,
