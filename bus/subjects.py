@@ -180,6 +180,9 @@ LIVE_LOG = Feed("live.log.{plugin}.{slot}.{level}", m.LogEvent)
 TELEMETRY = Feed("telemetry.{plugin}.{slot}", m.TelemetrySnapshot)
 STATUS = Feed("status.{plugin}.{slot}", m.InstanceState)
 HEALTH = Feed("health.{plugin}.{slot}", m.Heartbeat)
+HOST_TELEMETRY = Feed("hosts.{host}.telemetry", m.HostTelemetry)
+BROKER_TELEMETRY = Feed("broker.telemetry", m.BrokerTelemetry)
+LOG_LEVEL = Feed("inst.{plugin}.{slot}.log-level", m.SetLogLevel)
 EVENT = Feed("event.{kind}.{name}.{verb}", m.Event)
 GALLERY_HEAD = Feed("gallery.{gallery}.head", m.GalleryHead)
 GALLERY_ENTRY = Feed("gallery.{gallery}.entry.{entry}", m.GalleryEntry)
@@ -190,4 +193,7 @@ def gallery_events(root: str) -> str:
     return f"{root}.gallery.>"
 
 
-FEEDS = (LOG, LIVE_LOG, TELEMETRY, STATUS, HEALTH, EVENT, GALLERY_HEAD, GALLERY_ENTRY)
+FEEDS = (
+    LOG, LIVE_LOG, TELEMETRY, HOST_TELEMETRY, BROKER_TELEMETRY, LOG_LEVEL,
+    STATUS, HEALTH, EVENT, GALLERY_HEAD, GALLERY_ENTRY,
+)  # fmt: skip
