@@ -10,6 +10,7 @@ of models needs: `key` alone names an entry, and a number of tokens is a count.
 import re
 from collections.abc import Mapping
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any, Final
 
 MASK: Final = "***"
@@ -92,9 +93,7 @@ def _is_secret(name: str) -> bool:
         return True
     if words[-1] == "pass" or not _SECRET_WORDS.isdisjoint(words):
         return True
-    return any(
-        last in {"key", "keys"} and before in _KEYS_OF for before, last in zip(words, words[1:])
-    )
+    return any(word in {"key", "keys"} and before in _KEYS_OF for before, word in pairwise(words))
 
 
 # `maxTokens`, `X-Api-Key`, `APIKey`, `db_password2`: words of one case, digits left out.

@@ -12,7 +12,8 @@ import json
 import secrets
 from base64 import b64decode
 from collections import deque
-from collections.abc import AsyncIterator, Mapping, Sequence, Set
+from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -45,6 +46,7 @@ from bus.subjects import (
     name_of,
     token,
 )
+from bus.tasks import heed_cancellation
 
 NS: Final = 1_000_000_000
 MIB: Final = 1024 * 1024
@@ -196,6 +198,7 @@ class Stream:
         while True:
             try:
                 async with _consumer(self._nc, self.name, subject, start or _after(after)) as feed:
+                    heed_cancellation()
                     async for batch in feed:
                         pause_s = 0.1
                         if batch.messages:
@@ -621,18 +624,17 @@ class Store:
                     break
         return list(found)
 
-    async def events_end(self) -> int:
-        """Return the sequence of the newest event, 0 when there never was one."""
-        return await self._events.last_seq()
-
-    async def follow_events(self, *, after: int) -> AsyncIterator[m.Event]:
-        """Give every event behind a sequence, and then every new one, without end."""
-        async for batch in self._events.follow(EVENT.subject(self._root), after=after):
+    async def follow_events(
+        self, *, after: int = 0, since: datetime | None = None
+    ) -> AsyncIterator[m.Event]:
+        """Give every event behind a sequence, or since a moment, and every new one, without end."""
+        subject = EVENT.subject(self._root)
+        async for batch in self._events.follow(subject, after=after, since=since):
             for stored in batch.messages:
                 if (event := _event(stored)) is not None:
                     yield event
 
-    async def _declare(self, config: dict[str, Any], kept: Set[str] = frozenset()) -> None:
+    async def _declare(self, config: dict[str, Any], kept: AbstractSet[str] = frozenset()) -> None:
         """Make a stream, or bring it up to date but for what is `kept` as it has it."""
         name = config["name"]
         reply = await _request(self._nc, f"$JS.API.STREAM.INFO.{name}", b"", error_is_reply=True)
@@ -654,7 +656,7 @@ class Store:
 
 
 def _record(stored: Stored) -> m.LogEvent | None:
-    """Return a stored log record; None for what somebody published by hand, which may be anything."""
+    """Return a stored log record; None for what somebody published by hand: it may be anything."""
     try:
         record = codec.decode(stored.body, m.LogEvent)
     except InvalidRequest:
