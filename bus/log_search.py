@@ -173,7 +173,7 @@ def _searcher(regex: str) -> Callable[[str], bool]:
     return lambda text: pattern.search(text.encode(errors="replace")) is not None
 
 
-_DURATION: Final = re.compile(r"(\d{1,9}(?:\.\d{1,6})?)([smhdw])")
+_DURATION: Final = re.compile(r"(\d{1,9}(?:\.\d{1,6})?)([smhdw])", re.ASCII)
 _STAMP: Final = re.compile(
     r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(?:\.\d{1,9})?(?:Z|[+-]\d\d:\d\d)", re.ASCII
 )
