@@ -67,6 +67,7 @@ class Shipper:
         self._waiting = asyncio.Event()
         self._woken = False
         self._closing = False
+        self._ended = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         self._name = secrets.token_hex(6)
         self._sent = 0
@@ -102,21 +103,27 @@ class Shipper:
 
     async def run(self, client: Client) -> None:
         """Publish what comes, in order, until `close`."""
-        while not (self._closing and not self._queue):
-            await self._waiting.wait()
-            self._waiting.clear()
-            self._woken = False
-            while self._queue:
-                await client.online()
-                await self._send_slice(client)
-                self._tell_dropped()
+        try:
+            while not (self._closing and not self._queue):
+                await self._waiting.wait()
+                self._waiting.clear()
+                self._woken = False
+                while self._queue:
+                    await client.online()
+                    await self._send_slice(client)
+                    self._tell_dropped()
+        finally:
+            self._ended.set()
 
-    def close(self) -> None:
-        """Let `run` end once all is sent that waits."""
+    async def close(self, patience_s: float) -> None:
+        """Let `run` end, and wait until all is sent that waits, but no longer than `patience_s`."""
         if self._falls_back is not None:
             self._falls_back.cancel()
         self._closing = True
         self._waiting.set()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(patience_s):
+                await self._ended.wait()
 
     def _has_room(self, level: Level) -> bool:
         reserve = QUEUE_RESERVE if level in {"warn", "error"} else 0
@@ -250,21 +257,15 @@ async def shipping(client: Client, about: LogEvent, level: str = "info") -> Asyn
     _configure(level, [shipper.take])
     bridge = _Bridge()
     logging.getLogger().addHandler(bridge)
-    sending = asyncio.create_task(shipper.run(client))
-    try:
-        async with _heeding(client, shipper, about):
-            yield shipper
-    finally:
-        logging.getLogger().removeHandler(bridge)
-        to_stderr(level)
-        shipper.close()
-        # What cannot be sent by then is lost: a broker that is away must not hold up the end.
+    async with beside(shipper.run(client)):
         try:
-            await asyncio.wait([sending], timeout=CLOSE_PATIENCE_S)
+            async with _heeding(client, shipper, about):
+                yield shipper
         finally:
-            sending.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await sending
+            logging.getLogger().removeHandler(bridge)
+            to_stderr(level)
+            # What cannot be sent by then is lost: a broker that is away must not hold up the end.
+            await shipper.close(CLOSE_PATIENCE_S)
 
 
 @asynccontextmanager
