@@ -1,8 +1,9 @@
 """Snapshots put together: what a plugin uses and holds as a whole, and how it was before."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import partial
 from math import fsum
 from typing import Any, Final
 
@@ -65,12 +66,12 @@ class Measured:
     Attributes:
         at: When.
         numbers: Those of which a bucket gives the mean and, as `nameMax`, the largest.
-        last: Those of which a bucket gives the last.
+        last: Gives what a bucket has of its last moment only; asked for no other.
     """
 
     at: datetime
     numbers: Mapping[str, float]
-    last: Mapping[str, Any] = field(default_factory=dict)
+    last: Callable[[], Mapping[str, Any]] = dict
 
 
 def downsampled(
@@ -113,11 +114,6 @@ def of_plugin(snapshots: Iterable[TelemetrySnapshot]) -> list[Measured]:
             if one[0].timestamp + one[1] >= snapshot.timestamp
         }
         living = [one for one, _ in told.values()]
-        counts = {
-            "modelsLoaded": _most(one.models_loaded for one in living),
-            "datasets": _most(one.datasets for one in living),
-            "entries": _most(one.entries for one in living),
-        }
         measured.append(
             Measured(
                 at=snapshot.timestamp,
@@ -125,11 +121,23 @@ def of_plugin(snapshots: Iterable[TelemetrySnapshot]) -> list[Measured]:
                     "cpu": sum(one.cpu for one in living),
                     "memBytes": sum(one.mem_bytes for one in living),
                 },
-                last={name: count for name, count in counts.items() if count is not None}
-                | {"instances": len(living), "gauges": _gauges(living)},
+                last=partial(_shared, living),
             )
         )
     return measured
+
+
+def _shared(living: Sequence[TelemetrySnapshot]) -> dict[str, Any]:
+    counts = {
+        "modelsLoaded": _most(one.models_loaded for one in living),
+        "datasets": _most(one.datasets for one in living),
+        "entries": _most(one.entries for one in living),
+    }
+    return {
+        **{name: count for name, count in counts.items() if count is not None},
+        "instances": len(living),
+        "gauges": _gauges(living),
+    }
 
 
 def of_host(snapshots: Iterable[HostTelemetry]) -> list[Measured]:
@@ -142,13 +150,14 @@ def of_host(snapshots: Iterable[HostTelemetry]) -> list[Measured]:
                 "memUsedBytes": one.mem_total_bytes - one.mem_available_bytes,
                 "load": one.load[0] if one.load else 0.0,
             },
-            last={
-                "processors": one.processors,
-                "memTotalBytes": one.mem_total_bytes,
-                "memAvailableBytes": one.mem_available_bytes,
-                "diskTotalBytes": one.disk_total_bytes,
-                "diskFreeBytes": one.disk_free_bytes,
-            },
+            last=partial(
+                dict,
+                processors=one.processors,
+                memTotalBytes=one.mem_total_bytes,
+                memAvailableBytes=one.mem_available_bytes,
+                diskTotalBytes=one.disk_total_bytes,
+                diskFreeBytes=one.disk_free_bytes,
+            ),
         )
         for one in snapshots
     ]
@@ -160,8 +169,9 @@ def of_broker(snapshots: Iterable[BrokerTelemetry]) -> list[Measured]:
         Measured(
             at=one.timestamp,
             numbers={"roundTripMs": one.round_trip_ms, "storedBytes": one.stored_bytes},
-            last={"streams": one.streams, "consumers": one.consumers}
-            | ({"limitBytes": one.limit_bytes} if one.limit_bytes is not None else {}),
+            last=partial(
+                dict, streams=one.streams, consumers=one.consumers, limitBytes=one.limit_bytes
+            ),
         )
         for one in snapshots
     ]
@@ -176,4 +186,4 @@ def _bucket(begins: datetime, measured: list[Measured]) -> dict[str, Any]:
         bucket[name] = min(round(fsum(values) / len(values), 3), largest)
         bucket[f"{name}Max"] = largest
     newest = max(measured, key=lambda one: one.at)
-    return bucket | dict(newest.last)
+    return bucket | dict(newest.last())

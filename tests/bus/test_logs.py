@@ -233,6 +233,13 @@ async def test_secrets_and_escapes_do_not_leave_the_process(client, settings):
         assert b"s3cret" not in stored.body
 
 
+async def test_secrets_in_lines_of_other_processes_are_masked_too(client):
+    line = "\x1b[1mconnect\x1b[0m nats://bkg:s3cret@host with DB_PASSWORD=s3cret"
+    record = m.LogEvent(plugin="candle", level="info", message=line, timestamp=m.now())
+    await logs.publish_log(client, record)
+    await until(lambda: _has(client, "connect nats://bkg:***@host with DB_PASSWORD=***"))
+
+
 async def test_secrets_are_not_printed_either(capfd):
     logs.to_stderr()
     log.warning("started", password="s3cret", url="nats://bkg:s3cret@host")

@@ -6,6 +6,7 @@ import os
 import sys
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
+from functools import partial
 
 import pytest
 import pytest_asyncio
@@ -353,7 +354,7 @@ async def test_hosts_and_the_broker_have_a_history_too(gate, client):
 def test_down_sampling_keeps_order_bounds_and_the_largest(samples, points):
     since, until_ = START, START + timedelta(seconds=100)
     measured = [
-        Measured(START + timedelta(seconds=at), {"cpu": value}, {"n": i})
+        Measured(START + timedelta(seconds=at), {"cpu": value}, partial(dict, n=i))
         for i, (at, value) in enumerate(samples)
     ]
     inside = [one for one in measured if since <= one.at <= until_]
@@ -385,7 +386,7 @@ def test_instances_are_added_up_until_they_are_silent():
     told += [snapshot(10 * n, 0, 10, 5) for n in range(1, 8)]
     sums = of_plugin(told)
     assert [one.numbers["cpu"] for one in sums] == [10, 30, 30, 30, 30, 10, 10, 10, 10]
-    assert sums[1].last == {
+    assert sums[1].last() == {
         "entries": 5, "instances": 2, "gauges": {"lag_ms": 20, "requests": 2},
     }  # fmt: skip
 
