@@ -159,8 +159,12 @@ class Stream:
 
     async def last_seq(self) -> int:
         """Return the sequence of the newest message, 0 when there never was one."""
+        return (await self.bounds())[1]
+
+    async def bounds(self) -> tuple[int, int]:
+        """Return the sequences of the oldest message that is there and of the newest one."""
         info = await _request(self._nc, f"$JS.API.STREAM.INFO.{self.name}", b"")
-        return int(info["state"]["last_seq"])
+        return int(info["state"]["first_seq"]), int(info["state"]["last_seq"])
 
     async def purge(self, subject: str, *, keep_from: int | None = None) -> None:
         """Delete the messages of a subject, which may have wildcards, below a sequence."""
@@ -466,17 +470,24 @@ class Store:
     async def _newest_logs(self, query: LogQuery, deadline: float) -> LogPage:
         """Read the stream in pieces, the last one first, until enough was found."""
         loop = asyncio.get_running_loop()
-        last = await self._logs.last_seq()
+        first, last = await self._logs.bounds()
         below = min(last + 1, query.before) if query.before is not None else last + 1
-        floor, next_after = query.after or 0, below - 1
+        floor, next_after = max(query.after or 0, first - 1), below - 1
         if query.since is not None:
             floor = max(floor, await self._before(query.since, last))
         found: list[m.LogEvent] = []
         piece = max(PIECE_RECORDS, query.limit)
-        while below - 1 > floor and len(found) < query.limit and loop.time() < deadline:
+        while below - 1 > floor and len(found) < query.limit:
             start = max(floor, below - 1 - piece)
-            found = await self._piece(query, start, below) + found
-            below, piece = start + 1, min(4 * piece, PIECE_MAX_RECORDS)
+            more, examined = await self._piece(query, start, below)
+            found = more + found
+            below = start + 1
+            # The rings leave wide holes in the numbers: pieces grow while little is in them.
+            if examined < PIECE_MAX_RECORDS:
+                piece *= 16 if examined < piece // 16 else 4
+            # Behind the first piece, so that the one who asks again gets on.
+            if loop.time() > deadline:
+                break
         if len(found) > query.limit:
             found = found[-query.limit :]
             below = found[0].seq or below
@@ -505,18 +516,20 @@ class Store:
                     return LogPage(found, next_after=after, complete=False)
         return LogPage(found, next_after=after)
 
-    async def _piece(self, query: LogQuery, after: int, below: int) -> list[m.LogEvent]:
-        """Return what fits between two sequences, both left out."""
+    async def _piece(self, query: LogQuery, after: int, below: int) -> tuple[list[m.LogEvent], int]:
+        """Return what fits between two sequences, both left out, and how much was looked at."""
         until = _ns(query.until)
         found: list[m.LogEvent] = []
+        examined = 0
         reading = self._logs.read(self._log_subjects(query), after=after)
         async with contextlib.aclosing(reading) as messages:  # type: ignore[type-var]
             async for stored in messages:
                 if stored.seq >= below or (until is not None and stored.at >= until):
                     break
+                examined += 1
                 if (record := _record(stored)) is not None and query.matches(record):
                     found.append(record)
-        return found
+        return found, examined
 
     async def _before(self, since: datetime, last: int) -> int:
         """Return the sequence of the last record that was stored before a moment."""

@@ -16,7 +16,7 @@ from bus.broker import running_broker
 from bus.client import connect, trace
 from bus.errors import InvalidRequest, NotFound
 from bus.instance import join
-from bus.log_search import LogQuery
+from bus.log_search import LogQuery, matcher
 from bus.settings import LogLimits
 from bus.subjects import LIVE_LOG, LOG, Endpoint
 from bus.testing import until
@@ -363,6 +363,18 @@ async def test_the_newest_are_found_piece_by_piece(client, monkeypatch):
     assert (page.next_before, page.complete) == (199, False)
 
 
+async def test_what_is_old_is_found_across_the_holes_that_a_flood_has_left(client, monkeypatch):
+    monkeypatch.setattr("bus.state.PIECE_RECORDS", 7)
+    await client.store.declare(LogLimits(max_records=10))
+    await publish(client, "error", "old")
+    await publish(client, "debug", *map(str, range(3_000)))
+    page = await client.store.search_logs(LogQuery(limit=20, plugin="candle"))
+    assert [r.message for r in page.records] == ["old", *map(str, range(2_990, 3_000))]
+    assert page.complete
+    page = await client.store.search_logs(LogQuery(limit=20, levels=("error",)))
+    assert [r.message for r in page.records] == ["old"]
+
+
 async def test_pages_backward_and_forward_together_are_everything(client):
     await publish(client, "info", *map(str, range(100)))
     seen, before = [], None
@@ -381,6 +393,33 @@ async def test_pages_backward_and_forward_together_are_everything(client):
             break
     assert seen == [str(i) for i in range(100)]
     assert after == 100
+
+
+async def test_a_search_that_takes_too_long_says_where_to_go_on(client, monkeypatch):
+    monkeypatch.setattr("bus.state.SEARCH_S", 0)
+    monkeypatch.setattr("bus.state.PIECE_RECORDS", 10)
+    monkeypatch.setattr("bus.state.PIECE_MAX_RECORDS", 10)
+    await publish(client, "info", *map(str, range(60)))
+    rare = matcher(regex="^(3|33)$")
+    seen, before, pages = [], None, 0
+    while True:
+        query = LogQuery(limit=5, before=before, matches=rare)
+        page = await client.store.search_logs(query)
+        seen = [r.message for r in page.records] + seen
+        pages += 1
+        if (before := page.next_before) is None:
+            break
+    assert seen == ["3", "33"]
+    assert pages > 1
+    seen, after = [], 0
+    while True:
+        query = LogQuery(limit=5, after=after, matches=rare, oldest=True)
+        page = await client.store.search_logs(query)
+        seen += [r.message for r in page.records]
+        after = page.next_after
+        if page.complete:
+            break
+    assert seen == ["3", "33"]
 
 
 async def test_a_search_in_time_finds_what_was_stored_in_it(client):
