@@ -73,7 +73,7 @@ class Shipper:
         self._sent = 0
         self._in_doubt = False
         self.dropped = 0
-        self._dropped_told = 0.0
+        self._dropped_since = 0.0
 
     def take(self, logger: Any, method: str, event: MutableMapping[str, Any]) -> str:
         """Queue a record: structlog's last processor, called from any thread."""
@@ -129,6 +129,8 @@ class Shipper:
         reserve = QUEUE_RESERVE if level in {"warn", "error"} else 0
         if len(self._queue) < QUEUE_RECORDS + reserve:
             return True
+        if not self.dropped:
+            self._dropped_since = self._loop.time()
         self.dropped += 1
         return False
 
@@ -162,8 +164,7 @@ class Shipper:
         if not self.dropped:
             return
         is_over = len(self._queue) < QUEUE_RECORDS // 2
-        if is_over or self._loop.time() > self._dropped_told + TELL_DROPPED_S:
-            self._dropped_told = self._loop.time()
+        if is_over or self._loop.time() > self._dropped_since + TELL_DROPPED_S:
             dropped, self.dropped = self.dropped, 0
             self._queue.append(
                 self._record("warning", {"event": "logs.dropped", "dropped": dropped})
@@ -190,7 +191,7 @@ class Shipper:
         return msgspec.structs.replace(
             self._about,
             level=_LEVELS.get(method, "info"),
-            message=str(event.get("event", "")),
+            message=str(event.get("event", ""))[:TEXT_MAX_CHARS],
             timestamp=now(),
             logger=event.get("logger"),
             fields=fields,

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from functools import partial
 
+import msgspec
 import pytest
 import pytest_asyncio
 from hypothesis import given
@@ -22,6 +23,7 @@ from bus.messages import (
     TelemetrySnapshot,
     now,
 )
+from bus.settings import LogLimits
 from bus.subjects import BROKER_TELEMETRY, HOST_TELEMETRY
 from bus.testing import until
 from services.gateway.telemetry import Measured, downsampled, of_plugin
@@ -117,6 +119,30 @@ async def test_pages_forward_follow_the_header_and_are_everything(gate, spoken):
             break
     assert seen == [f"Line {n}" for n in range(700)]
     assert (await page(gate, after=after))[0] == []
+
+
+async def test_ten_thousand_records_are_read_back_page_by_page(gate, client, wanted):
+    await client.store.declare(LogLimits(max_records=20_000))
+    await wanted("echo")
+    event = LogEvent(plugin="echo", level="info", message="", timestamp=now(), slot=0)
+    for n in range(10_000):
+        await publish_log(client, msgspec.structs.replace(event, message=str(n)))
+        if n % 500 == 0:
+            await client.barrier()
+
+    async def all_there():
+        last = await client.store.logs("echo", limit=1)
+        return bool(last) and last[0].message == "9999"
+
+    await until(all_there, timeout_s=30)
+    seen, after = [], "0"
+    while True:
+        found, headers = await page(gate, after=after, limit=5_000)
+        seen += found
+        after = headers["Bkg-Next-After"]
+        if headers["Bkg-Complete"] == "true":
+            break
+    assert seen == [str(n) for n in range(10_000)]
 
 
 async def test_pages_backward_follow_the_header_and_are_everything(gate, spoken):
