@@ -120,3 +120,10 @@ async def test_the_log_level_is_told_to_every_instance(client: Client, settings:
         ended = await tell("plugins", "log-level", "nobody", "warn")
         assert ended.status == 1
         assert "running are: echo" in ended.err
+
+
+async def test_a_log_limit_that_there_cannot_be_is_said_at_the_start(bkg: Any, env: dict[str, str]):
+    env["BKG_LOG_MAX_DAYS"] = "for ever"
+    ended = await bkg("up", "--port", "0")
+    assert ended.status == 1
+    assert "BKG_LOG_MAX_DAYS is 'for ever'; allowed are whole numbers from 1" in ended.err
