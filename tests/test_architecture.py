@@ -21,7 +21,9 @@ FLOORS = (
 )
 OUTSIDERS = {
     "nats": {"bus/client.py", "bus/state.py"},
-    "psutil": {"bus/telemetry.py", "bus/metrics.py", "services/supervisor/process.py", "services/cli"},
+    "psutil": {
+        "bus/telemetry.py", "bus/metrics.py", "services/supervisor/process.py", "services/cli",
+    },
     "re2": {"bus/log_search.py"},
     "msgpack": {"bus/codec.py"},
     "onnx": {"services/candle/runtimes/onnx.py", "services/candle/models/make.py",

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+from collections import deque
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -49,6 +50,7 @@ WRITE_AGAIN_S = OBSERVED_TTL_S / 3
 LINES_WAITING = 10_000
 MEASURE_S = 2.0
 LOOK_S = 0.5
+UNTOLD_MAX = 1_000
 # What a replica more may need beyond what the largest one uses, for a roll-out with one more.
 ROOM_FACTOR = 1.25
 # Of a place for which no host fits.
@@ -134,6 +136,7 @@ class Supervisor:
         # Who had each place before, when that was another host.
         self._before: dict[Key, str] = {}
         self._statuses: dict[str, m.Status] = {}
+        self._untold: deque[m.Event] = deque(maxlen=UNTOLD_MAX)
 
     async def run(self) -> None:
         """Supervise until cancelled; then stop every worker within `STOP_ALL_S`."""
@@ -215,6 +218,7 @@ class Supervisor:
         version = view.version
         while True:
             version = await view.wait(version)
+            self._note_statuses(view)
             self._wake.set()
 
     async def _act(self, view: PluginsView) -> None:
@@ -319,24 +323,24 @@ class Supervisor:
                 await self._hosts.tell_lost(alive)
                 if self._hosts.leads:
                     await self._tell_unplaced(view, alive)
-                    await self._tell_degraded(view)
+                    while self._untold:
+                        await self._client.store.tell(self._untold[0])
+                        self._untold.popleft()
+                else:
+                    self._untold.clear()
 
-    async def _tell_degraded(self, view: PluginsView) -> None:
-        """Tell of plugins that have lost some of their replicas, and of those whole again."""
+    def _note_statuses(self, view: PluginsView) -> None:
+        """Note plugins that have lost some of their replicas, and those that are whole again."""
         before, self._statuses = self._statuses, {one.name: one.status for one in view.list()}
-        for name, status in self._statuses.items():
-            if status == before.get(name, status) or "degraded" not in (status, before.get(name)):
+        for state in view.list():
+            was = before.get(state.name, state.status)
+            if was == state.status or "degraded" not in (was, state.status):
                 continue
-            state = view.get(name)
-            verb = {"degraded": "degraded", "running": "recovered"}.get(status)
-            if state and verb:
-                await self._client.store.tell(
+            if verb := {"degraded": "degraded", "running": "recovered"}.get(state.status):
+                cause = f"{state.replicas.ready} of {state.replicas.desired} are ready"
+                self._untold.append(
                     m.Event(
-                        kind="plugin",
-                        name=name,
-                        verb=verb,
-                        timestamp=m.now(),
-                        cause=f"{state.replicas.ready} of {state.replicas.desired} are ready",
+                        kind="plugin", name=state.name, verb=verb, timestamp=m.now(), cause=cause
                     )
                 )
 
