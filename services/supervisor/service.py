@@ -41,15 +41,15 @@ from services.supervisor.reconcile import (
     reconcile,
 )
 
-TICK_S = 0.25
+TICK_S = 0.5
 # Our own heartbeat comes back to us every second. While it does not, we hear nobody.
 DEAF_S = 3.0
 STOP_ALL_S = 3.0
 TELL_LAST_S = 0.5
 WRITE_AGAIN_S = OBSERVED_TTL_S / 3
 LINES_WAITING = 10_000
-MEASURE_S = 2.0
-LOOK_S = 0.5
+MEASURE_S = 5.0
+LOOK_S = 1.0
 UNTOLD_MAX = 1_000
 # What a replica more may need beyond what the largest one uses, for a roll-out with one more.
 ROOM_FACTOR = 1.25
