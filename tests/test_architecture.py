@@ -11,7 +11,7 @@ WINGS = ("cli", "supervisor", "candle", "rustyface", "gateway")
 # From the ground up; a room may use those below it.
 FLOORS = (
     {"errors", "messages"},
-    {"codec", "subjects", "tasks", "settings", "process", "telemetry"},
+    {"codec", "masking", "subjects", "tasks", "settings", "process", "telemetry"},
     {"state"},
     {"client", "plugins", "broker"},
     {"logs"},
@@ -29,6 +29,8 @@ OUTSIDERS = {
     "cv2": {"services/rustyface"},
     "aiohttp": {"services/gateway", "services/cli"},
     "typer": {"services/cli"},
+    "jsonschema": {"services/supervisor/config.py"},
+    "referencing": {"services/supervisor/config.py"},
     "rich": {"services/cli"},
     "structlog": {"bus", "services"},
     "uvloop": {"bus/process.py"},

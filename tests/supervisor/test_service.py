@@ -270,11 +270,11 @@ async def test_a_configuration_is_stored_and_scales_at_once(client, supervise, p
     async with supervise(config):
         await until(lambda: _is(client, "running"))
         before = await ask(client, PLUGINS_GET)
-        more = msgspec.structs.replace(config, replicas=2, settings={"x": 1})
+        more = msgspec.structs.replace(config, replicas=2, description="more")
         after = await client.call(PLUGINS_CONFIGURE, m.ConfigurePlugin(name="w", config=more))
         assert after.config == more
         await until(lambda: _ready(client, 2))
-        # What ran goes on: it takes the configuration at its next restart.
+        # What ran goes on: neither concerns it.
         assert (await ask(client, PLUGINS_GET)).pid == before.pid
         with pytest.raises(Conflict, match="is at revision"):
             await client.call(
