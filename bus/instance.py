@@ -300,8 +300,12 @@ class Instance:
         self._waiting_config = None
         before, after = self.config, desired.config
         old = before.settings if before else {}
+        # As they travel: in Python true is 1, and 1 is 1.0.
         changed = {
-            name for name in {*old, *after.settings} if old.get(name) != after.settings.get(name)
+            name
+            for name in {*old, *after.settings}
+            if (name in old) != (name in after.settings)
+            or codec.encode(old.get(name)) != codec.encode(after.settings.get(name))
         }
         if before and any(getattr(before, name) != getattr(after, name) for name in _AT_START):
             changed.add("entrypoint")

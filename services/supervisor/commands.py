@@ -180,7 +180,7 @@ class _Commands:
             if errors := rules.errors(config, schema):
                 said = [error.message for error in errors]
                 raise InvalidRequest("; ".join(said), field=errors[0].field, reasons=said)
-            if config == now.config:
+            if rules.same(now.config, config):
                 return now
             again = rules.needs_restart(now.config, config, live)
             return _next(
@@ -246,7 +246,7 @@ class _Commands:
             entry = await self._desired_entry(name)
             _check_revision(name, entry.revision, expected)
             desired = change(_value(entry))
-            if desired == entry.value:
+            if desired is entry.value:
                 return entry, entry
             with contextlib.suppress(Conflict):
                 revision = await self._client.store.desired.update(desired, entry.revision, name)
@@ -263,7 +263,8 @@ class _Commands:
     ) -> None:
         """Log a command and store it as an event: which fields, never what stands in them."""
         desired = _value(written)
-        fields = [c.field for c in rules.changes(before.config, desired.config, [])]
+        schema = self._schema(request.name)
+        fields = [c.field for c in rules.changes(before.config, desired.config, [schema])]
         if verb == "scaled":
             cause = f"from {before.config.replicas} to {desired.config.replicas} replicas"
         elif fields and cause is None:

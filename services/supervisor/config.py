@@ -16,6 +16,7 @@ from jsonschema.validators import validator_for
 from referencing import Registry
 from referencing.exceptions import Unresolvable
 
+from bus import codec
 from bus import messages as m
 from bus.masking import MASK, masked, masked_settings
 
@@ -29,6 +30,8 @@ SHOWN_MAX: Final = 60
 ERRORS_MAX: Final = 50
 
 log = structlog.get_logger("supervisor.config")
+
+_ABSENT: Final = object()
 
 Path = tuple[str, ...]
 Schema = Mapping[str, Any]
@@ -75,6 +78,11 @@ def changes(
     return list(found.values())
 
 
+def same(before: m.PluginConfig, after: m.PluginConfig) -> bool:
+    """Tell whether nothing differs."""
+    return not any(_differing(_fields(before), _fields(after)))
+
+
 def needs_restart(before: m.PluginConfig, after: m.PluginConfig, live: frozenset[str]) -> bool:
     """Tell whether instances must be replaced for a change.
 
@@ -115,9 +123,10 @@ def _fields(config: m.PluginConfig) -> dict[str, Any]:
 def _differing(before: Any, after: Any, path: Path = ()) -> Iterator[Path]:
     if isinstance(before, dict) and isinstance(after, dict):
         for key in sorted({*before, *after}):
-            yield from _differing(before.get(key), after.get(key), (*path, key))
-    elif before != after or type(before) is not type(after):
-        # `settings: {"a": null}` and `settings: {}` differ only in what the worker's default is.
+            # Null is not the same as absent: that takes the worker's default.
+            yield from _differing(before.get(key, _ABSENT), after.get(key, _ABSENT), (*path, key))
+    # As they travel: in Python true is 1, and 1 is 1.0.
+    elif before is _ABSENT or after is _ABSENT or codec.encode(before) != codec.encode(after):
         yield path
 
 
@@ -146,9 +155,7 @@ def _told(error: ValidationError, shown: dict[str, Any], root: Schema) -> Iterat
     field = _field(at)
     schema = error.schema if isinstance(error.schema, Mapping) else {}
     match error.validator:
-        case "additionalProperties" | "unevaluatedProperties" if (
-            schema.get(error.validator) is False
-        ):
+        case "additionalProperties" if error.validator_value is False:
             known = sorted(schema.get("properties", {}))
             for name in error.instance:
                 if name not in known and not _by_pattern(name, schema):
@@ -201,7 +208,8 @@ def _by_pattern(name: str, schema: Schema) -> bool:
 
 def _left_masked(settings: dict[str, Any], schema: Schema) -> list[m.ConfigError]:
     """Return an error for each secret that is the mask still: there was no value to keep."""
-    hidden = masked_settings(settings, schema)
+    # Of something else in its place, what is still hidden is a secret.
+    hidden = masked_settings(_without_masks(settings), schema)
     return [
         m.ConfigError(
             field=_field(path),
@@ -210,6 +218,14 @@ def _left_masked(settings: dict[str, Any], schema: Schema) -> list[m.ConfigError
         for path in _masks(settings)
         if _inside(hidden, path) == MASK
     ]
+
+
+def _without_masks(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_masks(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_without_masks(one) for one in value]
+    return "" if value == MASK else value
 
 
 def _masks(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
