@@ -322,6 +322,7 @@ class _Commands:
 async def _keep_schemas(client: Client) -> None:
     """Write the schema that each plugin's newest instances tell where it outlives them."""
     told: dict[str, dict[str, m.Registration]] = {}
+    kept: dict[str, dict[str, Any]] = {}
     async for changes in client.store.instances.follow():
         for entry in changes.entries:
             plugin, slot = entry.names
@@ -337,9 +338,11 @@ async def _keep_schemas(client: Client) -> None:
             newest = max(
                 told[plugin].values(), key=lambda r: (r.generation, r.version, r.id), default=None
             )
-            if newest and newest.config_schema:
+            # Registrations are written again every ten seconds: most say nothing new.
+            if newest and newest.config_schema and newest.config_schema != kept.get(plugin):
                 try:
                     await _keep_schema(client, newest, newest.config_schema)
+                    kept[plugin] = newest.config_schema
                 except BusError as error:
                     # The next registration, in ten seconds, is another chance.
                     log.warning("schema.not_kept", plugin=plugin, cause=error.message)
