@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from bus import codec
 from bus import messages as m
 from bus.errors import _KINDS as KINDS
-from bus.errors import BusError, InvalidRequest, body_of, error_from
+from bus.errors import BusError, Conflict, InvalidRequest, body_of, error_from
 from bus.subjects import ENDPOINTS, FEEDS, LOG, MODEL_RUN, name_of, token
 
 
