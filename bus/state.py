@@ -39,6 +39,7 @@ from bus.subjects import (
     name_of,
     token,
 )
+from bus.tasks import keeping_cancellation
 
 NS: Final = 1_000_000_000
 MIB: Final = 1024 * 1024
@@ -627,9 +628,10 @@ async def _request(
     deadline, pause_s = loop.time() + patience_s, 0.05
     while True:
         try:
-            reply = await nc.request(
-                subject, body, timeout=min(5.0, patience_s), headers=dict(headers or {}) or None
-            )
+            with keeping_cancellation():
+                reply = await nc.request(
+                    subject, body, timeout=min(5.0, patience_s), headers=dict(headers or {}) or None
+                )
             answer: dict[str, Any] = json.loads(reply.data)
             break
         except (nats.errors.NoRespondersError, nats.errors.TimeoutError) as error:
