@@ -6,7 +6,7 @@ BIN    := .venv/bin
 PIP    := PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint clean
+.PHONY: help run test lint docs clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):[^#]*## /  \1	/p' $(MAKEFILE_LIST)
@@ -20,6 +20,9 @@ test: lint ## check and test everything
 lint: .venv/test.stamp ## check style and types
 	@$(BIN)/ruff check && $(BIN)/ruff format --check && $(BIN)/mypy
 	@$(BIN)/oxlint --deny-warnings --ignore-pattern '**/vendor/**' services/gateway/dashboard tests/gateway/dashboard
+
+docs: .venv/run.stamp ## make docs/subjects.md anew from the declarations
+	@$(BIN)/python -m bus.reference docs/subjects.md
 
 clean: ## remove what was installed and made here; data stays
 	rm -rf .venv .cache build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -12,8 +12,16 @@ import os
 import re
 import secrets
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import (
+    AsyncGenerator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Generator,
+    Mapping,
+    Sequence,
+)
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -30,15 +38,17 @@ from bus.errors import (
     Conflict,
     DeadlineExceeded,
     Internal,
+    NobodyListens,
     Overloaded,
     Unavailable,
     body_of,
 )
+from bus.probes import Facts, Probes, Route
 from bus.settings import Settings
 from bus.state import OBSERVED_TTL_S
 from bus.subjects import HEALTH, TELEMETRY, Endpoint
 from bus.tasks import beside
-from bus.telemetry import Sampler
+from bus.telemetry import Calls, Figures, Sampler
 
 HEARTBEAT_S: Final = 1.0
 REGISTER_AGAIN_S: Final = OBSERVED_TTL_S / 3
@@ -70,7 +80,7 @@ class _Served:
     endpoint: Endpoint[Any, Any]
     subject: str
     handler: Handler
-    tasks: set[asyncio.Task[None]] = field(default_factory=set)
+    tasks: set[asyncio.Task[Any]] = field(default_factory=set)
     requests: int = 0
     errors: int = 0
     last_error: str = ""
@@ -140,7 +150,10 @@ class Instance:
         self._revision = 0
         self._registering = asyncio.Lock()
         self._served: dict[str, _Served] = {}
-        self._in_flight: dict[asyncio.Task[None], float] = {}
+        # By capability: unlike what is served just now, these only ever grow.
+        self._calls: dict[str, Calls] = {}
+        self._probes = Probes(Facts(self._missing, self._about, self._metrics), client.max_payload)
+        self._in_flight: dict[asyncio.Task[Any], float] = {}
         self._started = m.now()
         self._lag_ms = 0.0
         self._waiting_config: tuple[m.DesiredState, int] | None = None
@@ -181,7 +194,8 @@ class Instance:
     async def ready(self) -> None:
         """Tell everybody that this instance can do its work."""
         await self._become("running")
-        log.info("instance.ready", slot=self.slot, pid=os.getpid())
+        port = self._registration.port
+        log.info("instance.ready", slot=self.slot, pid=os.getpid(), port=port)
 
     @asynccontextmanager
     async def serving(
@@ -209,53 +223,109 @@ class Instance:
             yield
         finally:
             await self._client.stop_listening(heard)
-            del self._served[served.subject]
+            # A successor may serve the same subject by now.
+            if self._served.get(served.subject) is served:
+                del self._served[served.subject]
             if served.tasks:
                 await asyncio.wait(served.tasks, timeout=DRAIN_S)
+
+    @asynccontextmanager
+    async def local_routes(self, *routes: Route) -> AsyncGenerator[None]:
+        """Answer further paths on the loopback port while inside, if there is one."""
+        async with self._probes.routing(*routes):
+            yield
+
+    async def answer_here(self, endpoint: Endpoint[Req, Rep], request: Req) -> Rep:
+        """Answer a request that did not come over the bus as if it had: same limits, same counts.
+
+        Raises:
+            NobodyListens: This instance does not serve that.
+            BusError: What the handler raised.
+        """
+        served = self._served.get(endpoint.subject_of(self._client.root, request))
+        if served is None:
+            raise NobodyListens(
+                f"{endpoint.capability} is not served by this instance just now", retry_after_s=2
+            )
+
+        async def work() -> Any:
+            with self._counted(served):
+                self._check_room()
+                return await self._handled(served, request, None)
+
+        reply: Rep = await self._track(served, work())
+        return reply
 
     def _accept(self, served: _Served, message: Incoming) -> None:
         # No reply subject: nobody asked. Another subject: a stream's consumer delivers here what
         # its maker may not send here (nats-server#8274).
         if not message.reply or message.subject != served.subject:
             return
-        task = asyncio.create_task(self._answer(served, message))
+        self._track(served, self._answer(served, message))
+
+    def _track(self, served: _Served, work: Coroutine[Any, Any, S]) -> asyncio.Task[S]:
+        task = asyncio.create_task(work)
         served.tasks.add(task)
         task.add_done_callback(served.tasks.discard)
         self._in_flight[task] = time.monotonic()
         task.add_done_callback(lambda done: self._in_flight.pop(done, None))
+        return task
+
+    @contextmanager
+    def _counted(self, served: _Served) -> Generator[None]:
+        calls = self._calls.setdefault(served.endpoint.capability, Calls())
+        began = time.perf_counter_ns()
+        served.requests += 1
+        calls.requests += 1
+        calls.in_flight += 1
+        try:
+            yield
+        except BusError as error:
+            served.errors += 1
+            calls.errors += 1
+            served.last_error = f"{error.code}: {error.message}"
+            raise
+        finally:
+            took_ns = time.perf_counter_ns() - began
+            served.busy_ns += took_ns
+            calls.busy_ns += took_ns
+            calls.in_flight -= 1
 
     async def _answer(self, served: _Served, message: Incoming) -> None:
         headers = message.headers or {}
         content_type = headers.get(codec.CONTENT_TYPE) or codec.JSON
         trace.set(headers.get(TRACEPARENT))
-        began = time.perf_counter_ns()
-        served.requests += 1
         try:
-            reply = await self._work(served, message, headers, content_type)
-            kind = codec.MSGPACK if content_type == codec.MSGPACK else codec.JSON
-            await self._client.answer(
-                message.reply,
-                codec.encode(reply, kind),
-                {codec.CONTENT_TYPE: kind, "Bkg-Instance": self.id},
-            )
+            with self._counted(served):
+                reply = await self._work(served, message, headers, content_type)
+                kind = codec.MSGPACK if content_type == codec.MSGPACK else codec.JSON
+                await self._client.answer(
+                    message.reply,
+                    codec.encode(reply, kind),
+                    {codec.CONTENT_TYPE: kind, "Bkg-Instance": self.id},
+                )
         except BusError as error:
-            served.errors += 1
-            served.last_error = f"{error.code}: {error.message}"
             await self._refuse(message.reply, error)
-        finally:
-            served.busy_ns += time.perf_counter_ns() - began
 
     async def _work(
         self, served: _Served, message: Incoming, headers: Mapping[str, str], content_type: str
     ) -> m.Message:
+        self._check_room()
+        request = codec.decode(message.data, served.endpoint.request, content_type)
+        allowed = headers.get(TIMEOUT_MS, "")
+        timeout_s = int(allowed) / 1e3 if allowed.isdecimal() else None
+        return await self._handled(served, request, timeout_s)
+
+    def _check_room(self) -> None:
         if self.in_flight > MAX_IN_FLIGHT:
             raise Overloaded(
                 f"this {self.plugin} instance works on {MAX_IN_FLIGHT} requests already",
                 retry_after_s=1,
             )
-        request = codec.decode(message.data, served.endpoint.request, content_type)
-        allowed = headers.get(TIMEOUT_MS, "")
-        timeout_s = int(allowed) / 1e3 if allowed.isdecimal() else None
+
+    async def _handled(
+        self, served: _Served, request: m.Message, timeout_s: float | None
+    ) -> m.Message:
         try:
             async with asyncio.timeout(timeout_s):
                 return await served.handler(request)
@@ -384,7 +454,6 @@ class Instance:
             due = loop.time() + HEARTBEAT_S
             await asyncio.sleep(HEARTBEAT_S)
             self._lag_ms = max(0.0, 1e3 * (loop.time() - due))
-            oldest = min(self._in_flight.values(), default=None)
             beat = m.Heartbeat(
                 plugin=self.plugin,
                 slot=self.slot,
@@ -393,7 +462,7 @@ class Instance:
                 pid=os.getpid(),
                 status=self._registration.status,
                 in_flight=self.in_flight,
-                oldest_s=round(time.monotonic() - oldest, 3) if oldest is not None else 0.0,
+                oldest_s=self._oldest_s(),
                 lag_ms=round(self._lag_ms, 1),
                 generation=self._registration.generation,
                 timestamp=m.now(),
@@ -401,6 +470,44 @@ class Instance:
             if self._client.connected:
                 with contextlib.suppress(Unavailable):
                     await self._client.publish(HEALTH, beat, plugin=self.plugin, slot=self.slot)
+
+    def _oldest_s(self) -> float:
+        oldest = min(self._in_flight.values(), default=None)
+        return round(time.monotonic() - oldest, 3) if oldest is not None else 0.0
+
+    def _missing(self) -> list[str]:
+        """Return why this instance is not ready; nothing when it is."""
+        status = self._registration.status
+        found = [] if status == "running" else [f"the instance is {status}"]
+        return found if self._client.connected else [*found, "the broker is away"]
+
+    def _about(self) -> dict[str, Any]:
+        return {
+            "plugin": self.plugin,
+            "slot": self.slot,
+            "instance": self.id,
+            "version": self._registration.version,
+            "state": self._registration.status,
+            "in_flight": self.in_flight,
+            "oldest_s": self._oldest_s(),
+        }
+
+    def _metrics(self) -> bytes:
+        return Figures(
+            labels={"plugin": self.plugin, "slot": str(self.slot)},
+            identity={
+                "instance": self.id,
+                "host": self.host,
+                "version": self._registration.version,
+            },
+            ready=not self._missing(),
+            connected=self._client.connected,
+            lag_s=self._lag_ms / 1e3,
+            oldest_s=self._oldest_s(),
+            counts=self.counts,
+            gauges=self.gauges,
+            calls=self._calls,
+        ).text()
 
     async def _report(self) -> None:
         sampler = Sampler()
@@ -442,6 +549,16 @@ class Instance:
             datasets=self.counts.get("datasets"),
             entries=self.counts.get("entries"),
         )
+
+    @asynccontextmanager
+    async def _probed(self, wanted: int) -> AsyncGenerator[None]:
+        """Have the loopback port open while inside; nobody would learn that of one not listed."""
+        if not self._listed:
+            yield
+            return
+        async with self._probes.listening(wanted) as port:
+            self._registration = msgspec.structs.replace(self._registration, port=port)
+            yield
 
     @asynccontextmanager
     async def _discoverable(self) -> AsyncGenerator[None]:
@@ -561,6 +678,7 @@ async def join(
     async with (
         logs.shipping(client, about, settings.log_level),
         instance._discoverable(),  # noqa: SLF001
+        instance._probed(settings.probe_port),  # noqa: SLF001
     ):
         await instance._register()  # noqa: SLF001
         try:

@@ -129,6 +129,8 @@ class ProcessState(State, frozen=True):
         restarts: Unwanted ends since it last ran well.
         last_exit: How the last process ended, in words.
         error: Why it does not run, with the last thing that it said.
+        last_lines: What it printed last before it ended by itself.
+        mem_bytes: Resident memory of its processes.
     """
 
     plugin: PluginName
@@ -141,6 +143,8 @@ class ProcessState(State, frozen=True):
     restarts: int = 0
     last_exit: str | None = None
     error: str | None = None
+    last_lines: list[str] = []
+    mem_bytes: int | None = None
 
 
 class Registration(State, frozen=True):
@@ -201,6 +205,8 @@ class InstanceState(State, frozen=True):
     last_heartbeat: datetime | None = None
     generation: int | None = None
     config_revision: int | None = None
+    last_lines: list[str] = []
+    mem_bytes: int | None = None
 
 
 class Replicas(State, frozen=True):
@@ -271,6 +277,49 @@ class HostDesired(State, frozen=True):
     draining: bool
     changed_by: str
     changed_at: datetime
+
+
+class HostInfo(State, frozen=True):
+    """A host as others see it: what it tells, and what is wanted of it.
+
+    Attributes:
+        name: The host.
+        status: `ready`, `draining`, `drained` when nothing is left there, or `lost`.
+        labels: What plugins can require of it.
+        version: Of bkg.
+        since: When its supervisor came.
+        last_heartbeat: When that was last heard of.
+        processors: How many it may use.
+        mem_total_bytes: Its memory.
+        mem_available_bytes: What of it is free for more.
+        replicas: What runs there, `plugin/slot`.
+    """
+
+    name: Name
+    status: Literal["ready", "draining", "drained", "lost"]
+    labels: dict[str, str]
+    version: str
+    since: datetime
+    last_heartbeat: datetime
+    processors: int
+    mem_total_bytes: int
+    mem_available_bytes: int
+    replicas: list[str]
+
+
+class HostList(State, frozen=True):
+    """Every host that is there, by name."""
+
+    hosts: list[HostInfo]
+
+
+class NameHost(State, frozen=True):
+    """Names one host; `by`, `timeout_s` and `wait` as in `NamePlugin`."""
+
+    name: Name
+    by: str = "nats"
+    timeout_s: Annotated[float, Meta(gt=0, le=600)] = 30.0
+    wait: bool = True
 
 
 class NamePlugin(State, frozen=True):
@@ -527,7 +576,7 @@ class Heartbeat(State, frozen=True):
 
 
 class ModelSpec(Message, frozen=True):
-    """A model that should be served; bucket `models`, key = its id.
+    """A model that should be served; bucket `models`, key `<id>`.
 
     Attributes:
         id: The name that requests use.

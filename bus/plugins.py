@@ -69,33 +69,41 @@ def place(process: ProcessState | None, told: Registration | None) -> InstanceSt
     """Return one slot's state; what the instance says counts while its process is there."""
     if process is None:
         assert told is not None  # noqa: S101
-        return _told(told, restarts=0, last_exit=None)
-    if told is not None and told.pid == process.pid and process.status in {"starting", "running"}:
-        return _told(told, restarts=process.restarts, last_exit=process.last_exit)
+        return _told(told, None)
+    if (
+        told is not None
+        and (told.pid, told.host) == (process.pid, process.host)
+        and process.status in {"starting", "running"}
+    ):
+        return _told(told, process)
     return InstanceState(
         slot=process.slot,
         host=process.host,
-        status=process.status,
+        # What its supervisor said last may be old: without the instance's own word it serves none.
+        status="starting" if process.status == "running" else process.status,
         since=process.since,
         restarts=process.restarts,
         pid=process.pid,
         last_exit=process.last_exit,
         error=process.error,
         generation=process.generation,
+        last_lines=process.last_lines,
+        mem_bytes=process.mem_bytes,
     )
 
 
-def _told(told: Registration, *, restarts: int, last_exit: str | None) -> InstanceState:
+def _told(told: Registration, process: ProcessState | None) -> InstanceState:
     return InstanceState(
         slot=told.slot,
         host=told.host,
         status=told.status,
         since=told.since,
-        restarts=restarts,
+        restarts=process.restarts if process else 0,
         id=told.id,
         pid=told.pid,
         port=told.port or "internal",
-        last_exit=last_exit,
+        last_exit=process.last_exit if process else None,
+        mem_bytes=process.mem_bytes if process else None,
         version=told.version,
         last_heartbeat=told.last_heartbeat,
         generation=told.generation,
@@ -153,6 +161,10 @@ class PluginsView:
     def get(self, name: str) -> PluginState | None:
         """Return a plugin's state; None when nobody knows it."""
         return self._states.get(name)
+
+    def processes(self) -> list[ProcessState]:
+        """Return every replica as its supervisor sees it."""
+        return list(self._processes.values())
 
     def list(self) -> list[PluginState]:
         """Return all states, by name."""

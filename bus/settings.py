@@ -24,6 +24,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         generation: `BKG_GENERATION`, of the desired state that it was started for.
         log_level: `BKG_LOG_LEVEL`, the least level that is published.
         host: `BKG_HOST_NAME`, this host's name.
+        labels: `BKG_HOST_LABELS`, `key=value` with commas between: what plugins can require of it.
+        probe_port: `BKG_PROBE_PORT`, the loopback HTTP port of this worker; 0: a free one.
     """
 
     nats_url: str
@@ -33,6 +35,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     generation: int
     log_level: str
     host: str
+    labels: dict[str, str] = {}
+    probe_port: int = 0
 
     @property
     def cache_dir(self) -> Path:
@@ -60,6 +64,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             generation=_number("BKG_GENERATION") or 0,
             log_level=level,
             host=os.environ.get("BKG_HOST_NAME") or socket.gethostname(),
+            labels=labels_in(os.environ.get("BKG_HOST_LABELS", "")),
+            probe_port=_number("BKG_PROBE_PORT", most=65_535) or 0,
         )
 
 
@@ -68,10 +74,30 @@ def default_data_dir() -> Path:
     return Path(platformdirs.user_data_dir("bkg", appauthor=False))
 
 
-def _number(variable: str) -> int | None:
+def labels_in(text: str) -> dict[str, str]:
+    """Read `key=value,key=value`.
+
+    Raises:
+        InvalidRequest: A part is no `key=value`; shows it.
+    """
+    labels = {}
+    for part in filter(None, (one.strip() for one in text.split(","))):
+        key, equals, value = part.partition("=")
+        if not (key.strip() and equals):
+            raise InvalidRequest(
+                f"the label {part!r} is no key=value; example: gpu=yes,zone=cellar",
+                field="BKG_HOST_LABELS",
+            )
+        labels[key.strip()] = value.strip()
+    return labels
+
+
+def _number(variable: str, most: int | None = None) -> int | None:
     text = os.environ.get(variable)
     if not text:
         return None
     if not text.isdecimal():
         raise InvalidRequest(f"{variable} is {text!r}, not a whole number", field=variable)
+    if most is not None and int(text) > most:
+        raise InvalidRequest(f"{variable} is {text}; allowed is up to {most}", field=variable)
     return int(text)

@@ -213,9 +213,13 @@ class Bucket(Generic[T]):
 
     async def get(self, *names: object) -> Entry[T] | None:
         """Return an entry, or None when there is none."""
-        message = await self._stream.last(self._subject(names))
-        entry = self._entry(message) if message else None
+        entry = await self.last(*names)
         return entry if entry and entry.value is not None else None
+
+    async def last(self, *names: object) -> Entry[T] | None:
+        """Return an entry, or the mark that a deleted or expired one left; None without either."""
+        message = await self._stream.last(self._subject(names))
+        return self._entry(message) if message else None
 
     async def put(self, value: T, *names: object) -> int:
         """Write a value, whatever was there, and return its revision."""

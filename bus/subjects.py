@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Generic, TypeVar
+from typing import Generic, Literal, TypeVar
 
 import msgspec
 
@@ -16,6 +16,10 @@ from bus import codec
 from bus import messages as m
 
 DEFAULT_ROOT = "bkg"
+
+# Who speaks on the bus. `instance` is every process of ours and every worker, under its own
+# plugin's name; `operator` is whoever has the broker's password, the command `bkg` among them.
+Role = Literal["gateway", "supervisor", "instance", "rustyface", "broker", "operator"]
 
 Req = TypeVar("Req", bound=m.Message)
 Rep = TypeVar("Rep", bound=m.Message)
@@ -32,6 +36,7 @@ class Endpoint(Generic[Req, Rep]):
         reply: What is answered.
         keys: Fields of the request that end the subject, so that the broker routes by them.
         description: One sentence, shown by `nats service info`.
+        asked_by: Roles that ask; who answers is the queue group.
     """
 
     capability: str
@@ -40,6 +45,7 @@ class Endpoint(Generic[Req, Rep]):
     reply: type[Rep]
     description: str
     keys: tuple[str, ...] = ()
+    asked_by: tuple[Role, ...] = ("gateway", "operator")
 
     def subject(self, root: str, *values: str) -> str:
         """Return the subject for the given values of `keys`."""
@@ -70,10 +76,14 @@ class Feed(Generic[Req]):
     Attributes:
         template: The subject below the root, with `{name}` for each token that varies.
         payload: What travels.
+        sent_by: Roles that publish.
+        heard_by: Roles that subscribe, or read the stream that keeps it.
     """
 
     template: str
     payload: type[Req]
+    sent_by: tuple[Role, ...] = ("instance",)
+    heard_by: tuple[Role, ...] = ("operator",)
 
     def subject(self, root: str, **values: str | int) -> str:
         """Return the subject; a token that is not given is a wildcard."""
@@ -159,6 +169,14 @@ PLUGINS_ROLLBACK = Endpoint(
     "Store an older configuration as a new revision.",
 )
 
+HOSTS_LIST = Endpoint("hosts.list", SUPERVISOR, m.Empty, m.HostList, "Every host that is there.")
+HOSTS_DRAIN = Endpoint(
+    "hosts.drain", SUPERVISOR, m.NameHost, m.HostInfo, "Move a host's replicas away; wait for it."
+)
+HOSTS_UNDRAIN = Endpoint(
+    "hosts.undrain", SUPERVISOR, m.NameHost, m.HostInfo, "Let a drained host take replicas again."
+)
+
 # One subject per model: a replica listens only for the models that it has loaded. So the broker
 # routes, and a model that nobody has is answered at once, not after a time-out.
 MODEL_RUN = Endpoint(
@@ -192,6 +210,7 @@ DATASET_MANAGE = Endpoint(
 ENDPOINTS: tuple[Endpoint[m.Message, m.Message], ...] = (  # type: ignore[assignment]
     PLUGINS_LIST, PLUGINS_GET, PLUGINS_START, PLUGINS_STOP, PLUGINS_RESTART, PLUGINS_CONFIGURE,
     PLUGINS_CHECK, PLUGINS_SCALE, PLUGINS_HISTORY, PLUGINS_ROLLBACK,
+    HOSTS_LIST, HOSTS_DRAIN, HOSTS_UNDRAIN,
     MODEL_RUN, MODEL_LOAD, MODEL_UNLOAD, CANDLE_STATS,
     FACES_ENCODE, FACES_SEARCH, DATASET_MANAGE,
 )  # fmt: skip
@@ -201,13 +220,25 @@ CAPABILITIES: Mapping[str, Endpoint[m.Message, m.Message]] = {e.capability: e fo
 
 LOG = Feed("log.{plugin}.{slot}.{level}", m.LogEvent)
 # The broker republishes what the log stream stored here, with its sequence in a header.
-LIVE_LOG = Feed("live.log.{plugin}.{slot}.{level}", m.LogEvent)
-TELEMETRY = Feed("telemetry.{plugin}.{slot}", m.TelemetrySnapshot)
-STATUS = Feed("status.{plugin}.{slot}", m.InstanceState)
-HEALTH = Feed("health.{plugin}.{slot}", m.Heartbeat)
-EVENT = Feed("event.{kind}.{name}.{verb}", m.Event)
-GALLERY_HEAD = Feed("gallery.{gallery}.head", m.GalleryHead)
-GALLERY_ENTRY = Feed("gallery.{gallery}.entry.{entry}", m.GalleryEntry)
+LIVE_LOG = Feed(
+    "live.log.{plugin}.{slot}.{level}",
+    m.LogEvent,
+    sent_by=("broker",),
+    heard_by=("gateway", "operator"),
+)
+TELEMETRY = Feed("telemetry.{plugin}.{slot}", m.TelemetrySnapshot, heard_by=("gateway", "operator"))
+STATUS = Feed("status.{plugin}.{slot}", m.InstanceState, sent_by=("supervisor",))
+HEALTH = Feed("health.{plugin}.{slot}", m.Heartbeat, heard_by=("supervisor", "operator"))
+EVENT = Feed("event.{kind}.{name}.{verb}", m.Event, sent_by=("supervisor",))
+GALLERY_HEAD = Feed(
+    "gallery.{gallery}.head", m.GalleryHead, sent_by=("rustyface",), heard_by=("rustyface",)
+)
+GALLERY_ENTRY = Feed(
+    "gallery.{gallery}.entry.{entry}",
+    m.GalleryEntry,
+    sent_by=("rustyface",),
+    heard_by=("rustyface",),
+)
 
 
 def gallery_events(root: str) -> str:

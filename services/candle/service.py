@@ -4,7 +4,8 @@ import asyncio
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Final
+from functools import partial
+from typing import Annotated, Any, Final
 
 import msgspec
 import numpy as np
@@ -13,8 +14,17 @@ import structlog
 from msgspec import Meta
 
 from bus import messages as m
-from bus.errors import BusError, Internal, InvalidRequest, NotFound, Unavailable, Unprocessable
+from bus.errors import (
+    BusError,
+    Internal,
+    InvalidRequest,
+    NobodyListens,
+    NotFound,
+    Unavailable,
+    Unprocessable,
+)
 from bus.instance import Instance
+from bus.probes import Route
 from bus.state import Entry
 from bus.subjects import CANDLE_STATS, MODEL_LOAD, MODEL_RUN, MODEL_UNLOAD
 from services.candle.batcher import Array, Batcher, Outputs
@@ -91,11 +101,35 @@ class Candle:
             self._instance.serving(MODEL_LOAD, self._load),
             self._instance.serving(MODEL_UNLOAD, self._unload),
             self._instance.serving(CANDLE_STATS, self._stats),
+            self._instance.local_routes(*self._routes()),
         ):
             try:
                 await self._follow()
             finally:
                 await asyncio.gather(*(_end(serving) for serving in self._models.values()))
+
+    def _routes(self) -> tuple[Route, ...]:
+        stats = partial(self._instance.answer_here, CANDLE_STATS)
+        return (
+            Route("GET", "/health", m.Empty, self._health),
+            Route("GET", "/models", m.Empty, stats),
+            Route("POST", "/models/{id}/run", m.RunModel, self._run_here),
+        )
+
+    async def _health(self, _request: m.Empty) -> dict[str, Any]:
+        return {"status": "ok", "loaded_models": self._loaded()}
+
+    async def _run_here(self, request: m.RunModel) -> m.ModelOutput:
+        try:
+            return await self._instance.answer_here(MODEL_RUN, request)
+        except NobodyListens:
+            loaded = ", ".join(sorted(s.spec.id for s in self._models.values() if s.runtime))
+            raise InvalidRequest(
+                f"there is no model {request.id!r} here; loaded are: {loaded or 'none'}", field="id"
+            ) from None
+        except Unprocessable as error:
+            # Whatever the caller could mend is 400 on this route; clients of old know no other.
+            raise InvalidRequest(error.message, field=error.field) from None
 
     async def _follow(self) -> None:
         """Bring what is served in line with what is wanted, for ever."""
@@ -265,9 +299,10 @@ class Candle:
         )
 
     def _tell(self) -> None:
-        self._instance.counts["models_loaded"] = sum(
-            1 for serving in self._models.values() if serving.runtime
-        )
+        self._instance.counts["models_loaded"] = self._loaded()
+
+    def _loaded(self) -> int:
+        return sum(1 for serving in self._models.values() if serving.runtime)
 
 
 def as_rows(inputs: list[list[float]], runtime: Runtime) -> Array:

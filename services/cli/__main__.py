@@ -22,6 +22,8 @@ app = typer.Typer(
 )
 plugins_app = typer.Typer(no_args_is_help=True, help="Start, stop, scale and configure plugins.")
 app.add_typer(plugins_app, name="plugins")
+hosts_app = typer.Typer(help="Show hosts; drain one and take it back.")
+app.add_typer(hosts_app, name="hosts")
 
 DataDir = Annotated[
     Path | None,
@@ -33,11 +35,12 @@ Nats = Annotated[
     str | None,
     typer.Option(
         envvar="BKG_NATS_URL",
-        help="The broker, nats://[user:password@]host:port.",
+        help="The broker, nats://USER:PASSWORD@HOST:PORT.",
         show_default="that of the running platform",
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+HostName = Annotated[str, typer.Argument(metavar="HOST", help="The host's name.")]
 PluginName = Annotated[str, typer.Argument(metavar="PLUGIN", help="The plugin's name.")]
 CommandTimeout = Annotated[
     float, typer.Option("--timeout", min=0.1, max=600, help="Seconds to wait until it is done.")
@@ -87,6 +90,61 @@ def worker(
     from services.cli.plugins import worker
 
     worker(plugin, nats or None, _data_dir(data_dir), slot)
+
+
+@app.command()
+def join(
+    nats: Annotated[
+        str, typer.Argument(metavar="URL", help="The broker, nats://USER:PASSWORD@HOST:PORT.")
+    ],
+    name: Annotated[
+        str | None, typer.Option(help="This host's name.", show_default="as the system has it")
+    ] = None,
+    label: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="What plugins can require; several times."),
+    ] = None,
+    data_dir: DataDir = None,
+) -> None:
+    """Make this machine a host of a running platform, until Ctrl-C."""
+    from services.cli.hosts import join
+
+    join(nats, _data_dir(data_dir), name, label or [])
+
+
+@hosts_app.callback(invoke_without_command=True)
+def hosts(
+    context: typer.Context, nats: Nats = None, data_dir: DataDir = None, as_json: AsJson = False
+) -> None:
+    """Show every host with what runs on it."""
+    if context.invoked_subcommand is None:
+        from services.cli import hosts, plugins
+
+        plugins.run(hosts.show(nats or None, _data_dir(data_dir), as_json=as_json))
+
+
+@hosts_app.command()
+def drain(
+    host: HostName,
+    timeout: CommandTimeout = 60.0,
+    nats: Nats = None,
+    data_dir: DataDir = None,
+    as_json: AsJson = False,
+) -> None:
+    """Move a host's replicas away, and wait until none is left."""
+    _host_command("drain", host, timeout, nats, data_dir, as_json=as_json)
+
+
+@hosts_app.command()
+def undrain(
+    host: HostName,
+    timeout: CommandTimeout = 30.0,
+    nats: Nats = None,
+    data_dir: DataDir = None,
+    as_json: AsJson = False,
+) -> None:
+    """Let a drained host take replicas again."""
+    _host_command("undrain", host, timeout, nats, data_dir, as_json=as_json)
 
 
 @app.command()
@@ -339,6 +397,24 @@ def _command(
     plugins.run(
         plugins.command(
             verb, plugin, nats or None, _data_dir(data_dir), timeout_s=timeout_s, as_json=as_json
+        )
+    )
+
+
+def _host_command(
+    verb: str,
+    host: str,
+    timeout_s: float,
+    nats: str | None,
+    data_dir: Path | None,
+    *,
+    as_json: bool,
+) -> None:
+    from services.cli import hosts, plugins
+
+    plugins.run(
+        hosts.command(
+            verb, host, nats or None, _data_dir(data_dir), timeout_s=timeout_s, as_json=as_json
         )
     )
 

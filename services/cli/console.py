@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bus import codec
-from bus.messages import LogEvent, PluginState, now
+from bus.messages import HostInfo, LogEvent, PluginState, now
 
 COLOURS: Final = {
     "running": "green",
@@ -22,6 +22,7 @@ COLOURS: Final = {
     "stopped": "red",
     "error": "red",
 }
+HOST_COLOURS: Final = {"ready": "green", "draining": "yellow", "drained": "dim", "lost": "red"}
 LEVEL_COLOURS: Final = {"debug": "dim", "info": "", "warn": "yellow", "error": "bold red"}
 
 # Soft wrapping leaves it to the terminal to break lines, so that links can be copied whole.
@@ -61,6 +62,24 @@ def show_plugins(plugins: Iterable[PluginState]) -> None:
         )
         if plugin.error:
             table.add_row("", Text(plugin.error, "red"))
+    out.print(table, soft_wrap=False)
+
+
+def show_hosts(hosts: Iterable[HostInfo]) -> None:
+    """Print a table of hosts."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for title in ("host", "status", "memory free", "processors", "labels", "since", "replicas"):
+        table.add_column(title)
+    for host in hosts:
+        table.add_row(
+            host.name,
+            Text(host.status, HOST_COLOURS[host.status]),
+            f"{host.mem_available_bytes / 1e9:.1f} of {host.mem_total_bytes / 1e9:.1f} GB",
+            str(host.processors),
+            ", ".join(f"{key}={value}" for key, value in sorted(host.labels.items())) or "-",
+            _age((now() - host.since).total_seconds()),
+            Text(", ".join(host.replicas) or "-", overflow="fold"),
+        )
     out.print(table, soft_wrap=False)
 
 

@@ -32,6 +32,7 @@ from bus.broker import running_broker
 from bus.errors import BusError, Unavailable
 from bus.messages import now
 from bus.process import in_words
+from bus.tasks import beside
 from services.cli.console import Progress, out
 from services.cli.running import (
     RunFile,
@@ -51,6 +52,8 @@ BROKER_STOP_S: Final = 0.3
 WELL_S: Final = 60.0
 LONGEST_WAIT_S: Final = 10.0
 LOG_MAX_BYTES: Final = 1_000_000
+# What we started is waited for at once; a zombie that stays for this long is somebody else's.
+ORPHAN_S: Final = 0.3
 _PR_SET_CHILD_SUBREAPER: Final = 36
 
 T = TypeVar("T")
@@ -125,6 +128,7 @@ class _Platform:
         """
         began = time.monotonic()
         async with contextlib.AsyncExitStack() as stack:
+            await stack.enter_async_context(beside(_reap_orphans()))
             if self._options.nats:
                 await _check_broker(self._options.nats)
                 self._progress.say("broker", "answers", "green")
@@ -492,6 +496,36 @@ async def _stop(process: Process, stop_s: float) -> None:
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
             await process.wait()
+
+
+async def _reap_orphans() -> None:
+    """Wait for the ends of workers that became our children, for ever.
+
+    Unwaited for, they stay as zombies, and a new supervisor takes them for workers that hang.
+    """
+    died = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGCHLD, died.set)
+    seen: set[int] = set()
+    while True:
+        if not seen:
+            await died.wait()
+        died.clear()
+        await asyncio.sleep(ORPHAN_S)
+        seen = _reap(seen)
+
+
+def _reap(seen: set[int]) -> set[int]:
+    """Wait for those zombies that were seen before, and return the others."""
+    dead = set()
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.Error, ChildProcessError):
+            if child.status() != psutil.STATUS_ZOMBIE:
+                continue
+            if child.pid in seen:
+                os.waitpid(child.pid, os.WNOHANG)
+            else:
+                dead.add(child.pid)
+    return dead
 
 
 def _kill_all() -> None:

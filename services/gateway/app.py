@@ -21,7 +21,7 @@ from services.gateway.auth import Access, Gate, is_loopback
 from services.gateway.feeds import Feeds
 from services.gateway.pages import Pages
 from services.gateway.parts import PARTS, Parts
-from services.gateway.routes import access, capabilities, health, page, plugins
+from services.gateway.routes import access, capabilities, health, hosts, page, plugins
 from services.gateway.translate import dress, translated
 
 STOP_PATIENCE_S: Final = 5.0
@@ -45,6 +45,9 @@ ROUTES: Final[tuple[tuple[str, str, Handler, Access], ...]] = (
     ("POST", "/api/plugins/{name}/config", plugins.configure, ADMIN),
     ("POST", "/api/plugins/{name}/scale", plugins.scale, ADMIN),
     ("POST", "/api/plugins/{name}/rollback", plugins.rollback, ADMIN),
+    ("GET", "/api/hosts", hosts.list_all, READ),
+    ("POST", "/api/hosts/{name}/drain", hosts.drain, ADMIN),
+    ("POST", "/api/hosts/{name}/undrain", hosts.undrain, ADMIN),
     ("POST", "/api/capabilities/{capability}", capabilities.invoke, ADMIN),
     ("GET", "/admin/plugins", plugins.list_all, ADMIN),
     ("POST", "/admin/plugins/{name}/start", plugins.start, ADMIN),

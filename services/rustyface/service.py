@@ -7,8 +7,9 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Final, Protocol, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 
 import cv2
 import numpy as np
@@ -18,6 +19,7 @@ import structlog
 from bus import messages as m
 from bus.errors import Conflict, InvalidRequest, NotFound, Overloaded, Unprocessable
 from bus.instance import Instance
+from bus.probes import Route
 from bus.subjects import DATASET_MANAGE, FACES_ENCODE, FACES_SEARCH
 from bus.tasks import beside
 from services.rustyface import images, pipeline
@@ -109,6 +111,12 @@ def make_encoder(settings: RustyfaceSettings, data_dir: Path, cache_dir: Path) -
     return FaceEncoder(pipeline.load(cache_dir / "weights", models_dir))
 
 
+class NameDataset(m.Message, frozen=True):
+    """Names a dataset in a path; one that could not be a name is one that is not there."""
+
+    dataset: str
+
+
 class Rustyface:
     """Embeds, enrols and searches faces.
 
@@ -141,7 +149,10 @@ class Rustyface:
 
     async def run(self) -> None:
         """Serve until cancelled."""
-        async with beside(self._galleries.run()):
+        async with (
+            beside(self._galleries.run()),
+            self._instance.local_routes(*self._routes()),
+        ):
             await self._galleries.caught_up.wait()
             # First, so that there can be a file of the default dataset.
             if self._datasets_dir is not None:
@@ -171,6 +182,33 @@ class Rustyface:
     def _threshold_of(self, settings: RustyfaceSettings) -> float:
         own = THRESHOLDS[self._encoder.name]
         return own if settings.threshold is None else settings.threshold
+
+    def _routes(self) -> tuple[Route, ...]:
+        search = partial(self._instance.answer_here, FACES_SEARCH)
+        return (
+            Route("GET", "/health", m.Empty, self._health),
+            Route("GET", "/datasets", m.Empty, self._list_here),
+            Route("GET", "/datasets/{dataset}", NameDataset, self._show_here),
+            Route("POST", "/datasets/{dataset}/search", m.SearchFaces, search),
+        )
+
+    async def _health(self, _request: m.Empty) -> dict[str, Any]:
+        datasets = len(self._galleries.datasets())
+        return {"status": "ok", "datasets": datasets, "entries": self._galleries.entries}
+
+    async def _list_here(self, _request: m.Empty) -> m.DatasetList:
+        asked = m.ManageDataset(action="list")
+        return await self._instance.answer_here(DATASET_MANAGE, asked)
+
+    async def _show_here(self, request: NameDataset) -> m.DatasetInfo:
+        listed = (await self._list_here(m.Empty())).datasets
+        found = next((one for one in listed if one.id == request.dataset), None)
+        if found is None:
+            known = ", ".join(one.id for one in listed) or "none"
+            raise NotFound(
+                f"there is no dataset {request.dataset!r}; there are: {known}", field="dataset"
+            )
+        return found
 
     async def _encode(self, request: m.EncodeFace) -> m.EncodedFace:
         began = time.perf_counter()

@@ -10,6 +10,7 @@ import sys
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Final, Literal
 
 import psutil
@@ -20,6 +21,9 @@ from bus.process import in_words
 LINE_MAX_BYTES: Final = 16_384
 READ_BYTES: Final = 8_192
 RECORDS_KEPT: Final = 20
+# What of that is told with an unwanted end.
+LAST_LINES: Final = 8
+LAST_LINE_CHARS: Final = 300
 # A traceback is one record up to here; what follows is lines again.
 TRACEBACK_MAX_CHARS: Final = 65_536
 _PR_SET_PDEATHSIG: Final = 1
@@ -52,6 +56,7 @@ class Child:
         self._on_line = on_line
         self._said: deque[tuple[Output, str]] = deque(maxlen=RECORDS_KEPT)
         self._killed = False
+        self._killed_by_kernel = _kills_for_memory()
 
     async def ended(self) -> str:
         """Wait for its end and its last words, and return the end in words."""
@@ -71,8 +76,11 @@ class Child:
             for task in listening:
                 task.cancel()
             await asyncio.gather(*listening, return_exceptions=True)
-        by_somebody = status == -signal.SIGKILL and not self._killed
-        return in_words(status) + (" (by hand, or out of memory)" if by_somebody else "")
+        if status != -signal.SIGKILL or self._killed:
+            return in_words(status)
+        if _kills_for_memory() > self._killed_by_kernel:
+            return f"{in_words(status)}: the system was out of memory"
+        return f"{in_words(status)} (by hand?)"
 
     def stop(self) -> None:
         """Ask it to end."""
@@ -88,6 +96,21 @@ class Child:
         """Return the last words that it said, on stderr if there were any."""
         words = {name: said for name, record in self._said if (said := _last_words(record))}
         return words.get("stderr") or words.get("stdout")
+
+    def last_lines(self) -> list[str]:
+        """Return the lines that it printed last, the oldest first."""
+        lines = [line for _, record in self._said for line in record.splitlines()]
+        return [line[:LAST_LINE_CHARS] for line in lines[-LAST_LINES:]]
+
+    def mem_bytes(self) -> int:
+        """Return the resident memory of it and of what it started; 0 when it is gone."""
+        used = 0
+        with contextlib.suppress(psutil.Error):
+            family = [own := psutil.Process(self.pid), *own.children(recursive=True)]
+            for one in family:
+                with contextlib.suppress(psutil.Error):
+                    used += int(one.memory_info().rss)
+        return used
 
     def _signal_group(self, number: signal.Signals) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -155,6 +178,19 @@ def _if_ours(pid: int, env: Mapping[str, str]) -> psutil.Process | None:
         if all(there.get(mark) == env[mark] for mark in _MARKS):
             return found
     return None
+
+
+def _kills_for_memory() -> int:
+    """Return how often the kernel has killed a process for want of memory; 0 where it cannot say.
+
+    In the group that we run in, or since the system started.
+    """
+    for file, name in (("/sys/fs/cgroup/memory.events", "oom_kill"), ("/proc/vmstat", "oom_kill")):
+        with contextlib.suppress(OSError, ValueError):
+            for line in Path(file).read_text().splitlines():
+                if line.startswith(f"{name} "):
+                    return int(line.split()[1])
+    return 0
 
 
 def _last_words(record: str) -> str | None:

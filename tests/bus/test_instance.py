@@ -35,7 +35,7 @@ async def test_an_instance_is_seen_when_it_comes_when_it_is_ready_and_when_it_le
             await candle.ready()
             await until(lambda: view.get("candle").instances[0].status == "running")
             assert view.get("candle").instances[0].id == candle.id
-            assert view.get("candle").port == "internal"
+            assert view.get("candle").port == candle._registration.port > 0
         await until(lambda: view.get("candle") is None)
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from bus.errors import NotFound, Overloaded, Unavailable, Unprocessable
 from bus.instance import join
+from bus.messages import ModelSpec, ProcessState, now
 from bus.subjects import CANDLE_STATS, FACES_ENCODE, MODEL_RUN
 from bus.testing import until
 
@@ -122,6 +123,32 @@ async def test_a_model_that_nobody_has_loaded_is_404_while_candle_runs(gate, cli
         )
     assert "loaded" in problem["detail"]
     assert problem["field"] == "id"
+
+
+async def test_a_model_that_is_wanted_but_not_served_just_now_is_503(gate, client, settings):
+    spec = ModelSpec(id="m 1", path="m.json", checksum="0", format="linear", loaded_at=now())
+    await client.store.models.put(spec, "m 1")
+    async with join(
+        client, settings, plugin="candle", description="Empty.", capabilities=["candle.model.run"]
+    ) as worker:
+        await worker.ready()
+        await until(lambda: (s := gate.parts.view.get("candle")) and s.status == "running")
+        problem = await gate.post(
+            "/api/capabilities/candle.model.run", {"id": "m 1", "inputs": [[1]]}, status=503
+        )
+    assert "no instance of candle has this model ready just now" in problem["detail"]
+
+
+async def test_a_plugin_of_which_only_its_supervisor_speaks_is_503(gate, client, wanted):
+    await wanted(enabled=True)
+    alone = ProcessState(
+        plugin="echo", slot=0, host="h", status="running", generation=1, since=now(), pid=1
+    )
+    await client.store.processes.put(alone, "echo", 0)
+    await until(lambda: (s := gate.parts.view.get("echo")) and s.instances)
+    problem = await gate.post("/api/capabilities/echo.say", {}, status=503)
+    assert "echo" in problem["detail"]
+    assert "runs" not in problem["detail"]
 
 
 async def test_a_model_is_found_by_the_id_in_the_body(gate, client, settings):

@@ -23,7 +23,7 @@ async def test_health_lists_every_plugin_with_its_port(gate, worker, wanted):
     assert told["status"] == "ok"
     assert told["timestamp"].endswith("Z")
     assert told["plugins"] == [
-        {"name": "echo", "status": "running", "port": "internal"},
+        {"name": "echo", "status": "running", "port": worker._registration.port},
         {"name": "silent", "status": "stopped", "port": "n/a"},
     ]
 
@@ -35,6 +35,14 @@ async def test_ports_say_where_the_gateway_and_the_plugins_listen(gate, wanted):
         {"service": "gateway", "port": gate.parts.port, "status": "running"},
         {"service": "silent", "port": "n/a", "status": "stopped"},
     ]
+
+
+async def test_ports_show_a_worker_s_own_and_it_answers(gate, worker):
+    await until(lambda: (s := gate.parts.view.get("echo")) and s.status == "running")
+    _ours, echo = await gate.json("/admin/ports")
+    assert (echo["service"], echo["status"]) == ("echo", "running")
+    async with ClientSession() as http, http.get(f"http://127.0.0.1:{echo['port']}/readyz") as said:
+        assert said.status == 200
 
 
 async def test_ready_when_every_wanted_replica_is(gate, worker, wanted):

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import AsyncGenerator, Generator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,13 +48,20 @@ class Platform:
 @pytest.fixture(scope="module")
 def platform(tmp_path_factory: pytest.TempPathFactory) -> Generator[Platform]:
     """A running platform; in the end nothing of it is left."""
-    data_dir = tmp_path_factory.mktemp("platform") / "data"
+    with running_platform(tmp_path_factory.mktemp("platform")) as one:
+        yield one
+
+
+@contextmanager
+def running_platform(home: Path, **env: str) -> Generator[Platform]:
+    """Run a platform while inside; left, nothing of it is there any more."""
+    data_dir = home / "data"
     command = [sys.executable, "-m", "services.cli", "up", "--port", "0"]
     log = data_dir.parent / "up.log"
     with log.open("wb") as output:
         up = subprocess.Popen(
             [*command, "--data-dir", str(data_dir)],
-            stdout=output, stderr=output, cwd=REPOSITORY, env=without_bkg(),
+            stdout=output, stderr=output, cwd=REPOSITORY, env=without_bkg(**env),
         )  # fmt: skip
     try:
         yield asyncio.run(up_and_running(up, data_dir, log))

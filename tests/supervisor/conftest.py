@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 
+import msgspec
 import psutil
 import pytest
 
@@ -69,28 +70,21 @@ def supervise(client: Client, settings: Settings) -> Supervise:
     """Run a supervisor for a catalogue; in the end no process of it is left."""
 
     @asynccontextmanager
-    async def start(*configs: m.PluginConfig) -> AsyncGenerator[Supervisor]:
+    async def start(*configs: m.PluginConfig, **changes: object) -> AsyncGenerator[Supervisor]:
+        here = msgspec.structs.replace(settings, **changes)
         await catalogue.seed(client.store, configs)
         async with join(
-            client, settings, plugin="supervisor", description="a test", listed=False
+            client, here, plugin="supervisor", description="a test", listed=False
         ) as instance:
-            supervisor = Supervisor(client, instance, settings)
+            supervisor = Supervisor(client, instance, here)
             running = asyncio.create_task(supervisor.run())
             try:
                 yield supervisor
             finally:
-                children = psutil.Process().children(recursive=True)
+                children = [r.child.pid for r in supervisor._replicas.values() if r.child]
                 running.cancel()
                 results = await asyncio.gather(running, return_exceptions=True)
                 assert isinstance(results[0], asyncio.CancelledError), results
-                left = [c for c in children if c.is_running() and "w.py" in " ".join(_line(c))]
-                assert not left
+                assert not [pid for pid in children if psutil.pid_exists(pid)]
 
     return start
-
-
-def _line(process: psutil.Process) -> list[str]:
-    try:
-        return process.cmdline()
-    except psutil.Error:
-        return []

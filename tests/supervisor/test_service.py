@@ -116,7 +116,7 @@ async def test_a_killed_worker_is_brought_back(client, supervise, plugin):
         await until(lambda: _is(client, "running", other_than=pid))
         place = (await ask(client, PLUGINS_GET)).instances[0]
         assert place.restarts == 1
-        assert place.last_exit == "was ended by SIGKILL (by hand, or out of memory)"
+        assert place.last_exit == "was ended by SIGKILL (by hand?)"
 
 
 async def test_a_crash_loop_slows_down_and_says_so(client, supervise, plugin):
@@ -140,10 +140,16 @@ async def test_a_program_that_is_not_there_is_an_error_in_words(client, supervis
     assert error == "/no/such/program cannot be started: No such file or directory"
 
 
-async def test_a_restart_replaces_one_replica_at_a_time(client, supervise, plugin):
+@pytest.mark.parametrize(("room_factor", "fewest"), [(1.25, 3), (1e9, 2)])
+async def test_a_restart_replaces_one_replica_at_a_time(
+    client, supervise, plugin, monkeypatch, room_factor, fewest
+):
+    """Where there is memory for one more, all run all the time; else all but one."""
+    monkeypatch.setattr(service, "ROOM_FACTOR", room_factor)
     ready: list[int] = []
-    async with follow_plugins(client.store) as view, supervise(plugin(replicas=3)):
+    async with follow_plugins(client.store) as view, supervise(plugin(replicas=3)) as supervisor:
         await until(lambda: view.get("w") and view.get("w").replicas.ready == 3)
+        await until(lambda: all(r.mem_bytes for r in supervisor._replicas.values()))
         pids = {i.pid for i in view.get("w").instances}
         watching = True
 
@@ -154,13 +160,14 @@ async def test_a_restart_replaces_one_replica_at_a_time(client, supervise, plugi
                 ready.append(view.get("w").replicas.ready)
 
         watcher = asyncio.create_task(watch())
-        after = await ask(client, PLUGINS_RESTART)
+        after = await ask(client, PLUGINS_RESTART, 30)
         watching = False
         watcher.cancel()
+        await until(lambda: len(view.get("w").instances) == 3)
     assert after.status == "running"
     assert not pids & {i.pid for i in after.instances}
     assert {i.generation for i in after.instances} == {2}
-    assert min(ready) == 2
+    assert min(ready) == fewest
 
 
 async def test_a_hung_worker_is_found_and_replaced(client, supervise, plugin, monkeypatch):
@@ -467,3 +474,105 @@ async def _answers(client) -> bool:
     except Exception:  # noqa: BLE001 - not yet
         return False
     return True
+
+
+async def test_a_worker_that_takes_more_memory_than_it_may_is_replaced(
+    client, supervise, plugin, monkeypatch
+):
+    monkeypatch.setattr(service, "MEASURE_S", 0.2)
+    greedy = plugin(
+        then="""hold = bytearray(os.urandom(1024)) * (200 * 1024)
+        await asyncio.Event().wait()""",
+        memory_max_bytes=150 * 1024 * 1024,
+    )
+    async with follow_plugins(client.store) as view, supervise(greedy):
+        await until(lambda: (s := view.get("w")) and s.instances and s.instances[0].restarts, 20)
+        place = view.get("w").instances[0]
+        assert "MiB of memory; memoryMaxBytes allows 150 MiB" in (place.last_exit or "")
+
+
+async def test_what_a_worker_printed_last_is_told_with_its_end(client, supervise, plugin):
+    async with (
+        follow_plugins(client.store) as view,
+        supervise(
+            plugin("""
+            import sys
+            for n in range(30): print(f"line {n}", flush=True)
+            sys.exit("it cannot go on")
+        """)
+        ),
+    ):
+        await until(lambda: (s := view.get("w")) and s.status == "error")
+        place = view.get("w").instances[0]
+    assert {"line 29", "it cannot go on"} <= set(place.last_lines)
+    assert len(place.last_lines) <= 8
+    assert place.error == "ended with status 1: it cannot go on"
+
+
+async def test_its_ends_are_forgotten_after_it_ran_well(client, supervise, plugin, monkeypatch):
+    monkeypatch.setattr(service, "HEALTHY_S", 1.0)
+    monkeypatch.setattr(service, "MEASURE_S", 0.1)
+    monkeypatch.setattr(service, "WRITE_AGAIN_S", 0.2)
+    async with follow_plugins(client.store) as view, supervise(plugin()):
+        await until(lambda: _is(client, "running"))
+        pid = view.get("w").pid
+        os.kill(pid, signal.SIGKILL)
+        await until(lambda: view.get("w").instances[0].restarts == 1)
+        await until(lambda: view.get("w").instances[0].restarts == 0)
+        assert view.get("w").status == "running"
+
+
+async def test_the_story_of_a_place_is_kept(client, supervise, plugin):
+    async def story() -> list[str]:
+        events = await client.store.events(limit=100, name="w")
+        # Without those of who asked for something.
+        return [event.verb for event in events if event.by is None]
+
+    async with follow_plugins(client.store) as view, supervise(plugin()):
+        await until(lambda: _is(client, "running"))
+        pid = view.get("w").pid
+        os.kill(pid, signal.SIGKILL)
+        await until(lambda: _is(client, "running", other_than=pid))
+        await ask(client, PLUGINS_STOP)
+        expected = ["started", "ready", "crashed", "started", "ready", "draining", "stopped"]
+
+        async def told() -> bool:
+            return await story() == expected
+
+        await until(told)
+        crash = (await client.store.events(limit=100, name="w"))[2]
+    assert crash.cause == "was ended by SIGKILL (by hand?)"
+    assert (crash.kind, crash.slot, crash.host) == ("plugin", 0, "test-host")
+
+
+async def test_a_worker_that_fails_its_health_checks_in_a_row_is_replaced(
+    client, supervise, plugin
+):
+    check = m.Healthcheck(
+        path="/no-such-thing",
+        interval_seconds=0.1,
+        timeout_seconds=5,
+        failure_threshold=3,
+        startup_grace_seconds=0,
+    )
+    async with follow_plugins(client.store) as view, supervise(plugin(healthcheck=check)):
+        await until(lambda: (s := view.get("w")) and s.instances and s.instances[0].restarts, 20)
+        said = view.get("w").instances[0].last_exit
+    assert "3 health checks in a row failed: GET /no-such-thing was answered 404" in said
+
+
+async def test_a_worker_that_passes_its_health_checks_stays(client, supervise, plugin):
+    check = m.Healthcheck(
+        interval_seconds=0.1, timeout_seconds=5, failure_threshold=1, startup_grace_seconds=0
+    )
+    async with (
+        follow_plugins(client.store) as view,
+        supervise(plugin(healthcheck=check)) as supervisor,
+    ):
+        await until(lambda: _is(client, "running"))
+        [replica] = supervisor._replicas.values()
+        await until(replica.port.done)
+        pid = view.get("w").pid
+        heard = view.get("w").last_heartbeat
+        await until(lambda: view.get("w").last_heartbeat > heard, 20)
+        assert (view.get("w").pid, replica.fault) == (pid, None)

@@ -7,7 +7,7 @@ from aiohttp import hdrs, web
 
 from bus.errors import InvalidRequest, NobodyListens, NotAllowed, NotFound, Overloaded, Unavailable
 from bus.messages import PluginState
-from bus.subjects import CAPABILITIES, SUPERVISOR
+from bus.subjects import CAPABILITIES, MODEL_RUN, SUPERVISOR, name_of
 from services.gateway.parts import PARTS, Parts
 from services.gateway.translate import (
     answer_as_it_is,
@@ -41,7 +41,7 @@ async def invoke(request: web.Request) -> web.Response:
         try:
             relayed = await at.client.relay(subject, body, headers=headers, timeout_s=timeout_s)
         except NobodyListens:
-            raise _why_nobody(at, name) from None
+            raise await _why_nobody(at, name, subject) from None
     finally:
         at.relaying -= 1
     return answer_as_it_is(relayed)
@@ -55,7 +55,7 @@ def _capability(request: web.Request) -> str:
             f"digits, - and _ with dots between, at most {_NAME_MAX_CHARS} characters",
             field="capability",
         )
-    if name.partition(".")[0] == "plugins":
+    if name.partition(".")[0] in {"plugins", "hosts"}:
         raise NotAllowed(f"{name} is asked by its own route, such as POST /api/plugins/NAME/start")
     return name
 
@@ -69,7 +69,7 @@ def _subject(at: Parts, name: str, body: bytes, content_type: str | None) -> str
     return f"{at.client.root}.call.{name}"
 
 
-def _why_nobody(at: Parts, name: str) -> NotFound | Unavailable:
+async def _why_nobody(at: Parts, name: str, subject: str) -> NotFound | Unavailable:
     """Return what a caller can do about a capability for which nobody listens."""
     endpoint = CAPABILITIES.get(name)
     owners = [state for state in at.view.list() if name in state.capabilities]
@@ -79,8 +79,13 @@ def _why_nobody(at: Parts, name: str) -> NotFound | Unavailable:
         )
     if not owners:
         return _unknown(at, name)
-    running = next((state for state in owners if state.status in {"running", "degraded"}), None)
+    running = next((state for state in owners if _is_there(state)), None)
     if running and endpoint and endpoint.keys:
+        if endpoint is MODEL_RUN and await _is_wanted(at, subject):
+            # On its way: a replica leaves, or another one comes and reads it.
+            return Unavailable(
+                f"no instance of {running.name} has this model ready just now", retry_after_s=1
+            )
         return NotFound(
             f"no running instance of {running.name} has what {' and '.join(endpoint.keys)} "
             f"names loaded",
@@ -90,10 +95,29 @@ def _why_nobody(at: Parts, name: str) -> NotFound | Unavailable:
         return Unavailable(
             f"{running.name} runs, but does not answer {name} just now", retry_after_s=1
         )
+    if owners[0].status in {"running", "degraded"}:
+        return Unavailable(
+            f"{name} is answered by {owners[0].name}, of which no instance is there just now",
+            retry_after_s=2,
+        )
     return Unavailable(
         f"{name} is answered by {owners[0].name}, which is {owners[0].status}{_reason(owners[0])}",
         retry_after_s=2 if owners[0].status == "starting" else 10,
     )
+
+
+async def _is_wanted(at: Parts, subject: str) -> bool:
+    """Whether the model that a subject ends in should be served."""
+    return await at.client.store.models.get(name_of(subject.rpartition(".")[2])) is not None
+
+
+def _is_there(state: PluginState) -> bool:
+    """Whether an instance tells of itself that it runs.
+
+    The supervisor's word alone may be old: its workers leave when it is killed, and what it last
+    said of them stays until the next one comes.
+    """
+    return any(place.id and place.status == "running" for place in state.instances)
 
 
 def _reason(state: PluginState) -> str:

@@ -1,0 +1,79 @@
+"""The pages of docs/ that are written by hand say what the code does."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from bus import codec, instance
+from bus import messages as m
+from bus.errors import _KINDS as KINDS
+from bus.errors import ErrorBody
+from bus.state import OBSERVED_TTL_S
+from services.cli import up
+from services.gateway.routes import capabilities
+from services.supervisor import process, reconcile, service
+
+DOCS = Path(__file__).parents[1] / "docs"
+PROTOCOL = (DOCS / "worker-protocol.md").read_text()
+OPERATIONS = (DOCS / "operations.md").read_text()
+EXAMPLES = re.findall(r"```json (\w+)\n(.+?)```", PROTOCOL, re.DOTALL)
+
+
+@pytest.mark.parametrize(("kind", "body"), EXAMPLES, ids=[kind for kind, _ in EXAMPLES])
+def test_an_example_of_the_workers_protocol_is_read_whole(kind, body):
+    type_ = ErrorBody if kind == "ErrorBody" else getattr(m, kind)
+    sent = codec.decode(body.encode(), dict)
+    read = codec.decode(body.encode(), type_)
+    assert codec.decode(codec.encode(read), dict).keys() == sent.keys(), "a field was passed over"
+
+
+def test_every_message_of_a_worker_has_its_example():
+    told = {"PluginConfig", "Registration", "Heartbeat", "TelemetrySnapshot", "LogEvent"}
+    assert {kind for kind, _ in EXAMPLES} == told | {"ErrorBody"}
+
+
+def test_every_error_stands_in_the_workers_protocol_with_its_number():
+    assert {(f"`{kind.code}`", str(kind.number)) for kind in KINDS} == set(
+        re.findall(r"^\| (`[a-z-]+`) \| (\d{3}) \|", PROTOCOL, re.MULTILINE)
+    )
+
+
+@pytest.mark.parametrize(
+    "says",
+    [
+        f"expire {OBSERVED_TTL_S} s after",
+        f"and every {instance.REGISTER_AGAIN_S:g} s",
+        f"from `{instance.FIRST_FREE_SLOT}` to `{instance.LAST_FREE_SLOT}`",
+        f"silent for {reconcile.SILENCE_S:g} s is killed",
+        f"may be silent for {reconcile.STARTUP_GRACE_S:g} s",
+        f"it has {reconcile.STARTUP_MAX_S:g} s to become",
+        f"{reconcile.STOP_GRACE_S:g} s after SIGTERM",
+        f"already after {service.STOP_ALL_S:g} s",
+        f"again after {reconcile.BACKOFF_FIRST_S:g} s, then 1 s, 2 s",
+        f"up to {reconcile.BACKOFF_MAX_S:g} s; after {reconcile.HEALTHY_S:g} s of running well",
+        f"more than {process.LINE_MAX_BYTES:,} bytes",
+    ],
+)
+def test_the_figures_of_the_workers_protocol_are_those_of_the_code(says):
+    assert says in PROTOCOL
+
+
+@pytest.mark.parametrize(
+    "says",
+    [
+        f"{reconcile.BACKOFF_FIRST_S:g} s, doubled each time, at most",
+        f"at most {reconcile.BACKOFF_MAX_S:g} s | forgotten",
+        f"forgotten after {reconcile.HEALTHY_S:g} s",
+        f"at most {up.LONGEST_WAIT_S:g} s, less up to a fifth by chance | after {up.WELL_S:g} s",
+        f"silent for {reconcile.SILENCE_S:g} s",
+        f"{instance.MAX_IN_FLIGHT:,} requests at a time",
+        f"waits for {capabilities.RELAYING_MAX} answers",
+        f"killed {reconcile.STOP_GRACE_S:g} s after it was asked",
+        f"killed after {reconcile.STARTUP_GRACE_S:g} s without",
+        f"after {reconcile.STARTUP_MAX_S:g} s of heartbeats",
+        f"{OBSERVED_TTL_S} s after",
+    ],
+)
+def test_the_figures_of_the_operators_page_are_those_of_the_code(says):
+    assert says in OPERATIONS
