@@ -152,6 +152,10 @@ class Client:
         """Whether the broker can be reached just now."""
         return self._online.is_set()
 
+    async def online(self) -> None:
+        """Wait until the broker can be reached."""
+        await self._online.wait()
+
     @property
     def max_payload(self) -> int:
         """The largest body that can be sent, in bytes: the broker's limit less our headers."""

@@ -43,12 +43,13 @@ from bus.errors import (
     Unavailable,
     body_of,
 )
+from bus.metrics import Calls, Figures
 from bus.probes import Facts, Probes, Route
 from bus.settings import Settings
 from bus.state import OBSERVED_TTL_S
 from bus.subjects import HEALTH, TELEMETRY, Endpoint
 from bus.tasks import beside
-from bus.telemetry import Calls, Figures, Sampler
+from bus.telemetry import Sampler
 
 HEARTBEAT_S: Final = 1.0
 REGISTER_AGAIN_S: Final = OBSERVED_TTL_S / 3
@@ -162,6 +163,7 @@ class Instance:
         self._telemetry_changed = asyncio.Event()
         if telemetry_s is None:
             self.on_config(["telemetry_interval"], self._take_telemetry_interval)
+        self._worst_lag_ms = 0.0
 
     @property
     def in_flight(self) -> int:
@@ -454,6 +456,7 @@ class Instance:
             due = loop.time() + HEARTBEAT_S
             await asyncio.sleep(HEARTBEAT_S)
             self._lag_ms = max(0.0, 1e3 * (loop.time() - due))
+            self._worst_lag_ms = max(self._worst_lag_ms, self._lag_ms)
             beat = m.Heartbeat(
                 plugin=self.plugin,
                 slot=self.slot,
@@ -529,11 +532,12 @@ class Instance:
         self._telemetry_changed.clear()
 
     def _snapshot(self, sampler: Sampler) -> m.TelemetrySnapshot:
-        cpu, mem_bytes = sampler.sample()
+        used = sampler.sample()
+        lag_ms, self._worst_lag_ms = self._worst_lag_ms, 0.0
         return m.TelemetrySnapshot(
             plugin=self.plugin,
-            cpu=cpu,
-            mem_bytes=mem_bytes,
+            cpu=used.cpu,
+            mem_bytes=used.mem_bytes,
             timestamp=m.now(),
             slot=self.slot,
             instance=self.id,
@@ -542,7 +546,8 @@ class Instance:
                 "in_flight": self.in_flight,
                 "requests": sum(served.requests for served in self._served.values()),
                 "errors": sum(served.errors for served in self._served.values()),
-                "loop_lag_ms": round(self._lag_ms, 1),
+                "loop_lag_ms": round(lag_ms, 1),
+                **used.gauges,
                 **self.gauges,
             },
             models_loaded=self.counts.get("models_loaded"),

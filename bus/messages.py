@@ -516,6 +516,94 @@ class TelemetrySnapshot(State, frozen=True):
     gauges: dict[str, float] = {}
 
 
+class HostTelemetry(State, frozen=True):
+    """What a host has, and what of it is in use.
+
+    Attributes:
+        host: Its name.
+        timestamp: When.
+        processors: How many it may use: what is there, or the quota of its control group.
+        cpu: Percent of them in use since the last snapshot: 100 is all of them.
+        load: Processes that run or wait to: the averages over 1, 5 and 15 minutes.
+        mem_total_bytes: Its memory, or the limit of its control group.
+        mem_available_bytes: What of it is free for more.
+        disk_total_bytes: Size of the disk that has the data directory.
+        disk_free_bytes: What of it is free for us.
+    """
+
+    host: str
+    timestamp: datetime
+    processors: float
+    cpu: float
+    load: list[float]
+    mem_total_bytes: int
+    mem_available_bytes: int
+    disk_total_bytes: int
+    disk_free_bytes: int
+
+
+class BrokerTelemetry(State, frozen=True):
+    """What the broker keeps, and how fast it answers.
+
+    Attributes:
+        timestamp: When.
+        host: From where it was measured.
+        stored_bytes: What its streams hold on disk.
+        limit_bytes: What they may hold; absent without a limit for the account.
+        reserved_bytes: What they were promised.
+        streams: How many, buckets included.
+        consumers: How many readers.
+        round_trip_ms: From here to the broker and back.
+    """
+
+    timestamp: datetime
+    host: str
+    stored_bytes: int
+    streams: int
+    consumers: int
+    round_trip_ms: float
+    limit_bytes: int | None = None
+    reserved_bytes: int | None = None
+
+
+class SetLogLevel(State, frozen=True):
+    """Changes from which level an instance publishes its log records, for a while.
+
+    Attributes:
+        level: The least level.
+        seconds: After this time it falls back by itself.
+        by: Who asks.
+    """
+
+    level: Level
+    seconds: Annotated[float, Meta(gt=0, le=86_400)] = 600.0
+    by: str = "nats"
+
+
+class ToldInstance(State, frozen=True):
+    """An instance that was told something; one that is no plugin's has no id here."""
+
+    slot: int
+    id: str | None = None
+    host: str | None = None
+
+
+class LogLevelSet(State, frozen=True):
+    """Who was told to change its log level, and until when.
+
+    Attributes:
+        name: The plugin.
+        level: The least level that it publishes from now on.
+        until: When that ends.
+        told: Its instances.
+    """
+
+    name: str
+    level: Level
+    until: datetime
+    told: list[ToldInstance]
+
+
 class Event(State, frozen=True):
     """Something that happened, kept for 30 days.
 

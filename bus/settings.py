@@ -69,6 +69,33 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
+class LogLimits(msgspec.Struct, frozen=True, kw_only=True):
+    """How much the log stream keeps; what is not set stays as the stream has it.
+
+    Attributes:
+        max_records: `BKG_LOG_MAX_RECORDS`, for each plugin, slot and level.
+        max_bytes: `BKG_LOG_MAX_BYTES`, of all together.
+        max_days: `BKG_LOG_MAX_DAYS`.
+    """
+
+    max_records: int | None = None
+    max_bytes: int | None = None
+    max_days: int | None = None
+
+    @classmethod
+    def from_env(cls) -> "LogLimits":
+        """Read the environment.
+
+        Raises:
+            InvalidRequest: A variable has a value that it cannot have; names it.
+        """
+        return cls(
+            max_records=_between("BKG_LOG_MAX_RECORDS", 10, 10_000_000),
+            max_bytes=_between("BKG_LOG_MAX_BYTES", 1024 * 1024, 1024**4),
+            max_days=_between("BKG_LOG_MAX_DAYS", 1, 3_650),
+        )
+
+
 def default_data_dir() -> Path:
     """Return where this platform keeps a user's application data."""
     return Path(platformdirs.user_data_dir("bkg", appauthor=False))
@@ -100,4 +127,16 @@ def _number(variable: str, most: int | None = None) -> int | None:
         raise InvalidRequest(f"{variable} is {text!r}, not a whole number", field=variable)
     if most is not None and int(text) > most:
         raise InvalidRequest(f"{variable} is {text}; allowed is up to {most}", field=variable)
+    return int(text)
+
+
+def _between(variable: str, least: int, most: int) -> int | None:
+    text = os.environ.get(variable)
+    if not text:
+        return None
+    if not (text.isascii() and text.isdecimal()) or not least <= int(text) <= most:
+        raise InvalidRequest(
+            f"{variable} is {text[:40]!r}; allowed are whole numbers from {least:,} to {most:,}",
+            field=variable,
+        )
     return int(text)

@@ -13,7 +13,9 @@ import secrets
 from base64 import b64decode
 from collections import deque
 from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, Generic, TypeVar
 
@@ -28,18 +30,23 @@ from nats.js.api import ObjectMeta
 from bus import codec
 from bus import messages as m
 from bus.errors import Conflict, DeadlineExceeded, Internal, InvalidRequest, NotFound, Unavailable
+from bus.log_search import LEVELS, LogPage, LogQuery
+from bus.settings import LogLimits
 from bus.subjects import (
+    BROKER_TELEMETRY,
     EVENT,
     GALLERY_ENTRY,
     GALLERY_HEAD,
+    HOST_TELEMETRY,
     LIVE_LOG,
     LOG,
     STATUS,
     TELEMETRY,
+    Feed,
     name_of,
     token,
 )
-from bus.tasks import keeping_cancellation
+from bus.tasks import heed_cancellation, keeping_cancellation
 
 NS: Final = 1_000_000_000
 MIB: Final = 1024 * 1024
@@ -47,6 +54,11 @@ HEARTBEAT_S: Final = 1
 # A key of the observed bucket leaves when it was not written again for this long.
 OBSERVED_TTL_S: Final = 30
 WRITE_PATIENCE_S: Final = 15.0
+# The newest records are looked for in pieces of the stream, the last piece first.
+PIECE_RECORDS: Final = 5_000
+PIECE_MAX_RECORDS: Final = 50_000
+# A search that takes longer answers with what it has, and where to go on.
+SEARCH_S: Final = 5.0
 
 log = structlog.get_logger("bus.state")
 
@@ -77,12 +89,13 @@ class Changes(Generic[T]):
 
 @dataclass(frozen=True)
 class Stored:
-    """A message of a stream."""
+    """A message of a stream; `at` is when it was stored, in nanoseconds since 1970."""
 
     subject: str
     seq: int
     body: bytes
     headers: Mapping[str, str]
+    at: int = 0
 
 
 @dataclass(frozen=True)
@@ -146,8 +159,12 @@ class Stream:
 
     async def last_seq(self) -> int:
         """Return the sequence of the newest message, 0 when there never was one."""
+        return (await self.bounds())[1]
+
+    async def bounds(self) -> tuple[int, int]:
+        """Return the sequences of the oldest message that is there and of the newest one."""
         info = await _request(self._nc, f"$JS.API.STREAM.INFO.{self.name}", b"")
-        return int(info["state"]["last_seq"])
+        return int(info["state"]["first_seq"]), int(info["state"]["last_seq"])
 
     async def purge(self, subject: str, *, keep_from: int | None = None) -> None:
         """Delete the messages of a subject, which may have wildcards, below a sequence."""
@@ -157,7 +174,12 @@ class Stream:
         await _request(self._nc, f"$JS.API.STREAM.PURGE.{self.name}", json.dumps(asked).encode())
 
     async def follow(
-        self, subject: str, *, after: int = 0, latest_only: bool = False
+        self,
+        subject: str | Sequence[str],
+        *,
+        after: int = 0,
+        latest_only: bool = False,
+        since: datetime | None = None,
     ) -> AsyncIterator[Batch]:
         """Give the messages of a subject, which may have wildcards, and then every new one.
 
@@ -166,15 +188,21 @@ class Stream:
         message that was given (the ordered consumer of ADR-17). Ends only with the caller.
 
         Args:
-            subject: Which messages.
+            subject: Which messages; several subjects must not overlap.
             after: The sequence after which to begin.
             latest_only: Begin with the last message of each subject instead.
+            since: Begin with the first message that was stored at this moment or later instead.
         """
-        start = {"deliver_policy": "last_per_subject"} if latest_only and not after else None
+        start: dict[str, Any] | None = None
+        if latest_only and not after:
+            start = {"deliver_policy": "last_per_subject"}
+        elif since is not None and not after:
+            start = _from(since)
         pause_s = 0.1
         while True:
             try:
                 async with _consumer(self._nc, self.name, subject, start or _after(after)) as feed:
+                    heed_cancellation()
                     async for batch in feed:
                         pause_s = 0.1
                         if batch.messages:
@@ -186,16 +214,23 @@ class Stream:
                 pause_s = min(2 * pause_s, 2.0)
 
     async def read(
-        self, subject: str, *, after: int = 0, latest_only: bool = False
+        self,
+        subject: str | Sequence[str],
+        *,
+        after: int = 0,
+        latest_only: bool = False,
+        since: datetime | None = None,
     ) -> AsyncIterator[Stored]:
         """Give what is there now, and end."""
-        following = self.follow(subject, after=after, latest_only=latest_only)
+        following = self.follow(subject, after=after, latest_only=latest_only, since=since)
         async with contextlib.aclosing(following) as batches:  # type: ignore[type-var]
             async for batch in batches:
                 for message in batch.messages:
                     yield message
                 if batch.caught_up:
                     return
+                # A full queue is read without waiting: the others have their turn in between.
+                await asyncio.sleep(0)
 
 
 class Bucket(Generic[T]):
@@ -392,10 +427,21 @@ class Store:
         if "error" in reply:
             raise Unavailable(f"the broker's JetStream cannot be used: {reply['error']}")
 
-    async def declare(self) -> None:
-        """Make every bucket and stream that is missing, and bring the others up to date."""
+    async def declare(self, logs: LogLimits | None = None) -> None:
+        """Make every bucket and stream that is missing, and bring the others up to date.
+
+        Args:
+            logs: How much the log stream keeps; the environment says it if None.
+
+        Raises:
+            InvalidRequest: The environment has a limit that there cannot be.
+        """
+        limits = _limits(LogLimits.from_env() if logs is None else logs)
         for config in _assets(self._root):
-            await self._declare(config)
+            if config["name"] == self._logs.name:
+                await self._declare(config | limits, kept=_LIMITS.keys() - limits.keys())
+            else:
+                await self._declare(config)
 
     async def delete_everything(self) -> None:
         """Delete every bucket and stream of this deployment, with all that they hold."""
@@ -420,15 +466,134 @@ class Store:
             after: Only those with a greater sequence.
             level: Only those of this level.
         """
-        which = {"plugin": plugin, "level": level}
-        subject = LOG.subject(self._root, **{k: v for k, v in which.items() if v is not None})
-        newest: deque[m.LogEvent] = deque(maxlen=limit)
-        async for stored in self._logs.read(subject, after=after or 0):
-            # What somebody published by hand may be anything.
+        levels = LEVELS if level is None else (level,)
+        query = LogQuery(limit=limit, plugin=plugin, after=after, levels=levels)
+        return (await self.search_logs(query)).records
+
+    async def search_logs(self, query: LogQuery) -> LogPage:
+        """Return the records that somebody looks for: the newest or the oldest of them.
+
+        A search that has taken `SEARCH_S` ends with what it has found, and says where to go on.
+        """
+        deadline = asyncio.get_running_loop().time() + SEARCH_S
+        if query.oldest:
+            return await self._first_logs(query, deadline)
+        return await self._newest_logs(query, deadline)
+
+    async def _newest_logs(self, query: LogQuery, deadline: float) -> LogPage:
+        """Read the stream in pieces, the last one first, until enough was found."""
+        loop = asyncio.get_running_loop()
+        first, last = await self._logs.bounds()
+        below = min(last + 1, query.before) if query.before is not None else last + 1
+        floor, next_after = max(query.after or 0, first - 1), below - 1
+        if query.since is not None:
+            floor = max(floor, await self._before(query.since, last))
+        found: list[m.LogEvent] = []
+        piece = max(PIECE_RECORDS, query.limit)
+        while below - 1 > floor and len(found) < query.limit:
+            start = max(floor, below - 1 - piece)
+            more, examined = await self._piece(query, start, below)
+            found = more + found
+            below = start + 1
+            # The rings leave wide holes in the numbers: pieces grow while little is in them.
+            if examined < PIECE_MAX_RECORDS:
+                piece *= 16 if examined < piece // 16 else 4
+            # Behind the first piece, so that the one who asks again gets on.
+            if loop.time() > deadline:
+                break
+        if len(found) > query.limit:
+            found = found[-query.limit :]
+            below = found[0].seq or below
+        if query.until is not None and found:
+            next_after = found[-1].seq or next_after
+        complete = below - 1 <= floor
+        return LogPage(found, next_after, None if complete else below, complete)
+
+    async def _first_logs(self, query: LogQuery, deadline: float) -> LogPage:
+        loop = asyncio.get_running_loop()
+        found: list[m.LogEvent] = []
+        since, until = _ns(query.since), _ns(query.until)
+        after = query.after or 0
+        reading = self._logs.read(self._log_subjects(query), after=after, since=query.since)
+        async with contextlib.aclosing(reading) as messages:  # type: ignore[type-var]
+            async for stored in messages:
+                if query.before is not None and stored.seq >= query.before:
+                    break
+                if until is not None and stored.at >= until:
+                    break
+                after = stored.seq
+                record = _record(stored)
+                if record and (since is None or stored.at >= since) and query.matches(record):
+                    found.append(record)
+                if len(found) == query.limit or loop.time() > deadline:
+                    return LogPage(found, next_after=after, complete=False)
+        return LogPage(found, next_after=after)
+
+    async def _piece(self, query: LogQuery, after: int, below: int) -> tuple[list[m.LogEvent], int]:
+        """Return what fits between two sequences, both left out, and how much was looked at."""
+        until = _ns(query.until)
+        found: list[m.LogEvent] = []
+        examined = 0
+        reading = self._logs.read(self._log_subjects(query), after=after)
+        async with contextlib.aclosing(reading) as messages:  # type: ignore[type-var]
+            async for stored in messages:
+                if stored.seq >= below or (until is not None and stored.at >= until):
+                    break
+                examined += 1
+                if (record := _record(stored)) is not None and query.matches(record):
+                    found.append(record)
+        return found, examined
+
+    async def _before(self, since: datetime, last: int) -> int:
+        """Return the sequence of the last record that was stored before a moment."""
+        reading = self._logs.read(LOG.subject(self._root), since=since)
+        async with contextlib.aclosing(reading) as messages:  # type: ignore[type-var]
+            async for stored in messages:
+                return stored.seq - 1
+        return last
+
+    def _log_subjects(self, query: LogQuery) -> str | list[str]:
+        named: dict[str, str | int] = {}
+        if query.plugin is not None:
+            named["plugin"] = query.plugin
+        if query.slot is not None:
+            named["slot"] = query.slot
+        if len(query.levels) == len(LEVELS):
+            return LOG.subject(self._root, **named)
+        return [LOG.subject(self._root, level=level, **named) for level in query.levels]
+
+    async def store_log(self, record: m.LogEvent, *, once: str) -> None:
+        """Store a record and wait until it is; all that was published before it is stored then.
+
+        Args:
+            record: The record.
+            once: Its own name: stored again under it, it is there once.
+
+        Raises:
+            Unavailable: The broker did not store it in time.
+        """
+        subject = LOG.subject(
+            self._root, plugin=record.plugin, slot=record.slot or 0, level=record.level
+        )
+        await self._logs.append(subject, codec.encode(record), headers={"Nats-Msg-Id": once})
+
+    async def history(self, feed: Feed[T], since: datetime, **tokens: str | int) -> list[T]:
+        """Return what of a feed of telemetry was stored since a moment, oldest first."""
+        kept: list[T] = []
+        subject = feed.subject(self._root, **tokens)
+        async for stored in self._telemetry.read(subject, since=since):
             with contextlib.suppress(InvalidRequest):
-                record = codec.decode(stored.body, m.LogEvent)
-                newest.append(msgspec.structs.replace(record, seq=stored.seq))
-        return list(newest)
+                kept.append(codec.decode(stored.body, feed.payload))
+        return kept
+
+    async def newest(self, feed: Feed[T], **tokens: str | int) -> T | None:
+        """Return the last message of a feed of telemetry, or None when there is none."""
+        stored = await self._telemetry.last(feed.subject(self._root, **tokens))
+        return codec.decode(stored.body, feed.payload) if stored else None
+
+    async def account(self) -> dict[str, Any]:
+        """Return what the broker tells of its JetStream: storage, streams, consumers, limits."""
+        return await _request(self._nc, "$JS.API.INFO", b"", patience_s=5.0)
 
     async def telemetry(self) -> list[m.TelemetrySnapshot]:
         """Return the last snapshot of every instance."""
@@ -455,7 +620,10 @@ class Store:
         limit: int,
         kind: str | None = None,
         name: str | None = None,
+        verb: str | None = None,
         after: int | None = None,
+        since: datetime | None = None,
+        oldest: bool = False,
     ) -> list[m.Event]:
         """Return the newest events, oldest first, with their sequence.
 
@@ -463,21 +631,42 @@ class Store:
             limit: How many at most.
             kind: Only those of plugins, or of hosts.
             name: Only those of this plugin or host.
+            verb: Only those of this verb.
             after: Only those with a greater sequence.
+            since: Only those stored from this moment on.
+            oldest: The first of them instead of the newest.
         """
-        which = {"kind": kind, "name": name}
+        which = {"kind": kind, "name": name, "verb": verb}
         subject = EVENT.subject(self._root, **{k: v for k, v in which.items() if v is not None})
-        newest: deque[m.Event] = deque(maxlen=limit)
-        async for stored in self._events.read(subject, after=after or 0):
-            with contextlib.suppress(InvalidRequest):
-                event = codec.decode(stored.body, m.Event)
-                newest.append(msgspec.structs.replace(event, seq=stored.seq))
-        return list(newest)
+        found: deque[m.Event] = deque(maxlen=None if oldest else limit)
+        first = _ns(since)
+        reading = self._events.read(subject, after=after or 0, since=since)
+        async with contextlib.aclosing(reading) as messages:  # type: ignore[type-var]
+            async for stored in messages:
+                event = _event(stored)
+                if event is not None and (first is None or stored.at >= first):
+                    found.append(event)
+                if oldest and len(found) == limit:
+                    break
+        return list(found)
 
-    async def _declare(self, config: dict[str, Any]) -> None:
-        body = json.dumps(config).encode()
+    async def follow_events(
+        self, *, after: int = 0, since: datetime | None = None
+    ) -> AsyncIterator[m.Event]:
+        """Give every event behind a sequence, or since a moment, and every new one, without end."""
+        subject = EVENT.subject(self._root)
+        async for batch in self._events.follow(subject, after=after, since=since):
+            for stored in batch.messages:
+                if (event := _event(stored)) is not None:
+                    yield event
+
+    async def _declare(self, config: dict[str, Any], kept: AbstractSet[str] = frozenset()) -> None:
+        """Make a stream, or bring it up to date but for what is `kept` as it has it."""
         name = config["name"]
         reply = await _request(self._nc, f"$JS.API.STREAM.INFO.{name}", b"", error_is_reply=True)
+        if "error" not in reply:
+            config = config | {key: reply["config"][key] for key in kept}
+        body = json.dumps(config).encode()
         if "error" in reply:
             # Another process may make it at this moment: the same one twice is no error.
             reply = await _request(
@@ -490,6 +679,37 @@ class Store:
             )
         if "error" in reply:
             raise Internal(f"stream {name} cannot be made: {reply['error'].get('description')}")
+
+
+def _record(stored: Stored) -> m.LogEvent | None:
+    """Return a stored log record; None for what somebody published by hand: it may be anything."""
+    try:
+        record = codec.decode(stored.body, m.LogEvent)
+    except InvalidRequest:
+        return None
+    return msgspec.structs.replace(record, seq=stored.seq)
+
+
+def _event(stored: Stored) -> m.Event | None:
+    try:
+        event = codec.decode(stored.body, m.Event)
+    except InvalidRequest:
+        return None
+    return msgspec.structs.replace(event, seq=stored.seq)
+
+
+def _ns(moment: datetime | None) -> int | None:
+    """Return a moment as the broker counts: in nanoseconds since 1970."""
+    return None if moment is None else int(moment.timestamp() * 1e6) * 1_000
+
+
+# What of the log stream's limits can be set, and what one of them is to the broker.
+_LIMITS: Final = {"max_msgs_per_subject": 1, "max_bytes": 1, "max_age": 86_400 * NS}
+
+
+def _limits(logs: LogLimits) -> dict[str, int]:
+    wanted = zip(_LIMITS.items(), (logs.max_records, logs.max_bytes, logs.max_days), strict=True)
+    return {name: one * count for (name, one), count in wanted if count is not None}
 
 
 _WRONG_LAST_SEQUENCE = {10071, 10164}
@@ -517,10 +737,13 @@ def _assets(root: str) -> list[dict[str, Any]]:
         },
         {
             "name": f"{root}-telemetry",
-            "description": "telemetry snapshots, a ring for each instance",
-            "subjects": [TELEMETRY.subject(root)],
-            "max_msgs_per_subject": 1_800,
-            "max_bytes": 64 * MIB,
+            "description": "telemetry of instances, hosts and the broker, a ring for each",
+            "subjects": [
+                feed.subject(root) for feed in (TELEMETRY, HOST_TELEMETRY, BROKER_TELEMETRY)
+            ],
+            # An hour at one snapshot a second, two at one every other.
+            "max_msgs_per_subject": 3_600,
+            "max_bytes": 128 * MIB,
             "max_age": 86_400 * NS,
             **flood,
         },
@@ -660,6 +883,13 @@ async def _request(
     return answer
 
 
+def _from(since: datetime) -> dict[str, Any]:
+    # Before 1970 nothing was stored, and the broker's clock cannot say it.
+    moment = max(since, datetime(1970, 1, 1, tzinfo=UTC)).astimezone(UTC)
+    start = moment.isoformat(timespec="microseconds").replace("+00:00", "Z")
+    return {"deliver_policy": "by_start_time", "opt_start_time": start}
+
+
 def _after(seq: int) -> dict[str, Any]:
     if seq:
         return {"deliver_policy": "by_start_sequence", "opt_start_seq": seq + 1}
@@ -668,17 +898,24 @@ def _after(seq: int) -> dict[str, Any]:
 
 @contextlib.asynccontextmanager
 async def _consumer(
-    nc: Nats, stream: str, subject: str, start: dict[str, Any]
+    nc: Nats, stream: str, subject: str | Sequence[str], start: dict[str, Any]
 ) -> AsyncIterator[AsyncIterator[Batch]]:
     """Hold an ephemeral push consumer while inside; its batches end in Unavailable when it lost."""
     inbox = nc.new_inbox()
     arrived: asyncio.Queue[Msg] = asyncio.Queue()
     heard = await nc.subscribe(inbox, cb=arrived.put, pending_bytes_limit=512 * MIB)
     name = f"follow-{secrets.token_hex(6)}"
+    create = f"$JS.API.CONSUMER.CREATE.{stream}.{name}"
+    only: dict[str, Any]
+    if isinstance(subject, str):
+        # With its one filter in the subject, permissions can limit it.
+        only, create = {"filter_subject": subject}, f"{create}.{subject}"
+    else:
+        only = {"filter_subjects": list(subject)}
     config = {
         "name": name,
         "deliver_subject": inbox,
-        "filter_subject": subject,
+        **only,
         "ack_policy": "none",
         "max_deliver": 1,
         "flow_control": True,
@@ -691,7 +928,7 @@ async def _consumer(
     try:
         made = await _request(
             nc,
-            f"$JS.API.CONSUMER.CREATE.{stream}.{name}.{subject}",
+            create,
             json.dumps({"stream_name": stream, "config": config}).encode(),
         )
         yield _batches(nc, arrived, int(made["num_pending"]))
@@ -720,12 +957,12 @@ async def _batches(
             if (message.headers or {}).get("Status") == "100":
                 await _obey(nc, message, expected)
             else:
-                seq, delivered, pending = _numbers(message.reply)
+                seq, delivered, at, pending = _numbers(message.reply)
                 if delivered != expected:
                     raise Unavailable("the consumer lost a message")
                 expected += 1
                 batch.append(
-                    Stored(message.subject, seq, message.data, dict(message.headers or {}))
+                    Stored(message.subject, seq, message.data, dict(message.headers or {}), at)
                 )
             if arrived.empty() or len(batch) >= 1_000:
                 break
@@ -746,12 +983,12 @@ async def _obey(nc: Nats, control: Msg, expected: int) -> None:
         raise Unavailable("the consumer lost a message")
 
 
-def _numbers(reply: str) -> tuple[int, int, int]:
-    """Return stream sequence, delivery sequence and pending of `$JS.ACK....` (ADR-15)."""
+def _numbers(reply: str) -> tuple[int, int, int, int]:
+    """Return stream and delivery sequence, time stored and pending of `$JS.ACK...` (ADR-15)."""
     parts = reply.split(".")
     # 9 tokens, or 12 with domain and account hash before and a random token behind.
     at = 5 if len(parts) == 9 else 7
-    return int(parts[at]), int(parts[at + 1]), int(parts[at + 3])
+    return int(parts[at]), int(parts[at + 1]), int(parts[at + 2]), int(parts[at + 3])
 
 
 def _stored_in_json(message: Mapping[str, Any]) -> Stored:

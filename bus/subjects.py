@@ -229,7 +229,30 @@ LIVE_LOG = Feed(
 TELEMETRY = Feed("telemetry.{plugin}.{slot}", m.TelemetrySnapshot, heard_by=("gateway", "operator"))
 STATUS = Feed("status.{plugin}.{slot}", m.InstanceState, sent_by=("supervisor",))
 HEALTH = Feed("health.{plugin}.{slot}", m.Heartbeat, heard_by=("supervisor", "operator"))
-EVENT = Feed("event.{kind}.{name}.{verb}", m.Event, sent_by=("supervisor",))
+HOST_TELEMETRY = Feed(
+    "hosts.{host}.telemetry",
+    m.HostTelemetry,
+    sent_by=("supervisor",),
+    heard_by=("gateway", "operator"),
+)
+BROKER_TELEMETRY = Feed(
+    "broker.telemetry",
+    m.BrokerTelemetry,
+    sent_by=("supervisor",),
+    heard_by=("gateway", "operator"),
+)
+LOG_LEVEL = Feed(
+    "inst.{plugin}.{slot}.log-level",
+    m.SetLogLevel,
+    sent_by=("gateway", "operator"),
+    heard_by=("instance",),
+)
+EVENT = Feed(
+    "event.{kind}.{name}.{verb}",
+    m.Event,
+    sent_by=("supervisor",),
+    heard_by=("gateway", "operator"),
+)
 GALLERY_HEAD = Feed(
     "gallery.{gallery}.head", m.GalleryHead, sent_by=("rustyface",), heard_by=("rustyface",)
 )
@@ -246,4 +269,7 @@ def gallery_events(root: str) -> str:
     return f"{root}.gallery.>"
 
 
-FEEDS = (LOG, LIVE_LOG, TELEMETRY, STATUS, HEALTH, EVENT, GALLERY_HEAD, GALLERY_ENTRY)
+FEEDS = (
+    LOG, LIVE_LOG, TELEMETRY, HOST_TELEMETRY, BROKER_TELEMETRY, LOG_LEVEL,
+    STATUS, HEALTH, EVENT, GALLERY_HEAD, GALLERY_ENTRY,
+)  # fmt: skip

@@ -60,3 +60,15 @@ async def beside(*work: Coroutine[Any, Any, None]) -> AsyncGenerator[None]:
             for task in left:
                 task.cancel()
             _, left = await asyncio.wait(left, timeout=1)
+
+
+def heed_cancellation() -> None:
+    """End here if this task was cancelled while it waited for an answer.
+
+    `asyncio.wait_for` of Python 3.11 swallows a cancellation that meets a result (cpython#86296),
+    and nats-py waits for its answers that way: a task that then went on to follow something
+    would never end.
+    """
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError

@@ -11,16 +11,19 @@ WINGS = ("cli", "supervisor", "candle", "rustyface", "gateway")
 # From the ground up; a room may use those below it.
 FLOORS = (
     {"errors", "messages"},
-    {"codec", "masking", "subjects", "tasks", "settings", "process", "telemetry"},
+    {"codec", "masking", "subjects", "tasks", "settings", "process", "redaction"},
+    {"log_search"},
     {"state"},
     {"client", "plugins", "broker", "reference"},
-    {"logs", "probes"},
+    {"logs", "telemetry", "metrics", "probes"},
     {"instance"},
     {"testing"},
 )
 OUTSIDERS = {
     "nats": {"bus/client.py", "bus/state.py"},
-    "psutil": {"bus/telemetry.py", "services/supervisor/process.py", "services/cli"},
+    "psutil": {"bus/telemetry.py", "bus/metrics.py", "services/supervisor/process.py",
+               "services/cli"},
+    "re2": {"bus/log_search.py"},
     "msgpack": {"bus/codec.py"},
     "onnx": {"services/candle/runtimes/onnx.py", "services/candle/models/make.py",
              "services/rustyface/weights.py"},
@@ -29,7 +32,7 @@ OUTSIDERS = {
     "cv2": {"services/rustyface"},
     "aiohttp": {"bus/probes.py", "services/gateway", "services/cli",
                 "services/supervisor/health.py"},
-    "prometheus_client": {"bus/telemetry.py", "bus/probes.py"},
+    "prometheus_client": {"bus/metrics.py", "bus/probes.py"},
     "typer": {"services/cli"},
     "jsonschema": {"services/supervisor/config.py"},
     "referencing": {"services/supervisor/config.py"},

@@ -42,6 +42,12 @@ Nats = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 HostName = Annotated[str, typer.Argument(metavar="HOST", help="The host's name.")]
 PluginName = Annotated[str, typer.Argument(metavar="PLUGIN", help="The plugin's name.")]
+Since = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TIME", help="How long ago, as 15m, 2h, 1d, or a time.", show_default="ever"
+    ),
+]
 CommandTimeout = Annotated[
     float, typer.Option("--timeout", min=0.1, max=600, help="Seconds to wait until it is done.")
 ]
@@ -191,6 +197,62 @@ def restart(
     _command("restart", plugin, timeout, nats, data_dir, as_json=as_json)
 
 
+@plugins_app.command("log-level")
+def log_level(
+    plugin: PluginName,
+    level: Annotated[
+        Literal["debug", "info", "warn", "error"],
+        typer.Argument(help="This one and worse are published."),
+    ],
+    *,
+    lasts: Annotated[
+        str, typer.Option("--for", metavar="TIME", help="As 90s, 10m, 2h; at most a day.")
+    ] = "10m",
+    nats: Nats = None,
+    data_dir: DataDir = None,
+    as_json: AsJson = False,
+) -> None:
+    """Change what a plugin's instances log, for a while; then it falls back by itself."""
+    from services.cli import plugins
+
+    plugins.run(
+        plugins.log_level(
+            plugin, level, nats or None, _data_dir(data_dir), lasts=lasts, as_json=as_json
+        )
+    )
+
+
+@app.command()
+def events(
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="Plugin or host.", show_default="all")
+    ] = None,
+    *,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with what comes.")] = False,
+    since: Since = None,
+    limit: Annotated[
+        int, typer.Option("--limit", "-n", min=1, max=100_000, help="How many of the newest.")
+    ] = 200,
+    nats: Nats = None,
+    data_dir: DataDir = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what happened to plugins and hosts, the oldest first."""
+    from services.cli import plugins
+
+    plugins.run(
+        plugins.events(
+            name,
+            nats or None,
+            _data_dir(data_dir),
+            follow=follow,
+            since=since,
+            limit=limit,
+            as_json=as_json,
+        )
+    )
+
+
 @plugins_app.command()
 def scale(
     plugin: PluginName,
@@ -296,6 +358,16 @@ def logs(
     level: Annotated[
         Literal["debug", "info", "warn", "error"] | None, typer.Option(help="This one and worse.")
     ] = None,
+    slot: Annotated[
+        int | None, typer.Option(min=0, help="Of which instance.", show_default="all")
+    ] = None,
+    since: Since = None,
+    grep: Annotated[
+        str | None,
+        typer.Option(
+            metavar="REGEX", help="Matched with message and fields (RE2).", show_default="all"
+        ),
+    ] = None,
     limit: Annotated[
         int, typer.Option("--limit", "-n", min=1, max=100_000, help="How many of the newest.")
     ] = 200,
@@ -313,6 +385,9 @@ def logs(
             _data_dir(data_dir),
             follow=follow,
             level=level,
+            slot=slot,
+            since=since,
+            grep=grep,
             limit=limit,
             as_json=as_json,
         )

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bus import codec
-from bus.messages import HostInfo, LogEvent, PluginState, now
+from bus.messages import Event, HostInfo, LogEvent, LogLevelSet, PluginState, now
 
 COLOURS: Final = {
     "running": "green",
@@ -23,6 +23,7 @@ COLOURS: Final = {
     "error": "red",
 }
 HOST_COLOURS: Final = {"ready": "green", "draining": "yellow", "drained": "dim", "lost": "red"}
+BAD_VERBS: Final = {"crashed", "degraded", "lost"}
 LEVEL_COLOURS: Final = {"debug": "dim", "info": "", "warn": "yellow", "error": "bold red"}
 
 # Soft wrapping leaves it to the terminal to break lines, so that links can be copied whole.
@@ -94,6 +95,29 @@ def show_log(event: LogEvent) -> None:
         line.append(f" {name}=", "dim")
         line.append(str(value))
     out.print(line)
+
+
+def show_event(event: Event) -> None:
+    """Print one event as a line."""
+    line = Text()
+    line.append(event.timestamp.astimezone().strftime("%Y-%m-%d %H:%M:%S"), "dim")
+    line.append(f" {event.kind} ", "dim")
+    line.append(event.name if event.slot is None else f"{event.name}/{event.slot}", "cyan")
+    line.append(f" {event.verb}", "bold red" if event.verb in BAD_VERBS else "")
+    for name, value in (("on", event.host), ("by", event.by)):
+        if value:
+            line.append(f" {name} ", "dim").append(value)
+    if event.cause:
+        line.append(f": {event.cause}")
+    out.print(line)
+
+
+def show_log_level(told: LogLevelSet) -> None:
+    """Print who was told to change its log level, and until when."""
+    until = told.until.astimezone().strftime("%H:%M:%S")
+    for one in told.told:
+        where = f" on {one.host}" if one.host else ""
+        out.print(f"{told.name}/{one.slot}{where}: {told.level} and worse until {until}")
 
 
 class Progress:

@@ -1,12 +1,12 @@
-"""The commands that talk to a running platform: status, plugins, logs, call, worker."""
+"""The commands that talk to a running platform: status, plugins, logs, events, call, worker."""
 
 import asyncio
 import contextlib
-import itertools
 import os
 import sys
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import asynccontextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,7 +16,9 @@ import typer
 from bus import codec
 from bus.client import Client, connect
 from bus.errors import BusError, InvalidRequest, NotFound
-from bus.messages import Empty, Level, LogEvent, NamePlugin, PluginConfig
+from bus.log_search import LogQuery, at_least, matcher, moment_in, seconds_in
+from bus.logs import tell_log_level
+from bus.messages import Empty, Level, NamePlugin, PluginConfig, SetLogLevel, now
 from bus.subjects import (
     CAPABILITIES,
     DEFAULT_ROOT,
@@ -26,11 +28,18 @@ from bus.subjects import (
     PLUGINS_START,
     PLUGINS_STOP,
 )
-from services.cli.console import out, show_answer, show_json, show_log, show_plugins
+from services.cli.console import (
+    out,
+    show_answer,
+    show_event,
+    show_json,
+    show_log,
+    show_log_level,
+    show_plugins,
+)
 from services.cli.running import broker_url, read_run_file
 
 COMMANDS: Final = {"start": PLUGINS_START, "stop": PLUGINS_STOP, "restart": PLUGINS_RESTART}
-LEVELS: Final[tuple[Level, ...]] = ("debug", "info", "warn", "error")
 # What the answer to a command may take on its way, above the time that the command itself has.
 WAY_S: Final = 5.0
 
@@ -80,28 +89,90 @@ async def logs(
     *,
     follow: bool,
     level: Level | None,
+    slot: int | None,
+    since: str | None,
+    grep: str | None,
     limit: int,
     as_json: bool,
 ) -> None:
     """Print the newest log records, oldest first, and then what comes, when asked to."""
-    wanted = LEVELS if level is None else LEVELS[LEVELS.index(level) :]
+    with _usage("--grep"):
+        matches = matcher(regex=grep)
+    query = LogQuery(
+        limit=limit,
+        plugin=plugin,
+        slot=slot,
+        levels=at_least(level or "debug"),
+        since=_since(since),
+        matches=matches,
+    )
     show = show_json if as_json else show_log
-    tokens: dict[str, str] = {"plugin": plugin} if plugin else {}
+    which = {"plugin": plugin, "slot": slot}
+    tokens = {name: value for name, value in which.items() if value is not None}
     async with connected(nats, data_dir) as client, contextlib.AsyncExitStack() as stack:
         # Listening begins before the past is read: so nothing falls between them, and what is in
         # both is known by its number.
         live = None
         if follow:
             live = await stack.enter_async_context(client.follow(LIVE_LOG, **tokens))
-        past = await _past(client, plugin, wanted, limit)
-        for event in past:
-            show(event)
+        page = await client.store.search_logs(query)
+        for record in page.records:
+            show(record)
         if live is None:
             return
-        last = past[-1].seq or 0 if past else 0
         async for received in live:
-            if (received.seq or last + 1) > last and received.payload.level in wanted:
-                show(msgspec.structs.replace(received.payload, seq=received.seq))
+            record = msgspec.structs.replace(received.payload, seq=received.seq)
+            is_new = record.seq is None or record.seq > page.next_after
+            if is_new and record.level in query.levels and query.matches(record):
+                show(record)
+
+
+async def events(
+    name: str | None,
+    nats: str | None,
+    data_dir: Path,
+    *,
+    follow: bool,
+    since: str | None,
+    limit: int,
+    as_json: bool,
+) -> None:
+    """Print what happened to plugins and hosts, oldest first, and then what comes, if asked to."""
+    begin = _since(since)
+    show = show_json if as_json else show_event
+    async with connected(nats, data_dir) as client:
+        # Before the past is read, so that nothing falls between.
+        asked_at = now()
+        last = 0
+        for event in await client.store.events(limit=limit, name=name, since=begin):
+            show(event)
+            last = event.seq or last
+        if not follow:
+            return
+        async for event in client.store.follow_events(after=last, since=asked_at):
+            if name is None or event.name == name:
+                show(event)
+
+
+async def log_level(
+    plugin: str,
+    level: Level,
+    nats: str | None,
+    data_dir: Path,
+    *,
+    lasts: str,
+    as_json: bool,
+) -> None:
+    """Let a plugin's instances log from another level upward for a while; print who was told."""
+    with _usage("--for"):
+        seconds = seconds_in(lasts, "the time")
+        wish = codec.convert({"level": level, "seconds": seconds, "by": "cli"}, SetLogLevel)
+    async with connected(nats, data_dir) as client:
+        told = await tell_log_level(client, plugin, wish)
+    if as_json:
+        show_json(told)
+    else:
+        show_log_level(told)
 
 
 async def call(
@@ -177,13 +248,18 @@ def _first(error: BaseException) -> BaseException:
     return error
 
 
-async def _past(
-    client: Client, plugin: str | None, wanted: Sequence[Level], limit: int
-) -> list[LogEvent]:
-    if len(wanted) == len(LEVELS):
-        return await client.store.logs(plugin, limit=limit)
-    found = [await client.store.logs(plugin, limit=limit, level=level) for level in wanted]
-    return sorted(itertools.chain(*found), key=lambda event: event.seq or 0)[-limit:]
+def _since(text: str | None) -> datetime | None:
+    with _usage("--since"):
+        return moment_in(text, "the time", now()) if text else None
+
+
+@contextlib.contextmanager
+def _usage(option: str) -> Iterator[None]:
+    """Make what an option cannot be a wrong usage."""
+    try:
+        yield
+    except InvalidRequest as error:
+        raise typer.BadParameter(error.message, param_hint=option) from None
 
 
 def _read_catalogue(path: Path) -> list[PluginConfig]:

@@ -21,7 +21,7 @@ from services.gateway.auth import Access, Gate, is_loopback
 from services.gateway.feeds import Feeds
 from services.gateway.pages import Pages
 from services.gateway.parts import PARTS, Parts
-from services.gateway.routes import access, capabilities, health, hosts, page, plugins
+from services.gateway.routes import access, capabilities, health, hosts, observe, page, plugins
 from services.gateway.translate import dress, translated
 
 STOP_PATIENCE_S: Final = 5.0
@@ -36,9 +36,11 @@ ROUTES: Final[tuple[tuple[str, str, Handler, Access], ...]] = (
     ("GET", "/api/plugins/{name}", plugins.get, READ),
     ("GET", "/api/plugins/{name}/status", plugins.status, READ),
     ("GET", "/api/plugins/{name}/capabilities", plugins.capabilities, READ),
-    ("GET", "/api/plugins/{name}/logs", plugins.logs, READ),
+    ("GET", "/api/plugins/{name}/logs", observe.logs, READ),
     ("GET", "/api/plugins/{name}/telemetry", plugins.telemetry, READ),
     ("GET", "/api/plugins/{name}/history", plugins.history, READ),
+    ("GET", "/api/plugins/{name}/telemetry/history", observe.telemetry_history, READ),
+    ("POST", "/api/plugins/{name}/log-level", observe.set_log_level, ADMIN),
     ("POST", "/api/plugins/{name}/start", plugins.start, ADMIN),
     ("POST", "/api/plugins/{name}/stop", plugins.stop, ADMIN),
     ("POST", "/api/plugins/{name}/restart", plugins.restart, ADMIN),
@@ -48,6 +50,10 @@ ROUTES: Final[tuple[tuple[str, str, Handler, Access], ...]] = (
     ("GET", "/api/hosts", hosts.list_all, READ),
     ("POST", "/api/hosts/{name}/drain", hosts.drain, ADMIN),
     ("POST", "/api/hosts/{name}/undrain", hosts.undrain, ADMIN),
+    ("GET", "/api/logs", observe.logs, READ),
+    ("GET", "/api/events", observe.events, READ),
+    ("GET", "/api/hosts/{host}/telemetry/history", observe.host_history, READ),
+    ("GET", "/api/broker/telemetry", observe.broker_history, READ),
     ("POST", "/api/capabilities/{capability}", capabilities.invoke, ADMIN),
     ("GET", "/admin/plugins", plugins.list_all, ADMIN),
     ("POST", "/admin/plugins/{name}/start", plugins.start, ADMIN),

@@ -7,10 +7,11 @@ dropped and named in a `gap`, and of states and telemetry only the newest is sen
 """
 
 import asyncio
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Final, Protocol
+from typing import Any, Final, Protocol, TypeVar
 
 import msgspec
 import structlog
@@ -18,9 +19,11 @@ import structlog
 from bus import codec
 from bus.client import Client
 from bus.errors import Overloaded, Unavailable
-from bus.messages import Level, LogEvent, PluginState, Replicas, TelemetrySnapshot, now
+from bus.log_search import LEVELS, LogPage, LogQuery, at_least
+from bus.messages import Event, Level, LogEvent, PluginState, Replicas, TelemetrySnapshot, now
 from bus.plugins import PluginsView
 from bus.subjects import LIVE_LOG, TELEMETRY
+from bus.tasks import heed_cancellation
 from services.gateway.telemetry import summed
 
 TICK_S: Final = 0.02
@@ -32,9 +35,12 @@ BUDGET_BYTES: Final = 4 * 1024 * 1024
 BUDGETS_MAX: Final = 4
 PENDING_MAX: Final = 20_000
 HISTORY_PATIENCE_S: Final = 10.0
-LEVELS: Final[tuple[Level, ...]] = ("debug", "info", "warn", "error")
+EVENTS_PENDING_MAX: Final = 1_000
+EVENTS_OWED_MAX: Final = 200
 
 log = structlog.get_logger("services.gateway.feeds")
+
+T = TypeVar("T")
 
 # Whose records (None: everybody's), and the least level.
 Wanted = tuple[str | None, Level]
@@ -66,11 +72,12 @@ class Line:
         )
 
 
-class Gap(msgspec.Struct, frozen=True):
-    """Records from one sequence to another, both included, may be missing."""
+class Gap(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Records from one sequence to another, both included, may be missing; of logs if not said."""
 
     first: int = msgspec.field(name="from")
     last: int = msgspec.field(name="to")
+    topic: str | None = None
 
 
 class Framing(Protocol):
@@ -136,6 +143,7 @@ class Listener:
         states: Plugins whose states it wants; None in it: all.
         telemetry: The same for telemetry.
         tails: Its wishes for log records, by plugin.
+        events: Plugins whose events it wants; None in it: all, those of hosts too.
     """
 
     def __init__(
@@ -150,6 +158,7 @@ class Listener:
         self.states: set[str | None] = set()
         self.telemetry: set[str | None] = set()
         self.tails: dict[str | None, Tail] = {}
+        self.events: set[str | None] = set()
         self._write = write
         self._waiting = waiting
         self._abort = abort
@@ -163,6 +172,11 @@ class Listener:
         self._cut: dict[Wanted, int] = {}
         self._lost: tuple[int, int] | None = None
         self._owed: dict[tuple[bytes, str], bytes] = {}
+        # Events that wait: while a back-fill is read, and while it is too slow.
+        self._events_pending: deque[Event] | None = None
+        self._events_owed: deque[Event] = deque()
+        self._events_lost: tuple[int, int] | None = None
+        self._events_told: set[int] = set()
 
     @property
     def slow(self) -> bool:
@@ -172,12 +186,12 @@ class Listener:
     @property
     def behind(self) -> bool:
         """Whether it has not been told everything, because it was slow."""
-        return self._lost is not None or bool(self._owed)
+        return self._lost is not None or bool(self._owed or self._events_owed)
 
     @property
     def listens(self) -> bool:
         """Whether it asked for anything."""
-        return bool(self.states or self.telemetry or self.tails)
+        return bool(self.states or self.telemetry or self.tails or self.events)
 
     def send(self, kind: bytes, payload: bytes) -> None:
         """Send one event, however much waits."""
@@ -221,6 +235,37 @@ class Listener:
         else:
             self._put(self._framing.lines(lines, batch=self._batch))
 
+    def tell_event(self, event: Event) -> None:
+        """Send an event, if it is wanted: now, or when the back-fill is there, or there is room."""
+        if not wants_event(self.events, event):
+            return
+        seq = event.seq or 0
+        if self._events_pending is not None:
+            self._events_pending.append(event)
+        elif seq in self._events_told:
+            self._events_told.discard(seq)
+        elif self.slow:
+            self._events_owed.append(event)
+            if len(self._events_owed) > EVENTS_OWED_MAX:
+                lost = self._events_owed.popleft().seq or 0
+                self._events_lost = (self._events_lost[0] if self._events_lost else lost, lost)
+        else:
+            self.catch_up()
+            self.send(b"events", codec.encode(event))
+
+    def hold_events(self) -> None:
+        """Let events wait until `join_events`."""
+        self._events_pending = deque(maxlen=EVENTS_PENDING_MAX)
+
+    def join_events(self, history: list[Event]) -> None:
+        """Send a back-fill of events, and what came meanwhile, each once and in order."""
+        pending, self._events_pending = self._events_pending or (), None
+        joined = {event.seq or 0: event for event in (*history, *pending)}
+        for seq in sorted(joined):
+            self.send(b"events", codec.encode(joined[seq]))
+        # The feed may bring some of them yet: the stream was read faster than it is followed.
+        self._events_told = {e.seq or 0 for e in history} - {e.seq or 0 for e in pending}
+
     def catch_up(self) -> None:
         """Say what it was too slow for, when there is room again."""
         if self.slow or not self.behind:
@@ -231,6 +276,12 @@ class Listener:
         owed, self._owed = self._owed, {}
         for (kind, _), payload in owed.items():
             self.send(kind, payload)
+        if self._events_lost is not None:
+            self.send(b"gap", codec.encode(Gap(*self._events_lost, topic="events")))
+            self._events_lost = None
+        events, self._events_owed = self._events_owed, deque()
+        for event in events:
+            self.send(b"events", codec.encode(event))
 
     def start(self, tail: Tail) -> None:
         """Take up a wish; what comes from now on waits for `join`."""
@@ -321,6 +372,7 @@ class Feeds:
                 tasks.create_task(self._follow_states())
                 tasks.create_task(self._follow_telemetry())
                 tasks.create_task(self._follow_logs())
+                tasks.create_task(self._follow_events())
                 tasks.create_task(self._tell_time())
         finally:
             if self._timer is not None:
@@ -349,25 +401,34 @@ class Feeds:
         Raises:
             Unavailable: The broker is away, or did not bring them in time.
         """
+        query = LogQuery(limit=limit, plugin=plugin, after=after, levels=at_least(level))
+        return (await self.search(query)).records
+
+    async def search(self, query: LogQuery) -> LogPage:
+        """Return the log records that somebody looks for, oldest first.
+
+        Raises:
+            Unavailable: The broker is away, or did not bring them in time.
+        """
+        return await self.ask_store(self._client.store.search_logs(query), "logs")
+
+    async def ask_store(self, asked: Coroutine[Any, Any, T], what: str) -> T:
+        """Return what the broker keeps, soon or not at all.
+
+        Raises:
+            Unavailable: The broker is away, or did not bring it in time.
+        """
         if not self._client.connected:
-            raise Unavailable("the broker is away, and the logs with it", retry_after_s=2)
-        levels = LEVELS[LEVELS.index(level) :]
-        chosen = [None] if len(levels) == len(LEVELS) else levels
+            asked.close()
+            raise Unavailable(f"the broker is away, and the {what} with it", retry_after_s=2)
         try:
             async with asyncio.timeout(HISTORY_PATIENCE_S):
-                found = [
-                    event
-                    for only in chosen
-                    for event in await self._client.store.logs(
-                        plugin, limit=limit, after=after, level=only
-                    )
-                ]
+                return await asked
         except TimeoutError:
             raise Unavailable(
-                f"the broker did not bring the logs within {HISTORY_PATIENCE_S:g} s",
+                f"the broker did not bring the {what} within {HISTORY_PATIENCE_S:g} s",
                 retry_after_s=2,
             ) from None
-        return sorted(found, key=lambda event: event.seq or 0)[-limit:]
 
     # --- Listeners --------------------------------------------------------------------------------
 
@@ -444,6 +505,28 @@ class Feeds:
         listener.stop(plugin)
         self._look_for_readers()
 
+    async def follow_events(
+        self, listener: Listener, plugin: str | None, *, backfill: int, after: int | None
+    ) -> None:
+        """Tell a listener events: those that it missed, or the newest, and then every new one.
+
+        Raises:
+            Unavailable: There is no back-fill just now; the wish stands, for what is new.
+        """
+        listener.events.add(plugin)
+        if not backfill:
+            return
+        listener.hold_events()
+        history: list[Event] = []
+        kind = None if plugin is None else "plugin"
+        try:
+            history = await self.ask_store(
+                self._client.store.events(limit=backfill, after=after, kind=kind, name=plugin),
+                "events",
+            )
+        finally:
+            listener.join_events(history)
+
     def _look_for_readers(self) -> None:
         if not any(listener.tails for listener in self._listeners):
             self._wanted.clear()
@@ -463,7 +546,7 @@ class Feeds:
         async with self._client.follow(TELEMETRY) as live:
             for snapshot in await self._client.store.telemetry():
                 self._snapshots.setdefault(snapshot.plugin, {})[snapshot.slot] = snapshot
-            _heed_cancellation()
+            heed_cancellation()
             async for received in live:
                 # Who speaks is what the broker let them write on, not what they say.
                 plugin, slot = received.tokens["plugin"], received.tokens["slot"]
@@ -477,7 +560,7 @@ class Feeds:
         while True:
             await self._wanted.wait()
             async with self._client.follow(LIVE_LOG) as live:
-                _heed_cancellation()
+                heed_cancellation()
                 self._taken = 0
                 self._tailing.set()
                 async for received in live:
@@ -486,6 +569,12 @@ class Feeds:
                         break
                     if received.seq is not None:
                         self._take(received.seq, received.payload)
+
+    async def _follow_events(self) -> None:
+        async for event in self._client.store.follow_events(since=now()):
+            for listener in list(self._listeners):
+                listener.tell_event(event)
+            self._soon()
 
     async def _tell_time(self) -> None:
         """Give listeners a sign of life."""
@@ -568,16 +657,9 @@ class Feeds:
                 listener.tell_lines(tick)
 
 
-def _heed_cancellation() -> None:
-    """End here if this task was cancelled while it waited for an answer.
-
-    `asyncio.wait_for` of Python 3.11 swallows a cancellation that meets a result (cpython#86296),
-    and nats-py waits for its answers that way: a task that then went on to follow a feed would
-    never end.
-    """
-    task = asyncio.current_task()
-    if task is not None and task.cancelling():
-        raise asyncio.CancelledError
+def wants_event(wanted: set[str | None], event: Event) -> bool:
+    """Tell whether somebody who wants the events of these plugins (None: all) wants this one."""
+    return None in wanted or (event.kind == "plugin" and event.name in wanted)
 
 
 def _line(event: LogEvent, seq: int) -> Line:

@@ -16,8 +16,9 @@ from msgspec import Meta
 
 from bus import codec
 from bus.errors import BusError, InvalidRequest, Unavailable
+from bus.log_search import LEVELS
 from bus.messages import Level, PluginName, State
-from services.gateway.feeds import LEVELS, Feeds, Framing, Line, Listener, Tail
+from services.gateway.feeds import Feeds, Framing, Line, Listener, Tail
 from services.gateway.parts import PARTS
 
 PROTOCOL: Final = "bkg.v1"
@@ -37,15 +38,15 @@ class Ask(State, frozen=True):
         action: Whether to begin or to end.
         topic: What.
         plugin_id: Of which plugin; all of them if absent.
-        after: For logs: everything since this sequence is the back-fill.
-        backfill: For logs: how many records at most; 100, or 0 without a plugin.
+        after: For logs and events: everything since this sequence is the back-fill.
+        backfill: For logs and events: how many at most; 100, or 0 for the logs of all.
         level: For logs: the least level.
         batch: For logs: whether a frame's payload may be a list of records.
         id: Given back in an `ack` frame once the wish is fulfilled, or in the `error` frame.
     """
 
     action: Literal["SUB", "UNSUB"]
-    topic: Literal["status", "logs", "telemetry"]
+    topic: Literal["status", "logs", "telemetry", "events"]
     plugin_id: PluginName | None = None
     after: Annotated[int, Meta(ge=0, le=2**63 - 1)] | None = None
     backfill: Annotated[int, Meta(ge=0, le=BACKFILL_MAX)] | None = None
@@ -199,6 +200,9 @@ async def _subscribe(feeds: Feeds, listener: Listener, ask: Ask) -> None:
     elif ask.topic == "telemetry":
         if plugin not in listener.telemetry:
             feeds.follow_telemetry(listener, plugin)
+    elif ask.topic == "events":
+        if plugin not in listener.events:
+            await feeds.follow_events(listener, plugin, backfill=_backfill(ask), after=ask.after)
     else:
         asked = msgspec.structs.replace(ask, id=None)
         present = listener.tails.get(plugin)
@@ -215,7 +219,9 @@ def _unsubscribe(feeds: Feeds, listener: Listener, ask: Ask) -> None:
     if ask.topic == "logs":
         feeds.stop_logs(listener, ask.plugin_id)
         return
-    followed = listener.states if ask.topic == "status" else listener.telemetry
+    followed = {
+        "status": listener.states, "telemetry": listener.telemetry, "events": listener.events,
+    }[ask.topic]  # fmt: skip
     if ask.plugin_id is None:
         followed.clear()
     else:
@@ -227,7 +233,7 @@ def _backfill(ask: Ask) -> int:
         return ask.backfill
     if ask.after is not None:
         return BACKFILL_MAX
-    return BACKFILL if ask.plugin_id is not None else 0
+    return BACKFILL if ask.plugin_id is not None or ask.topic == "events" else 0
 
 
 def _listener(

@@ -11,7 +11,6 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from typing import Final
 
-import psutil
 import structlog
 
 from bus import messages as m
@@ -23,11 +22,14 @@ from bus.settings import Settings
 from bus.state import OBSERVED_TTL_S
 from bus.subjects import HEALTH, HOSTS_DRAIN, HOSTS_LIST, HOSTS_UNDRAIN
 from bus.tasks import beside
+from bus.telemetry import HostSampler, report_host
 from services.supervisor.placement import Host
+from services.supervisor.process import exists
 
 # Four heartbeats: with the start of its replicas elsewhere a lost host is made up for within 10 s.
 DEAD_S: Final = 4.0
 TELL_AGAIN_S: Final = OBSERVED_TTL_S / 3
+MEASURE_S: Final = 5.0
 LEAVE_S: Final = 1.0
 
 log = structlog.get_logger("supervisor.hosts")
@@ -51,12 +53,18 @@ class Hosts:
         self._client = client
         self._instance = instance
         self._labels = settings.labels
+        self._sampler = HostSampler(settings.host, settings.data_dir)
         self._since = m.now()
         self._told: dict[str, m.HostState] = {}
         self._draining: dict[str, bool] = {}
         self._heard: dict[str, float] = {}
         self._known: set[str] = set()
         self._revision = 0
+
+    @property
+    def leads(self) -> bool:
+        """Whether this host tells what concerns no host alone: by name, so that one does."""
+        return self.me == min(self.alive(asyncio.get_running_loop().time()))
 
     @asynccontextmanager
     async def joined(self) -> AsyncGenerator[None]:
@@ -69,7 +77,12 @@ class Hosts:
         caught_up = [asyncio.Event(), asyncio.Event()]
         try:
             async with beside(
-                self._follow_told(caught_up[0]), self._follow_desired(caught_up[1]), self._retell()
+                self._follow_told(caught_up[0]),
+                self._follow_desired(caught_up[1]),
+                self._retell(),
+                report_host(
+                    self._client, self._sampler, period_s=MEASURE_S, leads=lambda: self.leads
+                ),
             ):
                 for event in caught_up:
                     await event.wait()
@@ -226,7 +239,7 @@ class Hosts:
                         heard.set()
 
         # The common case: it was killed on this very machine, and nobody has to be listened for.
-        if not psutil.pid_exists(there.pid):
+        if not exists(there.pid):
             return False
         async with beside(listen()):
             with contextlib.suppress(TimeoutError):
@@ -235,7 +248,8 @@ class Hosts:
         return heard.is_set()
 
     async def _tell(self) -> None:
-        memory = psutil.virtual_memory()
+        # Measured anew: what was sampled for telemetry is up to some seconds old.
+        now = self._sampler.sample()
         state = m.HostState(
             name=self.me,
             id=self._instance.id,
@@ -244,9 +258,9 @@ class Hosts:
             since=self._since,
             last_heartbeat=m.now(),
             labels=self._labels,
-            processors=psutil.cpu_count() or 1,
-            mem_total_bytes=memory.total,
-            mem_available_bytes=memory.available,
+            processors=max(1, round(now.processors)),
+            mem_total_bytes=now.mem_total_bytes,
+            mem_available_bytes=now.mem_available_bytes,
         )
         self._told[self.me] = state
         self._revision = await self._client.store.hosts.put(state, self.me)

@@ -171,6 +171,11 @@ async def end_leftovers(left: Mapping[int, Mapping[str, str]], grace_s: float) -
     return [one.pid for one in alive]
 
 
+def exists(pid: int) -> bool:
+    """Return whether there is a process of this number on this host."""
+    return bool(psutil.pid_exists(pid))
+
+
 def _if_ours(pid: int, env: Mapping[str, str]) -> psutil.Process | None:
     with contextlib.suppress(psutil.Error):
         found = psutil.Process(pid)

@@ -317,7 +317,7 @@ class Supervisor:
             alive = self._hosts.alive(asyncio.get_running_loop().time())
             with contextlib.suppress(BusError):
                 await self._hosts.tell_lost(alive)
-                if self._settings.host == min(alive):
+                if self._hosts.leads:
                     await self._tell_unplaced(view, alive)
                     await self._tell_degraded(view)
 

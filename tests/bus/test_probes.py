@@ -23,11 +23,11 @@ from bus.broker import running_broker
 from bus.client import connect
 from bus.errors import InvalidRequest, NotFound, Unprocessable
 from bus.instance import join
+from bus.metrics import Calls, Figures
 from bus.plugins import follow_plugins
 from bus.probes import Route, is_loopback
 from bus.settings import Settings
 from bus.subjects import MODEL_RUN
-from bus.telemetry import Calls, Figures
 from bus.testing import until
 
 

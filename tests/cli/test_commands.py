@@ -14,6 +14,11 @@ SILENT = "nats://127.0.0.1:9"
 
 @pytest.mark.parametrize("args", [["nonsense"], ["up", "--port", "x"], ["up", "--port", "70000"],
                                   ["logs", "--level", "loud"], ["plugins", "start"],
+                                  ["logs", "--since", "soon"], ["logs", "--grep", "("],
+                                  ["logs", "--slot", "-1"], ["events", "--since", "soon"],
+                                  ["plugins", "log-level", "candle"],
+                                  ["plugins", "log-level", "candle", "loud"],
+                                  ["plugins", "log-level", "candle", "debug", "--for", "2d"],
                                   ["call", "a.b", "{"], ["call", "a.b", "@absent"]])  # fmt: skip
 async def test_wrong_usage_has_status_2_and_a_reason(args: list[str], bkg: Any):
     ended = await bkg(*args)
@@ -23,6 +28,7 @@ async def test_wrong_usage_has_status_2_and_a_reason(args: list[str], bkg: Any):
 
 
 @pytest.mark.parametrize("args", [["status"], ["logs"], ["plugins", "start", "candle"],
+                                  ["events"], ["plugins", "log-level", "candle", "debug"],
                                   ["call", "candle.stats"], ["worker", "candle"]])  # fmt: skip
 async def test_without_a_platform_every_command_says_how_to_start_one(
     args: list[str], bkg: Any, data_dir: Path

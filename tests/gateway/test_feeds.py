@@ -1,12 +1,13 @@
 """The rules of telling, without a bus: joining by sequence, budgets, sums."""
 
+import json
 from datetime import UTC, datetime, timedelta
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bus.messages import InstanceState, PluginState, Replicas, TelemetrySnapshot
-from services.gateway.feeds import Line, Listener, Tail, Tick
+from bus.messages import Event, InstanceState, PluginState, Replicas, TelemetrySnapshot
+from services.gateway.feeds import EVENTS_OWED_MAX, Line, Listener, Tail, Tick
 from services.gateway.telemetry import summed
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
@@ -87,6 +88,65 @@ def test_what_one_back_fill_left_out_still_comes_for_another_wish():
     connection.listener.join(tail, [line(5)], 0, cut=True)
     tell(connection, range(3, 7), 10)
     assert connection.sent == [(b"log", 5), (b"log", 3), (b"log", 4), (b"log", 6)]
+
+
+def event(seq, name="echo", kind="plugin"):
+    return Event(kind=kind, name=name, verb="started", timestamp=START, seq=seq)
+
+
+def events_of(connection):
+    return [
+        json.loads(payload)["seq"] for kind, payload in connection.sent if kind == b"events"
+    ]  # fmt: skip
+
+
+@given(
+    total=st.integers(0, 40),
+    read=st.integers(0, 40),
+    told_before=st.integers(0, 40),
+    told_while=st.integers(0, 40),
+)
+def test_where_back_fill_meets_new_events_each_comes_once_and_in_order(
+    total, read, told_before, told_while
+):
+    # By the wish `told_before` events have been told live to others; while the back-fill is read,
+    # which has the first `read`, up to `told_while`.
+    read, told_before = min(read, total), min(told_before, total)
+    told_while = min(max(told_while, told_before), total)
+    read = max(read, told_before)
+    connection = Connection()
+    connection.listener.events.add(None)
+    connection.listener.hold_events()
+    for seq in range(told_before + 1, told_while + 1):
+        connection.listener.tell_event(event(seq))
+    assert connection.sent == []
+    connection.listener.join_events([event(seq) for seq in range(1, read + 1)])
+    for seq in range(told_while + 1, total + 1):
+        connection.listener.tell_event(event(seq))
+    assert events_of(connection) == list(range(1, total + 1))
+
+
+def test_events_are_for_those_who_want_them():
+    connection = Connection()
+    connection.listener.events.add("echo")
+    for one in (event(1), event(2, "ant"), event(3, "echo", "host"), event(4)):
+        connection.listener.tell_event(one)
+    assert events_of(connection) == [1, 4]
+
+
+def test_a_slow_listener_gets_its_events_later_and_is_told_which_it_lost():
+    connection = Connection()
+    connection.listener.events.add(None)
+    connection.waiting = 101
+    for seq in range(1, EVENTS_OWED_MAX + 4):
+        connection.listener.tell_event(event(seq))
+    assert connection.sent == []
+    assert connection.listener.behind
+    connection.waiting = 0
+    connection.listener.catch_up()
+    assert connection.sent[0] == (b"gap", b'{"from":1,"to":3,"topic":"events"}')
+    assert events_of(connection) == list(range(4, EVENTS_OWED_MAX + 4))
+    assert not connection.listener.behind
 
 
 def tell(connection, seqs, tick):

@@ -1,4 +1,4 @@
-"""Plugins: their states, commands, configuration, logs and telemetry."""
+"""Plugins: their states, commands, configuration and last telemetry."""
 
 from typing import Annotated, Any, Final, TypeVar
 
@@ -12,7 +12,6 @@ from bus.messages import (
     ConfigError,
     ConfigurePlugin,
     HistoryOfPlugin,
-    Level,
     NamePlugin,
     PluginConfig,
     PluginState,
@@ -30,12 +29,9 @@ from bus.subjects import (
     PLUGINS_STOP,
     Endpoint,
 )
-from services.gateway.feeds import LEVELS
 from services.gateway.parts import PARTS
 from services.gateway.translate import accepted, answer, read, timeout_of, wants_no_wait
 
-LOGS_DEFAULT: Final = 200
-LOGS_MAX: Final = 500
 # The far side's own time-out should speak first: it says what is missing.
 MARGIN_S: Final = 3.0
 
@@ -156,22 +152,6 @@ async def rollback(request: web.Request) -> web.Response:
     )
 
 
-async def logs(request: web.Request) -> web.Response:
-    """Return the newest log records, oldest first: `?limit=` (200, at most 500), `after`, `level`.
-
-    400 an `after` or `level` that there cannot be; 404 no such plugin; 503 the broker is away.
-    """
-    at = request.app[PARTS]
-    name = request.match_info["name"]
-    found = await at.feeds.history(
-        name, limit=_limit(request), after=_after(request), level=_level(request)
-    )
-    if not found:
-        # What is no plugin has logs too: gateway and supervisor.
-        at.state_of(request)
-    return answer(found)
-
-
 async def telemetry(request: web.Request) -> web.Response:
     """Return a plugin's last snapshot. 404 no such plugin, or nothing measured yet."""
     at = request.app[PARTS]
@@ -251,30 +231,6 @@ def _switch(request: web.Request, name: str) -> bool:
     if text not in {"0", "1"}:
         raise InvalidRequest(f"{name} is {text[:40]!r}; allowed are 1 and 0", field=name)
     return text == "1"
-
-
-def _limit(request: web.Request) -> int:
-    """Return how many records are wanted; clients rely on nonsense being 200."""
-    text = request.query.get("limit", "")
-    wanted = int(text) if text.isascii() and text.isdecimal() and len(text) < 10 else 0
-    return min(wanted, LOGS_MAX) or LOGS_DEFAULT
-
-
-def _after(request: web.Request) -> int | None:
-    text = request.query.get("after")
-    if text is None:
-        return None
-    if not (text.isascii() and text.isdecimal() and len(text) < 19):
-        raise InvalidRequest(f"after is {text[:40]!r}, not a sequence number", field="after")
-    return int(text)
-
-
-def _level(request: web.Request) -> Level:
-    text = request.query.get("level", LEVELS[0])
-    for level in LEVELS:
-        if level == text:
-            return level
-    raise InvalidRequest(f"level is {text[:40]!r}; allowed are {', '.join(LEVELS)}", field="level")
 
 
 def _revision(request: web.Request) -> int | None:
