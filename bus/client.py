@@ -40,7 +40,7 @@ from bus.errors import (
 from bus.messages import Message
 from bus.state import Store
 from bus.subjects import DEFAULT_ROOT, Endpoint, Feed, name_of
-from bus.tasks import beside
+from bus.tasks import beside, keeping_cancellation
 
 ERROR: Final = "Nats-Service-Error"
 ERROR_CODE: Final = "Nats-Service-Error-Code"
@@ -291,7 +291,7 @@ class Client:
             await self._come_online(min(timeout_s, 2.0))
         sent = {TIMEOUT_MS: str(int(timeout_s * 1000)), **headers}
         sent.setdefault(TRACEPARENT, trace.get() or new_traceparent())
-        with _named_errors(subject, timeout_s):
+        with _named_errors(subject, timeout_s), keeping_cancellation():
             reply = await self._nc.request(subject, body, timeout=timeout_s, headers=sent)
         received = reply.headers or {}
         if ERROR_CODE in received:

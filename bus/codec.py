@@ -4,12 +4,14 @@
 that `nats request SUBJECT ''` calls whatever has no required field.
 """
 
+import difflib
 import re
 from datetime import datetime
 from typing import Any, Final, TypeVar
 
 import msgpack
 import msgspec
+import msgspec.inspect
 
 from bus.errors import InvalidRequest
 from bus.messages import PATTERNS_IN_WORDS
@@ -48,7 +50,7 @@ def decode(body: bytes | memoryview, kind: type[T], content_type: str | None = J
             )
         return msgspec.json.decode(body or b"{}", type=kind)
     except msgspec.ValidationError as error:
-        raise _invalid(str(error)) from None
+        raise _invalid(str(error), kind) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidRequest(f"the body is not JSON: {error}") from None
 
@@ -58,7 +60,7 @@ def convert(plain: object, kind: type[T]) -> T:
     try:
         return msgspec.convert(plain, kind)
     except msgspec.ValidationError as error:
-        raise _invalid(str(error)) from None
+        raise _invalid(str(error), kind) from None
 
 
 def plain(message: object) -> Any:
@@ -90,13 +92,44 @@ def _unpacked(body: bytes | memoryview) -> Any:
         raise InvalidRequest(f"the body is not MessagePack: {said}") from None
 
 
-def _invalid(sentence: str) -> InvalidRequest:
+def _invalid(sentence: str, kind: Any) -> InvalidRequest:
     place = _PLACE.match(sentence)
     what, path = (place["what"], place["path"]) if place else (sentence, "")
     if named := _NAMES_FIELD.search(what):
+        if what.startswith("Object contains unknown"):
+            what += _nearest(named["name"], _known_at(kind, path))
         path = f"{path}.{named['name']}" if path else named["name"]
     for pattern, words in PATTERNS_IN_WORDS.items():
         if repr(pattern) in what or f"'{pattern}'" in what:
             what = words
     said = f"{path}: {what}" if path else what
     return InvalidRequest(said, field=path or None)
+
+
+def _known_at(kind: Any, path: str) -> list[str]:
+    """Return the fields of the struct that a path leads to; none where it leads elsewhere."""
+    at: Any = msgspec.inspect.type_info(kind)
+    for step in re.findall(r"\[[^\]]*\]|[^.\[\]]+", path):
+        at = _struct_in(at)
+        if step.startswith("["):
+            at = getattr(at, "item_type", None) or getattr(at, "value_type", None)
+        else:
+            fields = {field.encode_name: field.type for field in getattr(at, "fields", ())}
+            at = fields.get(step)
+    return [field.encode_name for field in getattr(_struct_in(at), "fields", ())]
+
+
+def _struct_in(kind: Any) -> Any:
+    """Return what an optional type is when it is there."""
+    for one in getattr(kind, "types", ()):
+        if not isinstance(one, msgspec.inspect.NoneType):
+            return one
+    return kind
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    """Return a hint for a key that is nearly right."""
+    if not known:
+        return ""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean `{near[0]}`?" if near else f"; known are {', '.join(known)}"

@@ -33,18 +33,28 @@ class BusError(Exception):
         message: One sentence for the person who has to act.
         field: The field of the request that is meant, as a path such as `inputs[3]`.
         retry_after_s: When another try makes sense, in seconds.
+        revision: The present revision of what was to be changed, when another change came first.
+        reasons: Everything that is wrong, when it is several things.
     """
 
     code: ClassVar[str] = "internal"
     number: ClassVar[int] = 500
 
     def __init__(
-        self, message: str, *, field: str | None = None, retry_after_s: float | None = None
+        self,
+        message: str,
+        *,
+        field: str | None = None,
+        retry_after_s: float | None = None,
+        revision: int | None = None,
+        reasons: list[str] | None = None,
     ) -> None:
         super().__init__(message)
         self.message = message
         self.field = field
         self.retry_after_s = retry_after_s
+        self.revision = revision
+        self.reasons = reasons
 
 
 class InvalidRequest(BusError):
@@ -126,12 +136,16 @@ class ErrorBody(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         message: One sentence for the person who has to act.
         field: The field of the request that is meant.
         retry_after_s: When another try makes sense, in seconds.
+        revision: The present revision of what was to be changed.
+        reasons: Everything that is wrong, when it is several things.
     """
 
     code: str
     message: str
     field: str | None = None
     retry_after_s: float | None = None
+    revision: int | None = None
+    reasons: list[str] | None = None
 
 
 def body_of(error: BusError) -> ErrorBody:
@@ -141,13 +155,21 @@ def body_of(error: BusError) -> ErrorBody:
         message=error.message,
         field=error.field,
         retry_after_s=error.retry_after_s,
+        revision=error.revision,
+        reasons=error.reasons,
     )
 
 
 def error_from(body: ErrorBody) -> BusError:
     """Return the error that a body stands for; a code that is not ours becomes `Internal`."""
     kind = _BY_CODE.get(body.code, Internal)
-    return kind(body.message, field=body.field, retry_after_s=body.retry_after_s)
+    return kind(
+        body.message,
+        field=body.field,
+        retry_after_s=body.retry_after_s,
+        revision=body.revision,
+        reasons=body.reasons,
+    )
 
 
 def error_from_number(number: int, message: str) -> BusError:

@@ -121,7 +121,8 @@ class Instance:
         plugin: What it is an instance of.
         slot: The place that it fills.
         host: Where it runs.
-        config: The plugin's configuration as it was when the process joined.
+        config: The plugin's configuration as this process has it: as it was when it joined, and
+            what it has taken live since.
         counts: `models_loaded`, `datasets` or `entries`, for telemetry.
         gauges: Further numbers for telemetry.
     """
@@ -134,6 +135,7 @@ class Instance:
         description: str,
         config: m.PluginConfig | None,
         listed: bool,
+        telemetry_s: float | None = None,
     ) -> None:
         self.id = registration.id
         self.plugin = registration.plugin
@@ -155,6 +157,12 @@ class Instance:
         self._in_flight: dict[asyncio.Task[Any], float] = {}
         self._started = m.now()
         self._lag_ms = 0.0
+        self._waiting_config: tuple[m.DesiredState, int] | None = None
+        self._takers: list[tuple[frozenset[str], Callable[[], None]]] = []
+        self._telemetry_s = telemetry_s or _telemetry_interval(config)
+        self._telemetry_changed = asyncio.Event()
+        if telemetry_s is None:
+            self.on_config(["telemetry_interval"], self._take_telemetry_interval)
         self._worst_lag_ms = 0.0
 
     @property
@@ -169,6 +177,21 @@ class Instance:
             InvalidRequest: They do not fit; names the setting.
         """
         return codec.convert(self.config.settings if self.config else {}, kind)
+
+    def on_config(self, names: Sequence[str], callback: Callable[[], None]) -> None:
+        """Take changes of these settings live: the supervisor then needs no restart for them.
+
+        Args:
+            names: The settings.
+            callback: Called when one of them has changed; `config` and `settings` have the new
+                values then. If it raises a `BusError`, nothing is taken. It is called at once when
+                such a change came between joining and now.
+        """
+        self._takers.append((frozenset(names), callback))
+        live = sorted({*self._registration.live_settings, *names})
+        self._registration = msgspec.structs.replace(self._registration, live_settings=live)
+        if self._waiting_config:
+            self._take(*self._waiting_config)
 
     async def ready(self) -> None:
         """Tell everybody that this instance can do its work."""
@@ -331,6 +354,55 @@ class Instance:
         with contextlib.suppress(BusError):
             await self._client.answer(inbox, codec.encode(body_of(error)), headers)
 
+    async def _follow_config(self) -> None:
+        """Take what can be taken live of every change of the plugin's configuration."""
+        async for changes in self._client.store.desired.follow(self.plugin):
+            for entry in changes.entries:
+                if entry.value is None or entry.revision <= self._registration.config_revision:
+                    continue
+                if self._take(entry.value, entry.revision):
+                    with contextlib.suppress(Unavailable):
+                        await self._register()
+
+    def _take(self, desired: m.DesiredState, revision: int) -> bool:
+        """Take a configuration, all of it or nothing; tell whether it was taken."""
+        if 0 < self._registration.generation < desired.generation:
+            # This process is about to be replaced.
+            return False
+        self._waiting_config = None
+        before, after = self.config, desired.config
+        old = before.settings if before else {}
+        # As they travel: in Python true is 1, and 1 is 1.0.
+        changed = {
+            name
+            for name in {*old, *after.settings}
+            if (name in old) != (name in after.settings)
+            or codec.encode(old.get(name)) != codec.encode(after.settings.get(name))
+        }
+        if before and any(getattr(before, name) != getattr(after, name) for name in _AT_START):
+            changed.add("entrypoint")
+        if waits := sorted(changed.difference(self._registration.live_settings)):
+            log.warning("config.needs_restart", revision=revision, settings=waits)
+            self._waiting_config = desired, revision
+            return False
+        self.config = after
+        try:
+            for names, callback in self._takers:
+                if names & changed:
+                    callback()
+        except BusError as error:
+            self.config = before
+            log.error("config.refused", revision=revision, cause=error.message)
+            return False
+        self._registration = msgspec.structs.replace(self._registration, config_revision=revision)
+        if changed:
+            log.info("config.taken", revision=revision, settings=sorted(changed))
+        return True
+
+    def _take_telemetry_interval(self) -> None:
+        self._telemetry_s = _telemetry_interval(self.config)
+        self._telemetry_changed.set()
+
     async def _become(self, status: m.Status) -> None:
         self._registration = msgspec.structs.replace(
             self._registration, status=status, since=m.now()
@@ -440,17 +512,24 @@ class Instance:
             calls=self._calls,
         ).text()
 
-    async def _report(self, period_s: float) -> None:
+    async def _report(self) -> None:
         sampler = Sampler()
         while True:
             # Half a period first, so that a new instance shows up early.
-            await asyncio.sleep(period_s / 2)
+            await self._half_a_period()
             if self._client.connected:
                 with contextlib.suppress(Unavailable):
                     await self._client.publish(
                         TELEMETRY, self._snapshot(sampler), plugin=self.plugin, slot=self.slot
                     )
-            await asyncio.sleep(period_s / 2)
+            await self._half_a_period()
+
+    async def _half_a_period(self) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._telemetry_s / 2):
+                # A long period ends when a shorter one is wanted.
+                await self._telemetry_changed.wait()
+        self._telemetry_changed.clear()
 
     def _snapshot(self, sampler: Sampler) -> m.TelemetrySnapshot:
         used = sampler.sample()
@@ -578,13 +657,20 @@ async def join(
         generation=settings.generation,
         meta=dict(meta or {}),
         config_schema=dict(config_schema) if config_schema else None,
+        # A setting that this instance does not go by changes without a restart, too.
+        live_settings=["telemetry_interval"],
+        config_revision=wanted.revision if wanted else 0,
     )
     if listed and settings.slot is None:
         registration = await _claim_free_slot(client, registration)
-    instance = Instance(client, registration, description=description, config=config, listed=listed)
-    if telemetry_s is None:
-        period = config.settings.get("telemetry_interval", 10) if config else 10
-        telemetry_s = float(period) if isinstance(period, int | float) and period > 0 else 10.0
+    instance = Instance(
+        client,
+        registration,
+        description=description,
+        config=config,
+        listed=listed,
+        telemetry_s=telemetry_s,
+    )
     about = m.LogEvent(
         plugin=plugin,
         level="info",
@@ -604,7 +690,8 @@ async def join(
             async with beside(
                 instance._keep_registered(),  # noqa: SLF001
                 instance._beat(),  # noqa: SLF001
-                instance._report(telemetry_s),  # noqa: SLF001
+                instance._report(),  # noqa: SLF001
+                *([instance._follow_config()] if listed else []),  # noqa: SLF001
             ):
                 yield instance
         except Exception as error:
@@ -622,6 +709,15 @@ async def _claim_free_slot(client: Client, registration: m.Registration) -> m.Re
             await client.store.instances.create(claimed, registration.plugin, slot)
             return claimed
     raise Conflict(f"all slots of {registration.plugin} up to {LAST_FREE_SLOT} are taken")
+
+
+# What a process is started with.
+_AT_START: Final = ("entrypoint", "args", "env")
+
+
+def _telemetry_interval(config: m.PluginConfig | None) -> float:
+    period = config.settings.get("telemetry_interval", 10) if config else 10
+    return float(period) if isinstance(period, int | float) and period > 0 else 10.0
 
 
 def _rfc3339(moment: datetime) -> str:

@@ -165,6 +165,9 @@ class Registration(State, frozen=True):
         port: Its loopback HTTP port, when it has one.
         meta: What it tells about itself.
         config_schema: JSON Schema of its settings.
+        live_settings: The settings whose changes it takes without a restart.
+        config_revision: The revision of desired state whose configuration it has; 0 if it does not
+            tell.
     """
 
     id: str
@@ -181,6 +184,8 @@ class Registration(State, frozen=True):
     port: int | None = None
     meta: dict[str, Any] = {}
     config_schema: dict[str, Any] | None = None
+    live_settings: list[str] = []
+    config_revision: int = 0
 
 
 class InstanceState(State, frozen=True):
@@ -199,6 +204,7 @@ class InstanceState(State, frozen=True):
     version: str | None = None
     last_heartbeat: datetime | None = None
     generation: int | None = None
+    config_revision: int | None = None
     last_lines: list[str] = []
     mem_bytes: int | None = None
 
@@ -323,20 +329,122 @@ class NamePlugin(State, frozen=True):
         name: The plugin.
         by: Who asks.
         timeout_s: How long the answer may wait for observed state to reach desired state.
+        wait: Whether it waits at all; without, it is the state as it is.
     """
 
     name: PluginName
     by: str = "nats"
     timeout_s: Annotated[float, Meta(gt=0, le=600)] = 30.0
+    wait: bool = True
 
 
-class ConfigurePlugin(State, frozen=True):
-    """Replaces a plugin's configuration; `revision` refuses it when another change came first."""
+class ConfigurePlugin(NamePlugin, frozen=True, kw_only=True):
+    """Replaces a plugin's configuration; `revision` refuses it when another change came first.
+
+    A secret setting that is the mask `********` keeps the value that is stored.
+    """
+
+    config: PluginConfig
+    revision: int | None = None
+
+
+class ScalePlugin(NamePlugin, frozen=True, kw_only=True):
+    """Changes how many replicas are wanted; `revision` as in `ConfigurePlugin`."""
+
+    replicas: Annotated[int, Meta(ge=0, le=100)]
+    revision: int | None = None
+
+
+class RollbackPlugin(NamePlugin, frozen=True, kw_only=True):
+    """Stores an older configuration as a new revision.
+
+    Attributes:
+        revision: Whose configuration.
+        at_revision: The present revision; refused when another change came first.
+    """
+
+    revision: int
+    at_revision: int | None = None
+
+
+class ConfigError(State, frozen=True):
+    """What is wrong with one field of a configuration, in a sentence."""
+
+    field: str
+    message: str
+
+
+class ConfigChange(State, frozen=True):
+    """What differs between two configurations; what was or is not there is left out."""
+
+    field: str
+    before: Any = None
+    after: Any = None
+
+
+class ConfigCheck(State, frozen=True):
+    """What storing a configuration would do; nothing was stored.
+
+    Attributes:
+        valid: Whether it would be stored.
+        errors: Why not.
+        changes: What differs from what is stored.
+        restarts: Whether the instances would be replaced.
+    """
+
+    valid: bool
+    errors: list[ConfigError]
+    changes: list[ConfigChange]
+    restarts: bool
+
+
+class HistoryOfPlugin(State, frozen=True):
+    """Asks for the newest revisions of a plugin's desired state."""
 
     name: PluginName
+    limit: Annotated[int, Meta(ge=1, le=64)] = 20
+
+
+class PluginRevision(State, frozen=True):
+    """One revision of a plugin's desired state.
+
+    Attributes:
+        revision: Its number.
+        config: The configuration, with its secrets masked.
+        enabled: Whether the plugin should run.
+        generation: Counts the changes that replace instances.
+        changed_by: Who asked for it.
+        changed_at: When.
+        changes: What differs from the revision before, as far as that is kept.
+    """
+
+    revision: int
     config: PluginConfig
-    by: str = "nats"
-    revision: int | None = None
+    enabled: bool
+    generation: int
+    changed_by: str
+    changed_at: datetime
+    changes: list[ConfigChange]
+
+
+class PluginHistory(State, frozen=True):
+    """The kept revisions of a plugin's desired state, newest first."""
+
+    revisions: list[PluginRevision]
+
+
+class PluginSchema(State, frozen=True):
+    """The last known schema of a plugin's settings; bucket `desired`, key `<plugin>.schema`.
+
+    Attributes:
+        config_schema: The JSON Schema.
+        version: Of the plugin that told it.
+        changed_at: When it was first told.
+    """
+
+    config_schema: dict[str, Any]
+    version: str
+    changed_at: datetime
 
 
 class PluginList(State, frozen=True):

@@ -5,15 +5,18 @@ to ask another one.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
 import msgspec
 
+from bus.masking import masked
 from bus.messages import (
     DesiredState,
     InstanceState,
+    PluginConfig,
+    PluginSchema,
     PluginState,
     ProcessState,
     Registration,
@@ -29,8 +32,12 @@ def plugin_state(
     desired: Entry[DesiredState] | None,
     processes: Sequence[ProcessState],
     instances: Sequence[Registration],
+    schema: Mapping[str, Any] | None = None,
 ) -> PluginState:
-    """Return a plugin's state as a whole, from what is wanted and what was last seen."""
+    """Return a plugin's state as a whole, from what is wanted and what was last seen.
+
+    `schema` is the last known one of its settings: it stands in while no instance tells one.
+    """
     wanted = desired.value if desired else None
     by_slot = {registration.slot: registration for registration in instances}
     supervised = {process.slot: process for process in processes}
@@ -45,7 +52,7 @@ def plugin_state(
         name=name,
         status=_status(count, places),
         capabilities=_capabilities(wanted, instances),
-        config=wanted.config if wanted else None,
+        config=_shown(wanted.config, instances, schema) if wanted else None,
         replicas=Replicas(desired=count, ready=len(ready)),
         instances=places,
         generation=wanted.generation if wanted else 0,
@@ -53,7 +60,7 @@ def plugin_state(
         pid=first.pid if first else None,
         port=first.port if first else None,
         last_heartbeat=first.last_heartbeat if first else None,
-        config_schema=told.config_schema if told else None,
+        config_schema=(told.config_schema if told else None) or (dict(schema) if schema else None),
         error=next((place.error for place in places if place.error), None),
     )
 
@@ -100,7 +107,17 @@ def _told(told: Registration, process: ProcessState | None) -> InstanceState:
         version=told.version,
         last_heartbeat=told.last_heartbeat,
         generation=told.generation,
+        config_revision=told.config_revision or None,
     )
+
+
+def _shown(
+    config: PluginConfig, instances: Sequence[Registration], schema: Mapping[str, Any] | None
+) -> PluginConfig:
+    """Return a configuration without what any known schema calls a secret."""
+    for one in (schema, *(registration.config_schema for registration in instances)):
+        config = masked(config, one)
+    return config
 
 
 def _status(desired: int, places: Sequence[InstanceState]) -> Status:
@@ -137,6 +154,7 @@ class PluginsView:
         self._desired: dict[str, Entry[DesiredState]] = {}
         self._processes: dict[tuple[str, str], ProcessState] = {}
         self._instances: dict[tuple[str, str], Registration] = {}
+        self._schemas: dict[str, Mapping[str, Any]] = {}
         self._states: dict[str, PluginState] = {}
         self._changed = asyncio.Event()
 
@@ -173,6 +191,12 @@ class PluginsView:
             _apply(self._instances, entry.names, entry.value)
         self._rework(entry.names[0] for entry in changes.entries)
 
+    def _on_schemas(self, changes: Changes[PluginSchema]) -> None:
+        for entry in changes.entries:
+            schema = entry.value.config_schema if entry.value else None
+            _apply(self._schemas, entry.names[0], schema)
+        self._rework(entry.names[0] for entry in changes.entries)
+
     def _rework(self, names: Iterable[str]) -> None:
         changed = False
         for name in set(names):
@@ -180,7 +204,7 @@ class PluginsView:
             instances = [value for key, value in self._instances.items() if key[0] == name]
             desired = self._desired.get(name)
             state = (
-                plugin_state(name, desired, processes, instances)
+                plugin_state(name, desired, processes, instances, self._schemas.get(name))
                 if desired or processes or instances
                 else None
             )
@@ -197,11 +221,12 @@ class PluginsView:
 async def follow_plugins(store: Store) -> AsyncGenerator[PluginsView]:
     """Hold a view that follows the buckets while inside; entered, it has caught up."""
     view = PluginsView()
-    caught_up = [asyncio.Event() for _ in range(3)]
+    caught_up = [asyncio.Event() for _ in range(4)]
     async with beside(
         _follow(store.desired, view._on_desired, caught_up[0]),  # noqa: SLF001
         _follow(store.processes, view._on_processes, caught_up[1]),  # noqa: SLF001
         _follow(store.instances, view._on_instances, caught_up[2]),  # noqa: SLF001
+        _follow(store.schemas, view._on_schemas, caught_up[3]),  # noqa: SLF001
     ):
         for event in caught_up:
             await event.wait()

@@ -46,7 +46,7 @@ from bus.subjects import (
     name_of,
     token,
 )
-from bus.tasks import heed_cancellation
+from bus.tasks import heed_cancellation, keeping_cancellation
 
 NS: Final = 1_000_000_000
 MIB: Final = 1024 * 1024
@@ -297,13 +297,20 @@ class Bucket(Generic[T]):
         entries = self._readable([message async for message in latest])
         return [entry for entry in entries if entry.value is not None]
 
-    async def follow(self) -> AsyncIterator[Changes[T]]:
-        """Give every entry that is there, and then every change, without end.
+    async def history(self, *names: object) -> list[Entry[T]]:
+        """Return the kept values of a key, oldest first."""
+        kept = self._stream.read(self._subject(names))
+        entries = self._readable([message async for message in kept])
+        return [entry for entry in entries if entry.value is not None]
+
+    async def follow(self, *names: object) -> AsyncIterator[Changes[T]]:
+        """Give every entry that is there, or only that of one key, and then every change.
 
         What somebody wrote by hand and cannot be read is passed over: the last readable value
         stands.
         """
-        async for batch in self._stream.follow(self._all(), latest_only=True):
+        which = self._subject(names) if names else self._all()
+        async for batch in self._stream.follow(which, latest_only=True):
             yield Changes(self._readable(batch.messages), batch.caught_up)
 
     async def _write(self, value: T, revision: int, subject: str) -> int:
@@ -388,6 +395,7 @@ class Store:
 
     Attributes:
         desired: What each plugin should be, by plugin.
+        schemas: The last known schema of each plugin's settings, by plugin.
         processes: Replicas as their supervisor sees them, by plugin and slot.
         instances: Instances as they tell of themselves, by plugin and slot.
         hosts: Hosts as their supervisors tell of them, by name.
@@ -401,6 +409,7 @@ class Store:
         self._nc = nc
         self._root = root
         self.desired = Bucket(nc, f"{root}-desired", m.DesiredState, 1)
+        self.schemas = Bucket(nc, f"{root}-desired", m.PluginSchema, 1, "schema")
         self.processes = Bucket(nc, f"{root}-observed", m.ProcessState, 2, "process")
         self.instances = Bucket(nc, f"{root}-observed", m.Registration, 2, "instance")
         self.hosts = Bucket(nc, f"{root}-hosts", m.HostState, 1)
@@ -770,7 +779,7 @@ def _assets(root: str) -> list[dict[str, Any]]:
     return [
         *rings,
         galleries,
-        _bucket(f"{root}-desired", "what each plugin should be", history=32),
+        _bucket(f"{root}-desired", "what each plugin should be", history=64),
         _bucket(f"{root}-models", "what candle should serve", history=8),
         _bucket(
             f"{root}-hosts",
@@ -846,9 +855,10 @@ async def _request(
     deadline, pause_s = loop.time() + patience_s, 0.05
     while True:
         try:
-            reply = await nc.request(
-                subject, body, timeout=min(5.0, patience_s), headers=dict(headers or {}) or None
-            )
+            with keeping_cancellation():
+                reply = await nc.request(
+                    subject, body, timeout=min(5.0, patience_s), headers=dict(headers or {}) or None
+                )
             answer: dict[str, Any] = json.loads(reply.data)
             break
         except (nats.errors.NoRespondersError, nats.errors.TimeoutError) as error:

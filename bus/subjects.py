@@ -142,7 +142,31 @@ PLUGINS_CONFIGURE = Endpoint(
     SUPERVISOR,
     m.ConfigurePlugin,
     m.PluginState,
-    "Store a configuration; a running worker takes it at its next restart.",
+    "Store a configuration; wait until every instance has it, live or by a rolling restart.",
+)
+PLUGINS_CHECK = Endpoint(
+    "plugins.check",
+    SUPERVISOR,
+    m.ConfigurePlugin,
+    m.ConfigCheck,
+    "Say what storing a configuration would do.",
+)
+PLUGINS_SCALE = Endpoint(
+    "plugins.scale", SUPERVISOR, m.ScalePlugin, m.PluginState, "Change the number of replicas."
+)
+PLUGINS_HISTORY = Endpoint(
+    "plugins.history",
+    SUPERVISOR,
+    m.HistoryOfPlugin,
+    m.PluginHistory,
+    "The kept revisions of a plugin's desired state, newest first.",
+)
+PLUGINS_ROLLBACK = Endpoint(
+    "plugins.rollback",
+    SUPERVISOR,
+    m.RollbackPlugin,
+    m.PluginState,
+    "Store an older configuration as a new revision.",
 )
 
 HOSTS_LIST = Endpoint("hosts.list", SUPERVISOR, m.Empty, m.HostList, "Every host that is there.")
@@ -185,6 +209,7 @@ DATASET_MANAGE = Endpoint(
 
 ENDPOINTS: tuple[Endpoint[m.Message, m.Message], ...] = (  # type: ignore[assignment]
     PLUGINS_LIST, PLUGINS_GET, PLUGINS_START, PLUGINS_STOP, PLUGINS_RESTART, PLUGINS_CONFIGURE,
+    PLUGINS_CHECK, PLUGINS_SCALE, PLUGINS_HISTORY, PLUGINS_ROLLBACK,
     HOSTS_LIST, HOSTS_DRAIN, HOSTS_UNDRAIN,
     MODEL_RUN, MODEL_LOAD, MODEL_UNLOAD, CANDLE_STATS,
     FACES_ENCODE, FACES_SEARCH, DATASET_MANAGE,

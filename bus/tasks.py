@@ -1,9 +1,27 @@
 """Work that goes on beside a body of code, owned by it."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Coroutine
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Coroutine, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any
+
+
+@contextmanager
+def keeping_cancellation() -> Iterator[None]:
+    """Raise the cancellation that came while inside, should what was awaited have lost it.
+
+    In Python 3.11 `asyncio.wait_for`, which every request of nats-py uses, loses one that comes in
+    the same moment as the answer (cpython#86296). A worker that is told to stop just when the
+    broker has stored that it is ready would never stop.
+    """
+    task = asyncio.current_task()
+    assert task is not None  # noqa: S101 - a coroutine runs in a task
+    before = task.cancelling()
+    try:
+        yield
+    finally:
+        if task.cancelling() > before:
+            raise asyncio.CancelledError
 
 
 @asynccontextmanager

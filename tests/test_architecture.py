@@ -11,7 +11,7 @@ WINGS = ("cli", "supervisor", "candle", "rustyface", "gateway")
 # From the ground up; a room may use those below it.
 FLOORS = (
     {"errors", "messages"},
-    {"codec", "subjects", "tasks", "settings", "process", "redaction"},
+    {"codec", "masking", "subjects", "tasks", "settings", "process", "redaction"},
     {"log_search"},
     {"state"},
     {"client", "plugins", "broker", "reference"},
@@ -35,6 +35,8 @@ OUTSIDERS = {
                 "services/supervisor/health.py"},
     "prometheus_client": {"bus/metrics.py", "bus/probes.py"},
     "typer": {"services/cli"},
+    "jsonschema": {"services/supervisor/config.py"},
+    "referencing": {"services/supervisor/config.py"},
     "rich": {"services/cli"},
     "structlog": {"bus", "services"},
     "uvloop": {"bus/process.py"},

@@ -92,12 +92,17 @@ class Batcher:
         self._max_rows = max_rows
         self._max_waiting = max_waiting
         self._name = name
+        self._one_by_one = False
         # Ordered, and a caller that goes away leaves at once whatever its place.
         self._waiting: OrderedDict[Waiting, None] = OrderedDict()
         self._rows_waiting = 0
         self._running: list[Waiting] = []
         self._came = asyncio.Event()
         self._ended = False
+
+    def limit(self, *, max_rows: int, max_waiting: int) -> None:
+        """Go on with other limits, from the next batch on."""
+        self._max_rows, self._max_waiting = max_rows, max_waiting
 
     async def submit(self, rows: Array) -> Outputs:
         """Return the outputs for `rows`, in their order.
@@ -144,7 +149,8 @@ class Batcher:
                     asked.done.set_exception(self._gone())
 
     def _take(self) -> list[Waiting]:
-        count = next_batch(((len(w.rows), w.kind) for w in self._waiting), self._max_rows)
+        max_rows = 1 if self._one_by_one else self._max_rows
+        count = next_batch(((len(w.rows), w.kind) for w in self._waiting), max_rows)
         batch = [self._waiting.popitem(last=False)[0] for _ in range(count)]
         self._rows_waiting -= sum(len(asked.rows) for asked in batch)
         return batch
@@ -162,7 +168,7 @@ class Batcher:
             shares = None
         else:
             if shares is None:
-                self._max_rows = 1
+                self._one_by_one = True
         if shares is None:
             for asked in batch:
                 await self._work_alone(asked)

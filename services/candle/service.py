@@ -67,6 +67,7 @@ class _Serving:
     replaces: "_Serving | None" = None
     task: asyncio.Task[None] | None = None
     runtime: Runtime | None = None
+    batcher: Batcher | None = None
     failure: BusError | None = None
     settled: asyncio.Event = field(default_factory=asyncio.Event)
     requests: int = 0
@@ -91,6 +92,7 @@ class Candle:
         self._models: dict[str, _Serving] = {}
         self._changed = asyncio.Condition()
         self._known_revision = 0
+        instance.on_config(("max_batch_rows", "max_waiting_rows"), self._take_settings)
 
     async def run(self) -> None:
         """Serve until cancelled."""
@@ -173,12 +175,9 @@ class Candle:
             await _end(serving.replaces)
             return
         serving.runtime = runtime
-        batcher = Batcher(
-            lambda rows: _forward(runtime, rows),
-            max_rows=self._settings.max_batch_rows if runtime.signature.batched else 1,
-            max_waiting=self._settings.max_waiting_rows,
-            name=f"model {spec.id!r}",
-        )
+        batcher = Batcher(lambda rows: _forward(runtime, rows), name=f"model {spec.id!r}")
+        serving.batcher = batcher
+        self._limit(serving)
 
         async def run_model(request: m.RunModel) -> m.ModelOutput:
             rows = as_rows(request.inputs, runtime)
@@ -209,6 +208,19 @@ class Candle:
         finally:
             batching.cancel()
             await asyncio.gather(batching, return_exceptions=True)
+
+    def _take_settings(self) -> None:
+        self._settings = self._instance.settings(CandleSettings)
+        for serving in self._models.values():
+            self._limit(serving)
+
+    def _limit(self, serving: _Serving) -> None:
+        if serving.batcher and serving.runtime:
+            batched = serving.runtime.signature.batched
+            serving.batcher.limit(
+                max_rows=self._settings.max_batch_rows if batched else 1,
+                max_waiting=self._settings.max_waiting_rows,
+            )
 
     async def _load(self, request: m.LoadModel) -> m.LoadedModel:
         """Check a file, have it served by every replica, and answer when this one does."""

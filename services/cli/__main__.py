@@ -20,7 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-plugins_app = typer.Typer(no_args_is_help=True, help="Start, stop and restart plugins.")
+plugins_app = typer.Typer(no_args_is_help=True, help="Start, stop, scale and configure plugins.")
 app.add_typer(plugins_app, name="plugins")
 hosts_app = typer.Typer(help="Show hosts; drain one and take it back.")
 app.add_typer(hosts_app, name="hosts")
@@ -249,6 +249,101 @@ def events(
             since=since,
             limit=limit,
             as_json=as_json,
+        )
+    )
+
+
+@plugins_app.command()
+def scale(
+    plugin: PluginName,
+    replicas: Annotated[
+        int, typer.Argument(metavar="N", min=0, max=100, help="How many instances are wanted.")
+    ],
+    timeout: CommandTimeout = 30.0,
+    nats: Nats = None,
+    data_dir: DataDir = None,
+    as_json: AsJson = False,
+) -> None:
+    """Change how many instances of a plugin there are, and wait until they are there."""
+    from services.cli import config, plugins
+
+    plugins.run(
+        config.scale(
+            plugin, replicas, nats or None, _data_dir(data_dir), timeout_s=timeout, as_json=as_json
+        )
+    )
+
+
+@plugins_app.command()
+def config(
+    plugin: PluginName,
+    file: Annotated[
+        str | None,
+        typer.Argument(metavar="FILE", help="A whole configuration as JSON; - reads stdin."),
+    ] = None,
+    *,
+    assignments: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="Change one setting; may be repeated."),
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Say what would change, and store nothing.")
+    ] = False,
+    timeout: CommandTimeout = 30.0,
+    nats: Nats = None,
+    data_dir: DataDir = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show a plugin's configuration; with FILE or --set, change it and wait until it is taken."""
+    from services.cli import config, plugins
+
+    plugins.run(
+        config.configure(
+            plugin,
+            file,
+            assignments or [],
+            nats or None,
+            _data_dir(data_dir),
+            check=check,
+            timeout_s=timeout,
+            as_json=as_json,
+        )
+    )
+
+
+@plugins_app.command()
+def history(
+    plugin: PluginName,
+    limit: Annotated[
+        int, typer.Option("--limit", "-n", min=1, max=64, help="How many of the newest.")
+    ] = 20,
+    nats: Nats = None,
+    data_dir: DataDir = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show who changed what of a plugin, the newest first."""
+    from services.cli import config, plugins
+
+    plugins.run(config.history(plugin, limit, nats or None, _data_dir(data_dir), as_json=as_json))
+
+
+@plugins_app.command()
+def rollback(
+    plugin: PluginName,
+    revision: Annotated[
+        int, typer.Argument(metavar="REVISION", help="Whose configuration; see history.")
+    ],
+    timeout: CommandTimeout = 30.0,
+    nats: Nats = None,
+    data_dir: DataDir = None,
+    as_json: AsJson = False,
+) -> None:
+    """Store an older configuration of a plugin again, and wait until it is taken."""
+    from services.cli import config, plugins
+
+    plugins.run(
+        config.rollback(
+            plugin, revision, nats or None, _data_dir(data_dir), timeout_s=timeout, as_json=as_json
         )
     )
 

@@ -27,6 +27,8 @@ TRACEPARENT: Final = "traceparent"
 TIMEOUT: Final = "X-Timeout-Seconds"
 TIMEOUT_DEFAULT_S: Final = 30.0
 TIMEOUT_MAX_S: Final = 300.0
+PREFER: Final = "Prefer"
+RESPOND_ASYNC: Final = "respond-async"
 # Bodies that are no capability's payload: a configuration, a key.
 BODY_MAX_BYTES: Final = 1024 * 1024
 BODY_PATIENCE_S: Final = 60.0
@@ -48,6 +50,7 @@ class Problem(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         detail: One sentence for the person who has to act.
         field: The field of the request that is meant.
         reasons: What stands in the way, when it is several things.
+        revision: The present revision of what was to be changed, when another change came first.
     """
 
     type: str
@@ -56,6 +59,7 @@ class Problem(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     detail: str | None = None
     field: str | None = None
     reasons: list[str] | None = None
+    revision: int | None = None
 
 
 # --- Requests to messages -------------------------------------------------------------------------
@@ -113,6 +117,12 @@ def timeout_of(request: web.Request) -> float:
     return timeout_s
 
 
+def wants_no_wait(request: web.Request) -> bool:
+    """Tell whether the caller prefers an answer at once: `Prefer: respond-async` (RFC 7240)."""
+    said = ",".join(request.headers.getall(PREFER, []))
+    return RESPOND_ASYNC in {one.partition(";")[0].strip().lower() for one in said.split(",")}
+
+
 def headers_for_bus(request: web.Request) -> dict[str, str]:
     """Return what of the request's headers travels on with its body."""
     return {
@@ -128,6 +138,13 @@ def headers_for_bus(request: web.Request) -> dict[str, str]:
 def answer(message: object, status: int = 200) -> web.Response:
     """Return a message, or plain lists and dicts, as JSON."""
     return web.Response(body=codec.encode(message), status=status, content_type=codec.JSON)
+
+
+def accepted(message: object) -> web.Response:
+    """Return a message to a caller that did not want to wait."""
+    response = answer(message, 202)
+    response.headers["Preference-Applied"] = RESPOND_ASYNC
+    return response
 
 
 def answer_as_it_is(relayed: Answer) -> web.Response:
@@ -148,6 +165,7 @@ def problem(
     code: str | None = None,
     field: str | None = None,
     reasons: list[str] | None = None,
+    revision: int | None = None,
     headers: dict[str, str] | None = None,
 ) -> web.Response:
     """Return an error's answer."""
@@ -158,6 +176,7 @@ def problem(
         detail=detail,
         field=field,
         reasons=reasons,
+        revision=revision,
     )
     return web.Response(
         body=codec.encode(body), status=status, headers=headers, content_type=PROBLEM
@@ -174,6 +193,8 @@ def problem_of(error: BusError) -> web.Response:
         _sentence(error.message),
         code=error.code,
         field=error.field,
+        reasons=error.reasons,
+        revision=error.revision,
         headers=headers,
     )
 

@@ -26,7 +26,7 @@ from services.rustyface import images, pipeline
 from services.rustyface.embedding import Pixel32
 from services.rustyface.galleries import LITTLE_ENDIAN, Galleries, check_metadata
 from services.rustyface.pipeline import Face, Pipeline
-from services.rustyface.settings import RustyfaceSettings
+from services.rustyface.settings import RustyfaceSettings, settings_of
 from services.rustyface.transfer import take_in
 
 Floats = npt.NDArray[np.float32]
@@ -141,9 +141,8 @@ class Rustyface:
         self._encoder = encoder
         self._settings = settings
         self._datasets_dir = datasets_dir
-        self._threshold = (
-            THRESHOLDS[encoder.name] if settings.threshold is None else settings.threshold
-        )
+        self._threshold = self._threshold_of(settings)
+        instance.on_config(("threshold", "max_waiting"), self._take_settings)
         # One thread for each processor: onnxruntime runs with one thread and without the GIL.
         self._threads = ThreadPoolExecutor(_processors(), "faces")
         self._waiting = 0
@@ -175,6 +174,14 @@ class Rustyface:
             finally:
                 # Not earlier: leaving `serving` answers what the broker had sent here already.
                 self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def _take_settings(self) -> None:
+        self._settings = settings_of(self._instance)
+        self._threshold = self._threshold_of(self._settings)
+
+    def _threshold_of(self, settings: RustyfaceSettings) -> float:
+        own = THRESHOLDS[self._encoder.name]
+        return own if settings.threshold is None else settings.threshold
 
     def _routes(self) -> tuple[Route, ...]:
         search = partial(self._instance.answer_here, FACES_SEARCH)

@@ -1,6 +1,5 @@
 """The catalogue: which plugins exist, how to start them, and what is wanted of them at first."""
 
-import difflib
 import os
 import re
 from collections.abc import Sequence
@@ -39,7 +38,7 @@ def load(path: Path) -> list[PluginConfig]:
         configs = codec.decode(content, list[PluginConfig])
     except BusError as error:
         raise InvalidRequest(
-            f"the catalogue {path}{_plugin(content, error)}: {error.message}{_nearest(error)}",
+            f"the catalogue {path}{_plugin(content, error)}: {error.message}",
             field=error.field,
         ) from None
     names = [config.name for config in configs]
@@ -77,13 +76,3 @@ def _plugin(content: bytes, error: BusError) -> str:
         return ""
     name = entry.get("name") if isinstance(entry, dict) else None
     return f", plugin {name!r}" if isinstance(name, str) else ""
-
-
-def _nearest(error: BusError) -> str:
-    """Return a hint for a key that is nearly right."""
-    unknown = re.search(r"unknown field `([^`]+)`", error.message)
-    if unknown is None:
-        return ""
-    known = [field.encode_name for field in msgspec.structs.fields(PluginConfig)]
-    near = difflib.get_close_matches(unknown[1], known, n=1)
-    return f"; did you mean `{near[0]}`?" if near else f"; known are {', '.join(known)}"

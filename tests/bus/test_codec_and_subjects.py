@@ -1,6 +1,7 @@
 """Names to subjects and messages to bytes, and back, for anything that hypothesis finds."""
 
 import contextlib
+import json
 import string
 from datetime import UTC
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from bus import codec
 from bus import messages as m
 from bus.errors import _KINDS as KINDS
-from bus.errors import BusError, InvalidRequest, body_of, error_from
+from bus.errors import BusError, Conflict, InvalidRequest, body_of, error_from
 from bus.subjects import ENDPOINTS, FEEDS, LOG, MODEL_RUN, name_of, token
 
 
@@ -75,6 +76,12 @@ def test_an_error_survives_the_way_there(kind, message, field, retry_after_s):
     assert back.retry_after_s == retry_after_s
 
 
+def test_a_conflict_carries_the_present_revision_and_an_error_all_its_reasons():
+    error = Conflict("another change came first", revision=7, reasons=["one", "two"])
+    back = error_from(codec.decode(codec.encode(body_of(error)), type(body_of(error))))
+    assert (back.revision, back.reasons) == (7, ["one", "two"])
+
+
 @pytest.mark.parametrize(
     ("body", "field", "says"),
     [
@@ -95,6 +102,29 @@ def test_a_body_that_does_not_fit_says_where(body, field, says):
         codec.decode(body, m.RunModel)
     assert raised.value.field == field
     assert says in raised.value.message
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        (b'{"setings": {}}', "unknown field `setings`; did you mean `settings`?"),
+        (b'{"zzz": 1}', "known are name, description, entrypoint"),
+    ],
+)  # fmt: skip
+def test_an_unknown_field_names_the_nearest_known_one(body, says):
+    whole = {"name": "w", "description": "", "entrypoint": "x", "capabilities": []}
+    given_body = json.dumps({**whole, **json.loads(body)}).encode()
+    with pytest.raises(InvalidRequest) as raised:
+        codec.decode(given_body, m.PluginConfig)
+    assert says in raised.value.message
+    for around, kind in (
+        (b'{"name": "w", "config": %b}', m.ConfigurePlugin),
+        (b"[%b]", list[m.PluginConfig]),
+        (b'{"x": %b}', dict[str, m.PluginConfig]),
+    ):
+        with pytest.raises(InvalidRequest) as raised:
+            codec.decode(around % given_body, kind)
+        assert says.partition("; ")[2] in raised.value.message
 
 
 def test_the_subject_of_a_body_is_read_without_its_tensors():

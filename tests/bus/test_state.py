@@ -187,3 +187,19 @@ async def test_an_artefact_comes_back_byte_for_byte(client, tmp_path):
     with pytest.raises(NotFound):
         await client.store.artefacts.fetch("f" * 64, tmp_path / "none.bin")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["back.bin", "m.bin"]
+
+
+async def test_a_cancellation_that_comes_with_the_answer_is_not_lost(client):
+    wanted = m.HostDesired(draining=True, changed_by="test", changed_at=m.now())
+
+    async def write_and_wait() -> None:
+        await client.store.hosts_desired.put(wanted, "h")
+        await asyncio.Event().wait()
+
+    # About every third came in the same moment, and was lost, before it was looked after.
+    for delay_s in [0.0, 0.001, 0.002] * 50:
+        writing = asyncio.create_task(write_and_wait())
+        await asyncio.sleep(delay_s)
+        writing.cancel()
+        await asyncio.wait([writing], timeout=30)
+        assert writing.cancelled()

@@ -1,0 +1,48 @@
+"""candle takes its limits live."""
+
+import asyncio
+
+import pytest
+
+from bus import messages as m
+from bus.errors import Overloaded
+from bus.subjects import MODEL_LOAD, MODEL_RUN
+from bus.testing import until
+
+
+async def want(client, **settings: object) -> None:
+    config = m.PluginConfig(
+        name="candle", description="", entrypoint="x", capabilities=[], settings=settings
+    )
+    desired = m.DesiredState(
+        config=config, enabled=True, generation=1, changed_by="t", changed_at=m.now()
+    )
+    await client.store.desired.put(desired, "candle")
+
+
+async def test_limits_of_loaded_models_change_without_a_restart(client, worker, linear):
+    await want(client)
+    async with worker() as candle:
+        assert candle._instance._registration.live_settings == [
+            "max_batch_rows",
+            "max_waiting_rows",
+            "telemetry_interval",
+        ]
+        await client.call(MODEL_LOAD, m.LoadModel(id="m", path=linear()))
+        await want(client, max_batch_rows=1, max_waiting_rows=1)
+        await until(lambda: candle._settings.max_waiting_rows == 1)
+        batcher = candle._models["m"].batcher
+        assert (batcher._max_rows, batcher._max_waiting) == (1, 1)
+        asked = (client.call(MODEL_RUN, m.RunModel(id="m", inputs=[[1, 2]])) for _ in range(50))
+        done = await asyncio.gather(*asked, return_exceptions=True)
+        assert all(isinstance(one, m.ModelOutput | Overloaded) for one in done)
+        # A model that is loaded later has them too.
+        await client.call(MODEL_LOAD, m.LoadModel(id="n", path=linear("n.json")))
+        assert candle._models["n"].batcher._max_waiting == 1
+
+
+@pytest.mark.parametrize("rows", [1, 7])
+async def test_the_limits_of_the_settings_are_those_of_a_model(client, worker, linear, rows):
+    async with worker(max_batch_rows=rows) as candle:
+        await client.call(MODEL_LOAD, m.LoadModel(id="m", path=linear()))
+        assert candle._models["m"].batcher._max_rows == rows
