@@ -450,16 +450,27 @@ def _stopped(state: m.PluginState, desired: m.DesiredState, _revision: int) -> s
 
 def _all_ready(state: m.PluginState, desired: m.DesiredState, _revision: int) -> str | None:
     """Return what is missing until every replica runs a generation; None when nothing is."""
-    places = {place.slot: place for place in state.instances}
-    missing = []
+    places = {place.slot: place for place in state.instances if place.slot < FIRST_FREE_SLOT}
+    missing, old = [], []
     for slot in range(state.replicas.desired):
         there = places.get(slot)
         if there is None:
             missing.append(f"replica {slot} is not there yet")
-        elif there.status != "running" or (there.generation or 0) < desired.generation:
+        elif there.status != "running":
             said = f" ({there.error})" if there.error else ""
             missing.append(f"replica {slot} is {there.status}{said}")
-    return "; ".join(missing) or None
+        elif (there.generation or 0) < desired.generation:
+            old.append(f"replica {slot} runs generation {there.generation} still")
+    failed = next(
+        (p for p in places.values() if p.error and (p.generation or 0) >= desired.generation), None
+    )
+    if failed and old:
+        missing.insert(
+            0,
+            f"the roll-out halts, because a replica of generation {failed.generation} does not "
+            f"come up ({failed.error})",
+        )
+    return "; ".join(missing + old) or None
 
 
 def _all_there(state: m.PluginState, desired: m.DesiredState, revision: int) -> str | None:

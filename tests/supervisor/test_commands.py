@@ -459,3 +459,28 @@ async def test_of_changes_at_the_same_time_none_is_lost(client, supervise, confi
         state = await ask(client, PLUGINS_GET)
         assert state.config.description == "other"
         assert state.replicas.desired == 1
+
+
+async def test_a_roll_out_that_halts_says_so_and_the_old_generation_goes_on(
+    client, supervise, plugin
+):
+    sound_at_first = plugin(
+        before="sys.exit('it is broken') if os.environ['BKG_GENERATION'] == '2' else None",
+        replicas=2,
+    )
+    async with follow_plugins(client.store) as view, supervise(sound_at_first):
+        await until(lambda: view.get("w") and view.get("w").replicas.ready == 2, 20)
+        pids = {i.pid for i in view.get("w").instances}
+        request = m.NamePlugin(name="w", by="test", timeout_s=4)
+        with pytest.raises(DeadlineExceeded) as raised:
+            await client.call(PLUGINS_RESTART, request, timeout_s=20)
+        assert "the roll-out halts, because a replica of generation 2" in raised.value.message
+        assert "it is broken" in raised.value.message
+        assert "replica 0 runs generation 1 still" in raised.value.message
+        state = view.get("w")
+        assert {i.pid for i in state.instances if i.status == "running"} == pids
+        assert "it is broken" in (state.error or "")
+        # The next one is sound, and goes through.
+        request = m.NamePlugin(name="w", by="test", timeout_s=30)
+        renewed = await client.call(PLUGINS_RESTART, request, timeout_s=40)
+        assert {i.generation for i in renewed.instances if i.slot < 2} == {3}
