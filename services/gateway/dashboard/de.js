@@ -67,6 +67,7 @@ export const de = {
 
   "plugin.cpu": "CPU",
   "plugin.memory": "Speicher",
+  "plugin.memoryOf": "{used} von {most}",
   "plugin.models": "Modelle",
   "plugin.datasets": "Datensätze",
   "plugin.entries": "Gesichter",

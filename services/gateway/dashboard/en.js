@@ -66,6 +66,7 @@ export const en = {
 
   "plugin.cpu": "CPU",
   "plugin.memory": "Memory",
+  "plugin.memoryOf": "{used} of {most}",
   "plugin.models": "Models",
   "plugin.datasets": "Datasets",
   "plugin.entries": "Faces",

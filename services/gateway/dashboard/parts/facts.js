@@ -65,7 +65,11 @@ export function Cpu({ name }) {
 /** @param {{name: string}} props */
 export function Memory({ name }) {
   const measured = store.measured(name);
-  const value = measured ? bytes(measured.last.memBytes) : "–";
+  const plugin = store.plugins.value.get(name);
+  // The limit is one instance's, the number that of all of them together.
+  const most = (plugin?.config?.memoryMaxBytes ?? 0) * Math.max(1, plugin?.replicas?.ready ?? 1);
+  const used = measured ? bytes(measured.last.memBytes) : "–";
+  const value = most ? t("plugin.memoryOf", { used, most: bytes(most) }) : used;
   return html`<${Measured}
     title=${t("plugin.memory")}
     value=${value}
