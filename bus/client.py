@@ -144,6 +144,8 @@ class Client:
         self.store = Store(nc, root)
         self._nc = nc
         self._online = asyncio.Event()
+        # Done while the connection is lost.
+        self._lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._barriers: dict[str, asyncio.Future[None]] = {}
         self._barrier_inbox = nc.new_inbox()
 
@@ -233,8 +235,13 @@ class Client:
         finally:
             await self._forget(heard)
 
-    async def barrier(self, timeout_s: float = 5.0) -> float:
+    async def barrier(self, timeout_s: float = 5.0, *, patient: bool = True) -> float:
         """Wait until the broker has worked on all that was sent before; return the seconds.
+
+        Args:
+            timeout_s: How long.
+            patient: Whether to wait on when the connection is lost meanwhile; at the end of a
+                process there is nothing to wait for then.
 
         Raises:
             Unavailable: It did not answer in time.
@@ -245,10 +252,10 @@ class Client:
         try:
             with _named_errors("the broker", timeout_s):
                 await self._nc.publish(f"{self._barrier_inbox}.{mark}", b"")
-            async with asyncio.timeout(timeout_s):
-                await passed
-        except TimeoutError:
-            raise Unavailable(f"the broker did not answer within {timeout_s:g} s") from None
+            awaited = {passed} if patient else {passed, self._lost}
+            await asyncio.wait(awaited, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+            if not passed.done():
+                raise Unavailable(f"the broker did not answer within {timeout_s:g} s")
         finally:
             del self._barriers[mark]
         return loop.time() - began
@@ -276,7 +283,7 @@ class Client:
         if self._nc.is_connected:
             with contextlib.suppress(Unavailable):
                 await self._nc._send_unsubscribe(heard._id)  # noqa: SLF001
-                await self.barrier()
+                await self.barrier(patient=False)
         if heard._pending_queue is not None:  # noqa: SLF001
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(5):
@@ -369,11 +376,13 @@ async def connect(
     async def on_disconnect() -> None:
         if client is not None and client.connected:
             client._online.clear()  # noqa: SLF001
+            client._lost.set_result(None)  # noqa: SLF001
             log.warning("broker.lost")
 
     async def on_reconnect() -> None:
         if client is not None:
             client._online.set()  # noqa: SLF001
+            client._lost = asyncio.get_running_loop().create_future()  # noqa: SLF001
             log.info("broker.found_again")
 
     async def on_close() -> None:
@@ -418,7 +427,7 @@ async def connect(
     finally:
         with contextlib.suppress(Unavailable):
             if nc.is_connected:
-                await client.barrier(2)
+                await client.barrier(2, patient=False)
         client._online.clear()  # noqa: SLF001
         await _close(nc)
 
@@ -429,8 +438,9 @@ def new_traceparent() -> str:
 
 
 async def _close(nc: Nats) -> None:
-    """Close a connection; what nats-py then raises about one that is broken is no news."""
-    with contextlib.suppress(OSError, nats.errors.Error, TimeoutError):
+    """Close a connection; what is then raised about one that is broken is no news."""
+    # RuntimeError: uvloop's, of a transport that is closed already.
+    with contextlib.suppress(OSError, RuntimeError, nats.errors.Error, TimeoutError):
         async with asyncio.timeout(5):
             await nc.close()
 

@@ -32,7 +32,7 @@ async def test_everything_can_be_read_and_asked(platform):
         await until(lambda: expected <= set(heard))
         assert heard["bkg.log.candle.0.info"]["plugin"] == "candle"
         assert heard["bkg.telemetry.rustyface.0"]["memBytes"] > 1_000_000
-        assert heard["bkg.status.candle.0"]["status"] == "running"
+        await until(lambda: heard["bkg.status.candle.0"]["status"] == "running")
         assert heard["bkg.health.candle.0"]["status"] == "running"
 
         services = await gather(plain, "$SRV.INFO")
