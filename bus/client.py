@@ -12,7 +12,7 @@ import contextlib
 import random
 import secrets
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -259,6 +259,25 @@ class Client:
         finally:
             del self._barriers[mark]
         return loop.time() - began
+
+    async def while_connected(self, work: Coroutine[Any, Any, None], timeout_s: float) -> None:
+        """Do a last thing: as long as the broker is there, and no longer than `timeout_s`.
+
+        An error that crosses the bus is passed over: at the end nobody is left to mend it.
+        """
+        doing = asyncio.create_task(work)
+        try:
+            awaited = {doing, self._lost}
+            await asyncio.wait(awaited, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            # More than once: see `bus.tasks.beside`.
+            while not doing.done():
+                doing.cancel()
+                await asyncio.wait({doing}, timeout=1)
+        if not doing.cancelled() and (error := doing.exception()):
+            if not isinstance(error, BusError):
+                raise error
+            log.debug("last.not_done", cause=error.message)
 
     async def answer(self, inbox: str, body: bytes, headers: Mapping[str, str]) -> None:
         """Answer a request; for `bus.instance`. Raises as `publish` does."""

@@ -435,12 +435,15 @@ class Instance:
     async def _unregister(self) -> None:
         if not self._listed:
             return
-        # A successor may have the slot already; a broker that is away lets the key expire.
-        with contextlib.suppress(Conflict, Unavailable, TimeoutError):
-            async with asyncio.timeout(2), self._registering:
+
+        async def leave() -> None:
+            async with self._registering:
                 await self._client.store.instances.delete(
                     self.plugin, self.slot, revision=self._revision
                 )
+
+        # A successor may have the slot already; a broker that is away lets the key expire.
+        await self._client.while_connected(leave(), 2)
 
     async def _keep_registered(self) -> None:
         while True:

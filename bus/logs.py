@@ -266,7 +266,7 @@ async def shipping(client: Client, about: LogEvent, level: str = "info") -> Asyn
             logging.getLogger().removeHandler(bridge)
             to_stderr(level)
             # What cannot be sent by then is lost: a broker that is away must not hold up the end.
-            await shipper.close(CLOSE_PATIENCE_S)
+            await client.while_connected(shipper.close(CLOSE_PATIENCE_S), 2 * CLOSE_PATIENCE_S)
 
 
 @asynccontextmanager

@@ -274,10 +274,11 @@ class Hosts:
                 log.warning("host.not_told", cause=error.message)
 
     async def _leave(self) -> None:
-        with contextlib.suppress(BusError, TimeoutError):
-            async with asyncio.timeout(LEAVE_S):
-                await self._client.store.hosts.delete(self.me, revision=self._revision)
-                await self._event("left", self.me)
+        async def leave() -> None:
+            await self._client.store.hosts.delete(self.me, revision=self._revision)
+            await self._event("left", self.me)
+
+        await self._client.while_connected(leave(), LEAVE_S)
 
     async def _event(
         self, verb: str, name: str, *, cause: str | None = None, by: str | None = None

@@ -538,10 +538,11 @@ class Supervisor:
             await asyncio.gather(*watching, return_exceptions=True)
             for key in list(self._replicas):
                 self._forget(key)
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(TELL_LAST_S):
-                    await self._changes.join()
-                    await self._lines.join()
+            await self._client.while_connected(self._all_told(), TELL_LAST_S)
+
+    async def _all_told(self) -> None:
+        await self._changes.join()
+        await self._lines.join()
 
     # --- What is told ---------------------------------------------------------------------------
 
