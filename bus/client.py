@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import random
 import secrets
+import time
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping
 from contextlib import asynccontextmanager
@@ -246,9 +247,9 @@ class Client:
         Raises:
             Unavailable: It did not answer in time.
         """
-        loop = asyncio.get_running_loop()
-        began, mark = loop.time(), secrets.token_hex(8)
-        passed = self._barriers[mark] = loop.create_future()
+        # Not the event loop's time: uvloop's has steps of a millisecond.
+        began, mark = time.perf_counter(), secrets.token_hex(8)
+        passed = self._barriers[mark] = asyncio.get_running_loop().create_future()
         try:
             with _named_errors("the broker", timeout_s):
                 await self._nc.publish(f"{self._barrier_inbox}.{mark}", b"")
@@ -258,7 +259,7 @@ class Client:
                 raise Unavailable(f"the broker did not answer within {timeout_s:g} s")
         finally:
             del self._barriers[mark]
-        return loop.time() - began
+        return time.perf_counter() - began
 
     async def while_connected(self, work: Coroutine[Any, Any, None], timeout_s: float) -> None:
         """Do a last thing: as long as the broker is there, and no longer than `timeout_s`.
