@@ -15,6 +15,7 @@ from bus import messages as m
 from bus.client import Client
 from bus.instance import join
 from bus.settings import Settings
+from bus.testing import until
 from services.supervisor import catalogue
 from services.supervisor.service import Supervisor
 
@@ -79,6 +80,11 @@ def supervise(client: Client, settings: Settings) -> Supervise:
             supervisor = Supervisor(client, instance, here)
             running = asyncio.create_task(supervisor.run())
             try:
+                # Whoever asks it before has nobody to answer.
+                await until(
+                    lambda: running.done() or instance._registration.status == "running",
+                    timeout_s=30,
+                )
                 yield supervisor
             finally:
                 children = [r.child.pid for r in supervisor._replicas.values() if r.child]
