@@ -78,6 +78,10 @@ class Batcher:
         max_waiting: Rows that may wait; more are refused. A single request with more is taken
             when nothing else waits.
         name: What the model is called in the error of a full queue.
+
+    Attributes:
+        batches: How many runs there were.
+        rows: How many rows ran in them.
     """
 
     def __init__(
@@ -99,6 +103,13 @@ class Batcher:
         self._running: list[Waiting] = []
         self._came = asyncio.Event()
         self._ended = False
+        self.batches = 0
+        self.rows = 0
+
+    @property
+    def rows_waiting(self) -> int:
+        """Rows that wait for a run."""
+        return self._rows_waiting
 
     def limit(self, *, max_rows: int, max_waiting: int) -> None:
         """Go on with other limits, from the next batch on."""
@@ -152,7 +163,10 @@ class Batcher:
         max_rows = 1 if self._one_by_one else self._max_rows
         count = next_batch(((len(w.rows), w.kind) for w in self._waiting), max_rows)
         batch = [self._waiting.popitem(last=False)[0] for _ in range(count)]
-        self._rows_waiting -= sum(len(asked.rows) for asked in batch)
+        rows = sum(len(asked.rows) for asked in batch)
+        self._rows_waiting -= rows
+        self.batches += 1
+        self.rows += rows
         return batch
 
     async def _work(self, batch: list[Waiting]) -> None:

@@ -27,12 +27,14 @@ from bus.instance import Instance
 from bus.probes import Route
 from bus.state import Entry
 from bus.subjects import CANDLE_STATS, MODEL_LOAD, MODEL_RUN, MODEL_UNLOAD
+from bus.tasks import beside
 from services.candle.batcher import Array, Batcher, Outputs
 from services.candle.repository import Repository
 from services.candle.runtimes import open_model
 from services.candle.runtimes.base import ANY_LENGTH, DTYPES, Runtime, TensorSpec
 
 SERVED: Final = (MODEL_LOAD, MODEL_UNLOAD, MODEL_RUN, CANDLE_STATS)
+TELL_S: Final = 1.0
 
 log = structlog.get_logger("candle.service")
 
@@ -92,6 +94,7 @@ class Candle:
         self._models: dict[str, _Serving] = {}
         self._changed = asyncio.Condition()
         self._known_revision = 0
+        self._told = 0, 0
         instance.on_config(("max_batch_rows", "max_waiting_rows"), self._take_settings)
 
     async def run(self) -> None:
@@ -102,6 +105,7 @@ class Candle:
             self._instance.serving(MODEL_UNLOAD, self._unload),
             self._instance.serving(CANDLE_STATS, self._stats),
             self._instance.local_routes(*self._routes()),
+            beside(self._keep_telling()),
         ):
             try:
                 await self._follow()
@@ -298,8 +302,23 @@ class Candle:
             instance=self._instance.id,
         )
 
+    async def _keep_telling(self) -> None:
+        while True:
+            await asyncio.sleep(TELL_S)
+            self._tell()
+
     def _tell(self) -> None:
+        """Put into telemetry what is loaded, what waits, and how large batches have been lately."""
         self._instance.counts["models_loaded"] = self._loaded()
+        batchers = [one.batcher for one in self._models.values() if one.batcher]
+        batches, rows = sum(b.batches for b in batchers), sum(b.rows for b in batchers)
+        gauges = self._instance.gauges
+        gauges["rows_waiting"] = sum(b.rows_waiting for b in batchers)
+        # Fewer than before: a model was unloaded, and its counts with it.
+        new_batches, new_rows = batches - self._told[0], rows - self._told[1]
+        if new_batches > 0 and new_rows > 0:
+            gauges["batch_rows"] = round(new_rows / new_batches, 2)
+        self._told = batches, rows
 
     def _loaded(self) -> int:
         return sum(1 for serving in self._models.values() if serving.runtime)

@@ -108,6 +108,16 @@ async def test_stats_list_what_is_loaded(client, worker, linear):
     assert [(s.id, s.requests, s.rows) for s in stats.models] == [("a", 1, 2), ("b", 0, 0)]
 
 
+async def test_telemetry_tells_how_large_batches_are_and_what_waits(client, worker, linear):
+    async with worker() as candle:
+        await load(client, linear())
+        gauges = candle._instance.gauges
+        await run(client, [[1, 2], [3, 4], [5, 6]])
+        await until(lambda: "batch_rows" in gauges)
+        assert (gauges["batch_rows"], gauges["rows_waiting"]) == (3, 0)
+        assert candle._instance.counts["models_loaded"] == 1
+
+
 async def test_a_new_file_under_the_same_name_takes_over(client, worker, linear):
     async with worker():
         await load(client, linear())
