@@ -16,14 +16,19 @@ Level = Literal["debug", "info", "warn", "error"]
 
 _PLUGIN_NAME = r"\A[a-z0-9][a-z0-9_-]{0,62}\Z"
 _NAME = r"\A\w(?:[\w .@:+-]{0,126}[\w])?\Z"
+_VERSION_NAME = r"\A[A-Za-z0-9](?:[A-Za-z0-9._-]{0,62}[A-Za-z0-9])?\Z"
 # What people are told instead of the expression.
 PATTERNS_IN_WORDS = {
     _PLUGIN_NAME: "must be a plugin's name: lower case letters, digits, - and _, at most 63",
     _NAME: "must be a name: letters, digits and _, inside also spaces and . @ : + -, at most 128",
+    _VERSION_NAME: "must be the name of a version: letters, digits, inside also . _ -, at most 64",
 }
 
 PluginName = Annotated[str, Meta(pattern=_PLUGIN_NAME, description=PATTERNS_IN_WORDS[_PLUGIN_NAME])]
 Name = Annotated[str, Meta(pattern=_NAME, description=PATTERNS_IN_WORDS[_NAME])]
+VersionName = Annotated[
+    str, Meta(pattern=_VERSION_NAME, description=PATTERNS_IN_WORDS[_VERSION_NAME])
+]
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -663,31 +668,6 @@ class Heartbeat(State, frozen=True):
 # --- candle ---------------------------------------------------------------------------------------
 
 
-class ModelSpec(Message, frozen=True):
-    """A model that should be served; bucket `models`, key `<id>`.
-
-    Attributes:
-        id: The name that requests use.
-        path: The file's path below the models directory, as it was given.
-        checksum: SHA-256 of the artefact, hex; its name in the object store.
-        format: `linear` or `onnx`.
-        loaded_at: When it was asked for.
-    """
-
-    id: Name
-    path: str
-    checksum: str
-    format: str
-    loaded_at: datetime
-
-
-class LoadModel(Message, frozen=True):
-    """Asks for a file below the models directory to be served under an id."""
-
-    id: Name
-    path: Annotated[str, Meta(min_length=1, max_length=1024)]
-
-
 class TensorInfo(Message, frozen=True):
     """One input or output: Open Inference Protocol datatype, shape with -1 for any length."""
 
@@ -696,8 +676,156 @@ class TensorInfo(Message, frozen=True):
     shape: list[int]
 
 
+class ModelConfig(Message, frozen=True, forbid_unknown_fields=True):
+    """How a version of a model is run; what is not set here is as candle's settings say.
+
+    Attributes:
+        max_batch_rows: Rows that are put together into one run.
+        max_waiting_rows: Rows that may wait; more are refused.
+        max_delay_ms: How long a batch that is not full may wait for more rows, in milliseconds.
+        instances: Runs at the same time.
+        threads: Threads of one run.
+        provider: What computes: `cpu`, `cuda`, or another one that onnxruntime has here.
+        pinned: Whether it stays in memory, whatever else wants room.
+        keep_alive_s: Seconds without a request after which it leaves memory; the next request
+            brings it back. None: it stays as long as there is room.
+    """
+
+    max_batch_rows: Annotated[int, Meta(ge=1, le=65_536)] | None = None
+    max_waiting_rows: Annotated[int, Meta(ge=1, le=1_048_576)] | None = None
+    max_delay_ms: Annotated[float, Meta(ge=0, le=10_000)] | None = None
+    instances: Annotated[int, Meta(ge=1, le=64)] | None = None
+    threads: Annotated[int, Meta(ge=1, le=256)] | None = None
+    provider: Annotated[str, Meta(pattern=r"^[a-z0-9_-]{1,32}$")] | None = None
+    pinned: bool = False
+    keep_alive_s: Annotated[float, Meta(gt=0, le=31_536_000)] | None = None
+
+
+class ModelVersion(Message, frozen=True):
+    """One version of a model: an artefact, and how it is run.
+
+    Attributes:
+        version: Its name, `1`, `2` and so on unless somebody gave another one.
+        path: The file's path below the models directory, as it was given.
+        checksum: SHA-256 of the artefact, hex; its name in the object store.
+        format: `linear` or `onnx`.
+        added_at: When it came.
+        wanted: Whether it should be served.
+        wanted_at: When that was last asked for.
+        size_bytes: Size of the artefact.
+        config: How it is run.
+        inputs: What it takes.
+        outputs: What it gives.
+        batched: Whether rows of several requests can run together.
+    """
+
+    version: VersionName
+    path: str
+    checksum: str
+    format: str
+    added_at: datetime
+    wanted: bool = True
+    wanted_at: datetime | None = None
+    size_bytes: int = 0
+    config: ModelConfig = ModelConfig()
+    inputs: list[TensorInfo] = []
+    outputs: list[TensorInfo] = []
+    batched: bool = False
+
+
+class ModelSpec(Message, frozen=True):
+    """A model of the repository; bucket `models`, key `<id>`.
+
+    Attributes:
+        id: The name that requests use.
+        versions: Its versions, in the order in which they came.
+        aliases: Further names of versions. `default` is what answers a request that names none;
+            where it is not given, that is `latest`, the wanted version with the highest number.
+    """
+
+    id: Name
+    versions: list[ModelVersion]
+    aliases: dict[str, str] = {}
+
+
+ModelState = Literal["queued", "fetching", "loading", "ready", "cold", "failed", "leaving"]
+
+
+class ServedModel(Message, frozen=True):
+    """A version as one instance has it.
+
+    Attributes:
+        id: The model.
+        version: The version.
+        state: `queued`, `fetching` and `loading` on its way; `cold` when it left memory and comes
+            back when it is asked for; `leaving` while its last requests are answered.
+        since: Since when.
+        names: What it answers to: its version, and aliases.
+        progress: Share of the artefact that was fetched, 0 to 1, while it is.
+        reason: Why it failed, or is cold.
+        memory_bytes: What loading it took.
+        threads: Threads of one run.
+        last_used: When it was last asked.
+        kept: Why it stays: `pinned`, `keep-alive` or `room`.
+    """
+
+    id: str
+    version: str
+    state: ModelState
+    since: datetime
+    names: list[str] = []
+    progress: float | None = None
+    reason: str | None = None
+    memory_bytes: int = 0
+    threads: int = 0
+    last_used: datetime | None = None
+    kept: str | None = None
+
+
+class ServedModels(Message, frozen=True):
+    """What one instance serves; bucket `observed`, key `<plugin>.<slot>.models`.
+
+    Attributes:
+        plugin: The plugin.
+        slot: The slot.
+        instance: The instance.
+        host: Where it runs.
+        models: Every version that it has, or is on its way to.
+        budget_bytes: What all of them may take.
+    """
+
+    plugin: str
+    slot: int
+    instance: str
+    host: str
+    models: list[ServedModel]
+    budget_bytes: int = 0
+
+
+class LoadModel(Message, frozen=True):
+    """Asks for a model to be served.
+
+    Attributes:
+        id: The name that requests will use.
+        path: A file below the models directory. Without it a version that the repository has is
+            served again.
+        version: The version's name. With a path and without a version, the file takes the place of
+            what is served: a new version, and the old ones leave when it serves. With both, it is
+            served beside them.
+        config: How it is run; what it was, if not given.
+        content: The file itself, in base64, instead of one below the models directory; the path
+            then only names its format.
+    """
+
+    id: Name
+    path: Annotated[str, Meta(min_length=1, max_length=1024)] | None = None
+    version: VersionName | None = None
+    config: ModelConfig | None = None
+    content: bytes | None = None
+
+
 class LoadedModel(Message, frozen=True):
-    """A model that is served.
+    """A version of a model that is served.
 
     Attributes:
         id: The name that requests use.
@@ -712,6 +840,13 @@ class LoadedModel(Message, frozen=True):
         outputs: What it gives.
         requests: Requests answered by the instance that tells.
         rows: Rows that they had.
+        version: The version.
+        names: What it answers to: its version, and aliases.
+        provider: What computes.
+        threads: Threads of one run.
+        memory_bytes: What loading it took.
+        last_used: When it was last asked.
+        config: How it is run.
     """
 
     id: str
@@ -726,18 +861,59 @@ class LoadedModel(Message, frozen=True):
     outputs: list[TensorInfo]
     requests: int = 0
     rows: int = 0
+    version: str = ""
+    names: list[str] = []
+    provider: str = ""
+    threads: int = 0
+    memory_bytes: int = 0
+    last_used: datetime | None = None
+    config: ModelConfig = ModelConfig()
 
 
 class UnloadModel(Message, frozen=True):
-    """Asks for a model to be served no longer; its artefact stays."""
+    """Asks for a model, or one version of it, to be served no longer; its artefact stays."""
 
     id: Name
+    version: VersionName | None = None
 
 
 class UnloadedModel(Message, frozen=True):
     """The model is served no longer."""
 
     id: str
+
+
+class AliasModel(Message, frozen=True):
+    """Asks for a name to stand for a version, in one step for every request.
+
+    Attributes:
+        id: The model.
+        alias: The name: `default`, or any other but `latest`.
+        version: What it stands for; null takes the name away.
+    """
+
+    id: Name
+    alias: VersionName
+    version: VersionName | None
+
+
+class ModelAliases(Message, frozen=True):
+    """What the names of a model stand for."""
+
+    id: str
+    aliases: dict[str, str]
+
+
+class WakeModel(Message, frozen=True):
+    """Asks for a version that left memory to come back; answered at once.
+
+    Attributes:
+        id: The model.
+        version: A version or alias; `default` if not given.
+    """
+
+    id: Name
+    version: VersionName | None = None
 
 
 class RunModel(Message, frozen=True):

@@ -8,11 +8,12 @@ was restarted, ours for about a second.
 
 import asyncio
 import contextlib
+import hashlib
 import json
 import secrets
-from base64 import b64decode
+from base64 import b64decode, urlsafe_b64encode
 from collections import deque
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -21,7 +22,6 @@ from typing import Any, Final, Generic, TypeVar
 
 import msgspec
 import nats.errors
-import nats.js.errors
 import structlog
 from nats.aio.client import Client as Nats
 from nats.aio.msg import Msg
@@ -29,7 +29,15 @@ from nats.js.api import ObjectMeta
 
 from bus import codec
 from bus import messages as m
-from bus.errors import Conflict, DeadlineExceeded, Internal, InvalidRequest, NotFound, Unavailable
+from bus.errors import (
+    Conflict,
+    DeadlineExceeded,
+    Internal,
+    InvalidRequest,
+    NotFound,
+    Unavailable,
+    Unprocessable,
+)
 from bus.log_search import LEVELS, LogPage, LogQuery
 from bus.settings import LogLimits
 from bus.subjects import (
@@ -57,6 +65,8 @@ LOOK_S: Final = 1.0
 # A key of the observed bucket leaves when it was not written again for this long.
 OBSERVED_TTL_S: Final = 30
 WRITE_PATIENCE_S: Final = 15.0
+# An artefact of which nothing more comes for this long is given up.
+STALL_S: Final = 30.0
 # The newest records are looked for in pieces of the stream, the last piece first.
 PIECE_RECORDS: Final = 5_000
 PIECE_MAX_RECORDS: Final = 50_000
@@ -348,49 +358,84 @@ class Bucket(Generic[T]):
 
 
 class Artefacts:
-    """The object store of artefacts, named by their SHA-256 and so immutable."""
+    """The object store of artefacts, named by their SHA-256 and so immutable (ADR-20)."""
 
     def __init__(self, nc: Nats, bucket: str) -> None:
         self._js = nc.jetstream(timeout=10)
         self._bucket = bucket
+        self._stream = Stream(nc, f"OBJ_{bucket}")
 
-    async def has(self, digest: str) -> bool:
-        """Tell whether an artefact is stored."""
-        store = await self._js.object_store(self._bucket)
-        try:
-            await store.get_info(digest)
-        except nats.js.errors.NotFoundError:
-            return False
-        return True
+    async def size(self, digest: str) -> int | None:
+        """Return how many bytes an artefact has; None if it is not stored."""
+        info = await self._info(digest)
+        return int(info["size"]) if info else None
 
     async def put(self, digest: str, path: Path) -> None:
-        """Store a file under its digest; one that is there already stays."""
-        if await self.has(digest):
+        """Store a file under its digest; one that is there already stays.
+
+        Raises:
+            Unavailable: The broker did not take it, for want of room for example; says why.
+        """
+        if await self._info(digest) is not None:
             return
         store = await self._js.object_store(self._bucket)
-        with path.open("rb") as file:
-            await store.put(digest, file, meta=ObjectMeta(name=digest))
+        try:
+            with path.open("rb") as file:
+                await store.put(digest, file, meta=ObjectMeta(name=digest))
+        except nats.errors.Error as error:
+            raise Unavailable(f"the broker did not store {path.name}: {error}") from None
 
-    async def fetch(self, digest: str, path: Path, *, timeout_s: float = 600.0) -> None:
-        """Write an artefact to a file, whole or not at all.
+    async def fetch(
+        self, digest: str, path: Path, *, told: Callable[[float], None] = lambda _share: None
+    ) -> None:
+        """Write an artefact to a file, whole and sound or not at all.
+
+        Args:
+            digest: Which one.
+            path: Where it goes.
+            told: Is called with the share that has come, 0 to 1.
 
         Raises:
             NotFound: It is not stored.
-            DeadlineExceeded: It did not come in time; nats-py waits for ever for lost chunks.
+            Unprocessable: What is stored has not the digest of its name.
+            DeadlineExceeded: Nothing more came for `STALL_S`.
         """
-        store = await self._js.object_store(self._bucket)
+        info = await self._info(digest)
+        if info is None:
+            raise NotFound(f"the artefact {digest} is not stored")
+        size, found, sha = int(info["size"]), 0, hashlib.sha256()
         part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
+        # Not through nats-py: it is slower by half, tells nothing meanwhile, and waits for ever
+        # for chunks that are lost.
+        chunks = self._stream.read(f"$O.{self._bucket}.C.{info['nuid']}")
         try:
-            with part.open("wb") as file:
-                async with asyncio.timeout(timeout_s):
-                    await store.get(digest, writeinto=file)
+            async with asyncio.timeout(STALL_S) as stall, contextlib.aclosing(chunks):  # type: ignore[type-var]
+                with part.open("wb") as file:
+                    async for chunk in chunks:
+                        stall.reschedule(asyncio.get_running_loop().time() + STALL_S)
+                        file.write(chunk.body)
+                        sha.update(chunk.body)
+                        found += len(chunk.body)
+                        told(found / size if size else 1.0)
+            if sha.hexdigest() != digest:
+                raise Unprocessable(
+                    f"the artefact {digest} is stored broken: {found:,} of {size:,} bytes, and "
+                    "another digest; load its file again"
+                )
             part.replace(path)
-        except nats.js.errors.NotFoundError:
-            raise NotFound(f"the artefact {digest} is not stored") from None
         except TimeoutError:
-            raise DeadlineExceeded(f"the artefact {digest} did not come in time") from None
+            raise DeadlineExceeded(
+                f"the artefact {digest} stopped coming: {found:,} of {size:,} bytes, then nothing "
+                f"for {STALL_S:g} s"
+            ) from None
         finally:
             part.unlink(missing_ok=True)
+
+    async def _info(self, digest: str) -> dict[str, Any] | None:
+        name = urlsafe_b64encode(digest.encode()).decode()
+        found = await self._stream.last(f"$O.{self._bucket}.M.{name}")
+        info: dict[str, Any] | None = json.loads(found.body) if found else None
+        return None if info is None or info.get("deleted") else info
 
 
 class Store:
@@ -403,7 +448,8 @@ class Store:
         instances: Instances as they tell of themselves, by plugin and slot.
         hosts: Hosts as their supervisors tell of them, by name.
         hosts_desired: What each host should be, by name; without an entry, one that takes replicas.
-        models: What should be served, by model id.
+        models: The repository's models, and what of them should be served, by model id.
+        served: What each instance of candle serves, by plugin and slot.
         galleries: The events of all galleries.
         artefacts: Model files by digest.
     """
@@ -418,6 +464,7 @@ class Store:
         self.hosts = Bucket(nc, f"{root}-hosts", m.HostState, 1)
         self.hosts_desired = Bucket(nc, f"{root}-desired", m.HostDesired, 1, "host")
         self.models = Bucket(nc, f"{root}-models", m.ModelSpec, 1)
+        self.served = Bucket(nc, f"{root}-observed", m.ServedModels, 2, "models")
         self.galleries = Stream(nc, f"{root}-galleries")
         self.artefacts = Artefacts(nc, f"{root}-artefacts")
         self._logs = Stream(nc, f"{root}-logs")
@@ -783,7 +830,7 @@ def _assets(root: str) -> list[dict[str, Any]]:
         *rings,
         galleries,
         _bucket(f"{root}-desired", "what each plugin should be", history=64),
-        _bucket(f"{root}-models", "what candle should serve", history=8),
+        _bucket(f"{root}-models", "models, and which of them candle should serve", history=8),
         _bucket(
             f"{root}-hosts",
             "hosts that are there; keys expire",

@@ -193,6 +193,20 @@ MODEL_LOAD = Endpoint(
 MODEL_UNLOAD = Endpoint(
     "candle.model.unload", CANDLE, m.UnloadModel, m.UnloadedModel, "Serve a model no longer."
 )
+MODEL_ALIAS = Endpoint(
+    "candle.model.alias",
+    CANDLE,
+    m.AliasModel,
+    m.ModelAliases,
+    "Let a name stand for another version; answered when an instance serves it so.",
+)
+MODEL_WAKE = Endpoint(
+    "candle.model.wake",
+    CANDLE,
+    m.WakeModel,
+    m.ServedModel,
+    "Bring a model that left memory back; answers with its state, at once.",
+)
 CANDLE_STATS = Endpoint(
     "candle.stats", CANDLE, m.Empty, m.CandleStats, "The models that this instance serves."
 )
@@ -211,7 +225,7 @@ ENDPOINTS: tuple[Endpoint[m.Message, m.Message], ...] = (  # type: ignore[assign
     PLUGINS_LIST, PLUGINS_GET, PLUGINS_START, PLUGINS_STOP, PLUGINS_RESTART, PLUGINS_CONFIGURE,
     PLUGINS_CHECK, PLUGINS_SCALE, PLUGINS_HISTORY, PLUGINS_ROLLBACK,
     HOSTS_LIST, HOSTS_DRAIN, HOSTS_UNDRAIN,
-    MODEL_RUN, MODEL_LOAD, MODEL_UNLOAD, CANDLE_STATS,
+    MODEL_RUN, MODEL_LOAD, MODEL_UNLOAD, MODEL_ALIAS, MODEL_WAKE, CANDLE_STATS,
     FACES_ENCODE, FACES_SEARCH, DATASET_MANAGE,
 )  # fmt: skip
 CAPABILITIES: Mapping[str, Endpoint[m.Message, m.Message]] = {e.capability: e for e in ENDPOINTS}

@@ -56,6 +56,17 @@ def read_cgroup(root: Path = CGROUPS, own: Path = OWN_CGROUP) -> Cgroup:
     return _read_v1(root, paths)
 
 
+def allowed() -> tuple[float, int]:
+    """Return how many processors, and how many bytes of memory, this process may use."""
+    processors, total_bytes, _ = _allowed(read_cgroup())
+    return processors, total_bytes
+
+
+def resident_bytes() -> int:
+    """Return the memory that this process has in use."""
+    return int(psutil.Process().memory_info().rss)
+
+
 class Sampler:
     """Reads this process."""
 

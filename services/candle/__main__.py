@@ -7,8 +7,10 @@ from bus.client import connect
 from bus.instance import join
 from bus.process import run
 from bus.settings import Settings
+from services.candle.cache import Cache
 from services.candle.repository import Repository
-from services.candle.service import SERVED, Candle, CandleSettings
+from services.candle.service import SERVED, Candle
+from services.candle.settings import MIB, CandleSettings
 
 
 async def main() -> None:
@@ -27,8 +29,9 @@ async def main() -> None:
     ):
         wanted = instance.settings(CandleSettings)
         models_dir = settings.data_dir / wanted.models_path
-        repository = Repository(client.store, models_dir, settings.cache_dir)
-        await Candle(instance, repository, wanted).run()
+        cache = Cache(settings.cache_dir / "artefacts", wanted.cache_max_mb * MIB)
+        repository = Repository(client.store, models_dir, cache)
+        await Candle(instance, repository, wanted, client.store.served).run()
 
 
 if __name__ == "__main__":

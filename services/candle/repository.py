@@ -1,47 +1,164 @@
 """Models and their artefacts: the folder people drop files into, the store, the local cache.
 
-What should be served stands in a bucket and names its artefact by SHA-256; the bytes stand in the
-broker's object store. So a replica on another host needs no shared disk: it fetches what its own
-cache lacks. The cache can be deleted at any time.
+What there is, and what of it should be served, stands in a bucket and names artefacts by SHA-256;
+the bytes stand in the broker's object store. So a replica on another host needs no shared disk: it
+fetches what its own cache lacks.
 """
 
 import asyncio
-import hashlib
 import shutil
-from collections.abc import AsyncIterator
+import tempfile
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import Final
 
+import msgspec
 import structlog
 
-from bus.errors import InvalidRequest, NotFound, TooLarge, Unprocessable
-from bus.messages import ModelSpec
+from bus import messages as m
+from bus.errors import Conflict, InvalidRequest, NotFound, TooLarge
+from bus.models import DEFAULT, LATEST, next_version, version_of
 from bus.state import Changes, Store
+from services.candle.cache import Cache, sha256_of
+from services.candle.runtimes import FORMATS, open_model
+from services.candle.runtimes.base import Signature
 
 MAX_BYTES: Final = 2 * 1024**3
 SAMPLES: Final = ("linear-demo.json", "iris.onnx")
+# Versions that nobody wants any more are forgotten beyond this many of a model.
+VERSIONS_KEPT: Final = 32
+_TRIES: Final = 20
 
 log = structlog.get_logger("candle.repository")
 
+Change = Callable[[m.ModelSpec | None], m.ModelSpec]
+
 
 class Repository:
-    """What to serve, and where its bytes are.
+    """What models there are, and where their bytes are.
 
     Args:
         store: The buckets and the object store.
         models_dir: Where people put model files; made, with the samples in it, if missing.
-        cache_dir: Where artefacts are kept by digest.
+        cache: Where artefacts are kept by digest.
     """
 
-    def __init__(self, store: Store, models_dir: Path, cache_dir: Path) -> None:
+    def __init__(self, store: Store, models_dir: Path, cache: Cache) -> None:
+        self.cache = cache
         self._store = store
         self._models_dir = models_dir
-        self._artefacts_dir = cache_dir / "artefacts"
 
     async def open(self) -> None:
         """Make the folders; a new models folder gets the sample models."""
         await asyncio.to_thread(self._make_folders)
+
+    def follow(self) -> AsyncIterator[Changes[m.ModelSpec]]:
+        """Give what there is, and then every change."""
+        return self._store.models.follow()
+
+    @asynccontextmanager
+    async def artefact(
+        self, version: m.ModelVersion, told: Callable[[float], None]
+    ) -> AsyncGenerator[Path]:
+        """Have a version's artefact on the disk while inside.
+
+        Args:
+            version: Whose.
+            told: Is called with the share that has come, should it have to be fetched.
+
+        Raises:
+            NotFound: The object store does not have it.
+            Unprocessable: What it has is not what the digest says.
+            Unavailable: The disk is full.
+        """
+
+        async def fetch(path: Path) -> None:
+            await self._store.artefacts.fetch(version.checksum, path, told=told)
+
+        suffix = Path(version.path).suffix.lower()
+        async with self.cache.holding(version.checksum, suffix, version.size_bytes, fetch) as path:
+            yield path
+
+    async def add(self, request: m.LoadModel) -> tuple[str, int]:
+        """Have a file served as a version of a model; return the version and the wish's revision.
+
+        It is opened first: what is not sound never becomes a version.
+
+        Raises:
+            InvalidRequest: The path leaves the models folder, or names no format.
+            NotFound: There is no such file or version; says which there are.
+            Unprocessable: It is not a sound model; says why.
+        """
+        if request.version in {DEFAULT, LATEST}:
+            raise InvalidRequest(
+                f"version: {request.version!r} is an alias; a version needs a name of its own",
+                field="version",
+            )
+        if request.content is not None:
+            with tempfile.TemporaryDirectory(prefix="bkg-") as folder:
+                path = Path(folder) / Path(request.path or "").name
+                await asyncio.to_thread(path.write_bytes, request.content)
+                made = await self._version_from(path, request.path or "")
+        else:
+            given = request.path or await self._path_of_unknown(request)
+            if given is None:
+                return await self._want_again(request)
+            made = await self._version_from(self.find(given), given)
+        name = ""
+
+        def change(spec: m.ModelSpec | None) -> m.ModelSpec:
+            nonlocal name
+            spec, name = _with(spec, request, made)
+            return spec
+
+        return name, await self._change(request.id, change)
+
+    async def unwant(self, model: str, version: str | None) -> int:
+        """Have a model, or one version of it, served no longer; return the wish's revision.
+
+        Raises:
+            NotFound: It was not.
+        """
+
+        def change(spec: m.ModelSpec | None) -> m.ModelSpec:
+            if version is None:
+                names = {v.version for v in spec.versions} if spec else set()
+            else:
+                meant = version_of(spec, version) if spec else None
+                names = {meant.version} if meant else set()
+            if spec is None or not any(v.wanted and v.version in names for v in spec.versions):
+                what = f"model {model!r}" + (f" in version {version!r}" if version else "")
+                raise NotFound(f"there is no {what} loaded", field="id")
+            kept = [
+                msgspec.structs.replace(v, wanted=False) if v.version in names else v
+                for v in spec.versions
+            ]
+            # A name that stood for this one version goes with it; those of a whole model wait.
+            aliases = {a: v for a, v in spec.aliases.items() if not version or v not in names}
+            return msgspec.structs.replace(spec, versions=kept, aliases=aliases)
+
+        return await self._change(model, change)
+
+    async def alias(self, request: m.AliasModel) -> tuple[m.ModelSpec, int]:
+        """Let a name stand for another version; return the model and the wish's revision.
+
+        Raises:
+            NotFound: There is no such model or version; says which there are.
+            InvalidRequest: The name is a version's, or `latest`.
+            Conflict: The version is not loaded.
+        """
+        changed: m.ModelSpec | None = None
+
+        def change(spec: m.ModelSpec | None) -> m.ModelSpec:
+            nonlocal changed
+            changed = _aliased(spec, request)
+            return changed
+
+        revision = await self._change(request.id, change)
+        assert changed is not None  # noqa: S101 - `_change` has called it
+        return changed, revision
 
     def find(self, path: str) -> Path:
         """Return the file that a path below the models folder names.
@@ -71,47 +188,78 @@ class Repository:
             raise TooLarge(f"{path!r} has more than {MAX_BYTES:,} bytes", field="path")
         return found
 
-    async def keep(self, path: Path) -> str:
-        """Put a file into the object store, and return its SHA-256 in hex."""
-        digest = await asyncio.to_thread(_sha256, path)
-        await self._store.artefacts.put(digest, path)
-        return digest
+    async def _path_of_unknown(self, request: m.LoadModel) -> str | None:
+        """Return the file that a model which the repository lacks is likely to mean."""
+        if await self._store.models.get(request.id) is not None:
+            return None
+        for path in _likely_paths(request.id, request.version):
+            try:
+                self.find(path)
+            except (NotFound, InvalidRequest):
+                continue
+            return path
+        raise NotFound(
+            f"there is no model {request.id!r}, and no file {request.id}.onnx or {request.id}.json "
+            "in the models folder; give the path of its file",
+            field="id",
+        )
 
-    async def bring(self, spec: ModelSpec) -> Path:
-        """Return the local copy of a model's artefact, fetched if it is not there yet.
+    async def _version_from(self, file: Path, path: str) -> m.ModelVersion:
+        runtime = await asyncio.to_thread(open_model, file, threads=1)
+        size_bytes = (await asyncio.to_thread(file.stat)).st_size
+        digest = await asyncio.to_thread(sha256_of, file)
+        await self._store.artefacts.put(digest, file)
+        inputs, outputs = tensors_of(runtime.signature)
+        return m.ModelVersion(
+            version="1",
+            path=path,
+            checksum=digest,
+            format=runtime.format,
+            added_at=m.now(),
+            wanted_at=m.now(),
+            size_bytes=size_bytes,
+            inputs=inputs,
+            outputs=outputs,
+            batched=runtime.signature.batched,
+        )
 
-        Raises:
-            NotFound: The object store does not have it.
-            Unprocessable: What it has is not what the digest says.
-        """
-        local = self._artefacts_dir / f"{spec.checksum}{Path(spec.path).suffix.lower()}"
-        if not local.exists():
-            await self._store.artefacts.fetch(spec.checksum, local)
-        if await asyncio.to_thread(_sha256, local) != spec.checksum:
-            local.unlink(missing_ok=True)
-            raise Unprocessable(f"the artefact of {spec.id} does not have the digest of its name")
-        return local
+    async def _want_again(self, request: m.LoadModel) -> tuple[str, int]:
+        name = ""
 
-    async def want(self, spec: ModelSpec) -> int:
-        """Have a model served by every replica; return the revision of that wish."""
-        return await self._store.models.put(spec, spec.id)
+        def change(spec: m.ModelSpec | None) -> m.ModelSpec:
+            nonlocal name
+            meant = version_of(spec, request.version) if spec else None
+            if spec is None or meant is None:
+                known = ", ".join(v.version for v in spec.versions) if spec else ""
+                raise NotFound(
+                    f"there is no model {request.id!r}"
+                    + (f" in version {request.version!r}; there are: {known}" if known else ""),
+                    field="version" if known else "id",
+                )
+            name = meant.version
+            again = msgspec.structs.replace(
+                meant,
+                wanted=True,
+                wanted_at=m.now(),
+                config=request.config if request.config is not None else meant.config,
+            )
+            return _replaced(spec, again)
 
-    async def forget(self, model: str) -> None:
-        """Have a model served no longer.
+        return name, await self._change(request.id, change)
 
-        Raises:
-            NotFound: It was not.
-        """
-        if await self._store.models.get(model) is None:
-            raise NotFound(f"there is no model {model!r}", field="id")
-        await self._store.models.delete(model)
-
-    def follow(self) -> AsyncIterator[Changes[ModelSpec]]:
-        """Give what should be served, and then every change."""
-        return self._store.models.follow()
+    async def _change(self, model: str, change: Change) -> int:
+        """Write what `change` makes of a model, again while others write it, too."""
+        for _ in range(_TRIES):
+            last = await self._store.models.last(model)
+            spec = change(last.value if last else None)
+            try:
+                return await self._store.models.update(spec, last.revision if last else 0, model)
+            except Conflict:
+                continue
+        raise Conflict(f"others keep changing {model!r}; try again")
 
     def _make_folders(self) -> None:
-        self._artefacts_dir.mkdir(parents=True, exist_ok=True)
+        self.cache.open()
         if self._models_dir.exists():
             return
         self._models_dir.mkdir(parents=True)
@@ -123,6 +271,73 @@ class Repository:
                 shutil.copyfileobj(sample, copy)
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def tensors_of(signature: Signature) -> tuple[list[m.TensorInfo], list[m.TensorInfo]]:
+    """Return inputs and outputs as they travel."""
+    inputs, outputs = (
+        [m.TensorInfo(name=t.name, datatype=t.datatype, shape=list(t.shape)) for t in side]
+        for side in (signature.inputs, signature.outputs)
+    )
+    return inputs, outputs
+
+
+def _with(
+    spec: m.ModelSpec | None, request: m.LoadModel, made: m.ModelVersion
+) -> tuple[m.ModelSpec, str]:
+    """Return a model with one more version, and that version's name."""
+    spec = spec or m.ModelSpec(id=request.id, versions=[])
+    present = version_of(spec, request.version)
+    config = request.config or (present.config if present else m.ModelConfig())
+    made = msgspec.structs.replace(made, config=config)
+    if request.version is not None:
+        made = msgspec.structs.replace(made, version=request.version)
+        return _replaced(spec, made), made.version
+    if present and present.checksum == made.checksum:
+        # The same file again: nothing new, but it should be served, and perhaps in another way.
+        made = msgspec.structs.replace(made, version=present.version, added_at=present.added_at)
+        return _replaced(spec, made), made.version
+    made = msgspec.structs.replace(made, version=next_version(spec))
+    others = [msgspec.structs.replace(v, wanted=False) for v in spec.versions]
+    aliases = {name: v for name, v in spec.aliases.items() if name != DEFAULT}
+    spec = msgspec.structs.replace(spec, versions=others, aliases=aliases)
+    return _replaced(spec, made), made.version
+
+
+def _replaced(spec: m.ModelSpec, version: m.ModelVersion) -> m.ModelSpec:
+    """Return a model with a version put in or put anew, without too many that nobody wants."""
+    kept = [version if v.version == version.version else v for v in spec.versions]
+    if version not in kept:
+        kept.append(version)
+    surplus = [v for v in kept if not v.wanted and v.version not in spec.aliases.values()]
+    for old in surplus[: max(0, len(kept) - VERSIONS_KEPT)]:
+        kept.remove(old)
+    return msgspec.structs.replace(spec, versions=kept)
+
+
+def _aliased(spec: m.ModelSpec | None, request: m.AliasModel) -> m.ModelSpec:
+    if spec is None:
+        raise NotFound(f"there is no model {request.id!r}", field="id")
+    names = [v.version for v in spec.versions]
+    if request.alias == LATEST or request.alias in names:
+        why = "goes with the versions" if request.alias == LATEST else "is a version's own name"
+        raise InvalidRequest(f"alias: {request.alias!r} {why}; take another name", field="alias")
+    aliases = {name: v for name, v in spec.aliases.items() if name != request.alias}
+    if request.version is not None:
+        meant = version_of(spec, request.version)
+        if meant is None:
+            raise NotFound(
+                f"there is no version {request.version!r} of {request.id!r}; there are: "
+                f"{', '.join(names) or 'none'}",
+                field="version",
+            )
+        if not meant.wanted:
+            raise Conflict(
+                f"version {meant.version!r} of {request.id!r} is not loaded; load it first"
+            )
+        aliases[request.alias] = meant.version
+    return msgspec.structs.replace(spec, aliases=aliases)
+
+
+def _likely_paths(model: str, version: str | None) -> Sequence[str]:
+    """Return where a model's file may lie: by its name, or as Triton lays repositories out."""
+    flat = [f"{model}{suffix}" for suffix in FORMATS]
+    return [*flat, *(f"{model}/{version or 1}/model{suffix}" for suffix in FORMATS)]

@@ -14,6 +14,7 @@ from aiohttp.typedefs import Handler, Middleware
 from bus.client import Client
 from bus.errors import InvalidRequest, Unavailable
 from bus.instance import Instance
+from bus.models import follow_models
 from bus.plugins import follow_plugins
 from bus.tasks import beside
 from services.gateway import live
@@ -21,7 +22,16 @@ from services.gateway.auth import Access, Gate, is_loopback
 from services.gateway.feeds import Feeds
 from services.gateway.pages import Pages
 from services.gateway.parts import PARTS, Parts
-from services.gateway.routes import access, capabilities, health, hosts, observe, page, plugins
+from services.gateway.routes import (
+    access,
+    capabilities,
+    health,
+    hosts,
+    kserve,
+    observe,
+    page,
+    plugins,
+)
 from services.gateway.translate import dress, translated
 
 STOP_PATIENCE_S: Final = 5.0
@@ -55,6 +65,23 @@ ROUTES: Final[tuple[tuple[str, str, Handler, Access], ...]] = (
     ("GET", "/api/hosts/{host}/telemetry/history", observe.host_history, READ),
     ("GET", "/api/broker/telemetry", observe.broker_history, READ),
     ("POST", "/api/capabilities/{capability}", capabilities.invoke, ADMIN),
+    ("GET", "/v2", kserve.server, OPEN),
+    ("GET", "/v2/health/live", kserve.live, OPEN),
+    ("GET", "/v2/health/ready", kserve.ready, OPEN),
+    ("GET", "/v2/models/stats", kserve.stats, READ),
+    ("GET", "/v2/models/{model}", kserve.metadata, READ),
+    ("GET", "/v2/models/{model}/ready", kserve.model_ready, READ),
+    ("GET", "/v2/models/{model}/config", kserve.config, READ),
+    ("GET", "/v2/models/{model}/stats", kserve.stats, READ),
+    ("POST", "/v2/models/{model}/infer", kserve.infer, ADMIN),
+    ("GET", "/v2/models/{model}/versions/{version}", kserve.metadata, READ),
+    ("GET", "/v2/models/{model}/versions/{version}/ready", kserve.model_ready, READ),
+    ("GET", "/v2/models/{model}/versions/{version}/config", kserve.config, READ),
+    ("GET", "/v2/models/{model}/versions/{version}/stats", kserve.stats, READ),
+    ("POST", "/v2/models/{model}/versions/{version}/infer", kserve.infer, ADMIN),
+    ("POST", "/v2/repository/index", kserve.index, READ),
+    ("POST", "/v2/repository/models/{model}/load", kserve.load, ADMIN),
+    ("POST", "/v2/repository/models/{model}/unload", kserve.unload, ADMIN),
     ("GET", "/admin/plugins", plugins.list_all, ADMIN),
     ("POST", "/admin/plugins/{name}/start", plugins.start, ADMIN),
     ("POST", "/admin/plugins/{name}/stop", plugins.stop, ADMIN),
@@ -139,9 +166,9 @@ async def gateway(
     gate = Gate(key, public_read=options.public_read, no_auth=options.no_auth)
     pages = pages or Pages(fresh=options.dashboard_dev)
     await client.store.declare()
-    async with follow_plugins(client.store) as view:
+    async with follow_plugins(client.store) as view, follow_models(client.store) as models:
         feeds = Feeds(client, view)
-        parts = Parts(client, instance, view, feeds, gate, pages)
+        parts = Parts(client, instance, view, models, feeds, gate, pages)
         app = make_app(parts)
         async with beside(feeds.run()), listening(app, options.host, options.port):
             yield parts

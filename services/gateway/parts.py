@@ -12,6 +12,7 @@ from bus.client import Client
 from bus.errors import NotFound
 from bus.instance import Instance
 from bus.messages import PluginState
+from bus.models import ModelsView
 from bus.plugins import PluginsView
 from services.gateway.auth import Gate
 from services.gateway.feeds import BUDGET_BYTES, Feeds
@@ -59,24 +60,28 @@ class Parts:
         client: The connection to the broker.
         instance: This process on the bus.
         view: Every plugin, in memory, so that reading needs nobody.
+        models: Every model, in memory, too.
         feeds: What happens on the bus, for all listeners.
         gate: Who may do what.
         pages: The dashboard.
         listener_budget_bytes: How much may wait for a live connection that reads slowly.
         port: The port that it listens on, once it does.
         relaying: Capability calls that are being waited for.
+        relaying_bytes: What the bodies of inference among them hold.
         connections: WebSockets and event streams.
     """
 
     client: Client
     instance: Instance
     view: PluginsView
+    models: ModelsView
     feeds: Feeds
     gate: Gate
     pages: Pages
     listener_budget_bytes: int = BUDGET_BYTES
     port: int | None = None
     relaying: int = 0
+    relaying_bytes: int = 0
     connections: Connections = field(default_factory=Connections)
 
     def state_of(self, request: web.Request) -> PluginState:

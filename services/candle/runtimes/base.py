@@ -15,6 +15,7 @@ Array = npt.NDArray[Any]
 Tensors = Mapping[str, Array]
 
 ANY_LENGTH: Final = -1
+CPU: Final = "cpu"
 
 # What `blank` makes at most: a model may state any fixed length.
 MAX_BLANK_VALUES: Final = 1 << 24
@@ -176,12 +177,22 @@ class Runtime(Protocol):
     def metadata(self) -> Mapping[str, Any]:
         """What the file says about itself."""
 
+    @property
+    def provider(self) -> str:
+        """What computes: `cpu`, `cuda` or the like."""
+
     @classmethod
-    def load(cls, source: Path | bytes, *, threads: int = 1) -> "Runtime":
+    def load(cls, source: Path | bytes, *, threads: int = 1, provider: str = CPU) -> "Runtime":
         """Open a file, or what a file holds.
 
+        Args:
+            source: The file.
+            threads: Threads of one run.
+            provider: What should compute. Nothing else ever stands in for it.
+
         Raises:
-            Unprocessable: It is not a sound model of the format; says why.
+            Unprocessable: It is not a sound model of the format, or the provider is not to be had
+                here; says why.
         """
         ...
 

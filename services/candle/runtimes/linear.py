@@ -11,6 +11,7 @@ from bus import codec
 from bus.errors import InvalidRequest, Unprocessable
 from services.candle.runtimes.base import (
     ANY_LENGTH,
+    CPU,
     Array,
     Signature,
     Tensors,
@@ -47,6 +48,7 @@ class Linear:
     """A linear model, loaded; see `Runtime`."""
 
     format = "linear"
+    provider = CPU
 
     def __init__(self, file: LinearFile) -> None:
         shape = f"{file.output_dim}x{file.input_dim}"
@@ -70,8 +72,19 @@ class Linear:
         )
 
     @classmethod
-    def load(cls, source: Path | bytes, *, threads: int = 1) -> "Linear":  # noqa: ARG003 - numpy decides
+    def load(
+        cls,
+        source: Path | bytes,
+        *,
+        threads: int = 1,  # noqa: ARG003 - numpy decides
+        provider: str = CPU,
+    ) -> "Linear":
         """Open a file; see `Runtime.load`."""
+        if provider != CPU:
+            raise Unprocessable(
+                f"provider: linear models are computed by the cpu, not by {provider!r}",
+                field="config.provider",
+            )
         content, name = read_source(source, MAX_BYTES)
         try:
             return cls(codec.decode(content, LinearFile))

@@ -1,7 +1,7 @@
-"""ONNX models through onnxruntime, on the processor."""
+"""ONNX models through onnxruntime, on the processor or on what else it has a provider for."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -10,6 +10,7 @@ import numpy as np
 from bus.errors import InvalidRequest, Unprocessable
 from services.candle.runtimes.base import (
     ANY_LENGTH,
+    CPU,
     DTYPES,
     Array,
     Signature,
@@ -50,11 +51,12 @@ class Onnx:
 
     format = "onnx"
 
-    def __init__(self, content: bytes, name: str, threads: int) -> None:
+    def __init__(self, content: bytes, name: str, threads: int, provider: str) -> None:
         _refuse_unsound(content, name)
         # Imported here: a worker that serves only linear models starts without its 30 MB.
         import onnxruntime as ort  # type: ignore[import-untyped] # noqa: PLC0415
 
+        executed_by = _provider_in(ort.get_available_providers(), provider)
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
@@ -62,11 +64,17 @@ class Onnx:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = 4
         try:
-            self._session = ort.InferenceSession(
-                content, options, providers=["CPUExecutionProvider"]
-            )
+            self._session = ort.InferenceSession(content, options, providers=[executed_by])
         except Exception as error:  # noqa: BLE001 - onnxruntime's have no base of their own
             raise _unsound(name, _cause(error)) from None
+        # A provider whose libraries are missing is passed over by onnxruntime, with a warning.
+        if self._session.get_providers()[0] != executed_by:
+            raise Unprocessable(
+                f"provider: {provider!r} is known to onnxruntime here, but does not start; its "
+                "libraries or its device are missing",
+                field="config.provider",
+            )
+        self.provider = provider
         described = self._session.get_modelmeta()
         self.metadata = {
             "producer": described.producer_name,
@@ -85,10 +93,10 @@ class Onnx:
             )
 
     @classmethod
-    def load(cls, source: Path | bytes, *, threads: int = 1) -> "Onnx":
+    def load(cls, source: Path | bytes, *, threads: int = 1, provider: str = CPU) -> "Onnx":
         """Open a file; see `Runtime.load`. Weights in files beside it are refused."""
         content, name = read_source(source, MAX_BYTES)
-        return cls(content, name, threads)
+        return cls(content, name, threads, provider)
 
     def warm_up(self) -> None:
         """Do one pass on zeros; see `Runtime.warm_up`."""
@@ -130,6 +138,18 @@ class Onnx:
             return self.run(tensors)
         except Unprocessable:
             return None
+
+
+def _provider_in(available: Sequence[str], provider: str) -> str:
+    """Return onnxruntime's name of a provider: `cuda` is `CUDAExecutionProvider`."""
+    names = {name.removesuffix("ExecutionProvider").lower(): name for name in available}
+    if provider not in names:
+        raise Unprocessable(
+            f"provider: {provider!r} is not here; onnxruntime has {', '.join(sorted(names))} on "
+            "this host (another build of it, such as onnxruntime-gpu, brings others)",
+            field="config.provider",
+        )
+    return names[provider]
 
 
 def _refuse_unsound(content: bytes, name: str) -> None:

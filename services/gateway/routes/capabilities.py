@@ -5,9 +5,18 @@ from typing import Final
 
 from aiohttp import hdrs, web
 
-from bus.errors import InvalidRequest, NobodyListens, NotAllowed, NotFound, Overloaded, Unavailable
+from bus.errors import (
+    BusError,
+    InvalidRequest,
+    NobodyListens,
+    NotAllowed,
+    NotFound,
+    Overloaded,
+    Unavailable,
+)
 from bus.messages import PluginState
 from bus.subjects import CAPABILITIES, MODEL_RUN, SUPERVISOR, name_of
+from services.gateway.models import why_nobody as why_no_model
 from services.gateway.parts import PARTS, Parts
 from services.gateway.translate import (
     answer_as_it_is,
@@ -69,7 +78,7 @@ def _subject(at: Parts, name: str, body: bytes, content_type: str | None) -> str
     return f"{at.client.root}.call.{name}"
 
 
-async def _why_nobody(at: Parts, name: str, subject: str) -> NotFound | Unavailable:
+async def _why_nobody(at: Parts, name: str, subject: str) -> BusError:
     """Return what a caller can do about a capability for which nobody listens."""
     endpoint = CAPABILITIES.get(name)
     owners = [state for state in at.view.list() if name in state.capabilities]
@@ -80,12 +89,9 @@ async def _why_nobody(at: Parts, name: str, subject: str) -> NotFound | Unavaila
     if not owners:
         return _unknown(at, name)
     running = next((state for state in owners if _is_there(state)), None)
+    if running and endpoint is MODEL_RUN:
+        return await why_no_model(at, name_of(subject.rpartition(".")[2]))
     if running and endpoint and endpoint.keys:
-        if endpoint is MODEL_RUN and await _is_wanted(at, subject):
-            # On its way: a replica leaves, or another one comes and reads it.
-            return Unavailable(
-                f"no instance of {running.name} has this model ready just now", retry_after_s=1
-            )
         return NotFound(
             f"no running instance of {running.name} has what {' and '.join(endpoint.keys)} "
             f"names loaded",
@@ -104,11 +110,6 @@ async def _why_nobody(at: Parts, name: str, subject: str) -> NotFound | Unavaila
         f"{name} is answered by {owners[0].name}, which is {owners[0].status}{_reason(owners[0])}",
         retry_after_s=2 if owners[0].status == "starting" else 10,
     )
-
-
-async def _is_wanted(at: Parts, subject: str) -> bool:
-    """Whether the model that a subject ends in should be served."""
-    return await at.client.store.models.get(name_of(subject.rpartition(".")[2])) is not None
 
 
 def _is_there(state: PluginState) -> bool:

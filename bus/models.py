@@ -1,0 +1,133 @@
+"""Models, desired and observed: which version answers to a name, and who serves it.
+
+The gateway and candle's instances read the same two buckets by the same rules, so none of them has
+to ask another one.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import asynccontextmanager
+from typing import Final
+
+from bus.messages import ModelSpec, ModelVersion, ServedModel, ServedModels
+from bus.state import Changes, Store
+from bus.tasks import beside
+
+DEFAULT: Final = "default"
+LATEST: Final = "latest"
+# A model that is on its way comes before one that is not, and one that serves before both.
+_NEAREST: Final = ("ready", "loading", "fetching", "queued", "leaving", "cold", "failed")
+
+
+def version_of(spec: ModelSpec, name: str | None = None) -> ModelVersion | None:
+    """Return the version that a name stands for; None: `default`.
+
+    A version's own name comes before an alias, and `latest` stands for the wanted version with the
+    highest number.
+    """
+    name = name or DEFAULT
+    for version in spec.versions:
+        if version.version == name:
+            return version
+    if name in spec.aliases:
+        return next((v for v in spec.versions if v.version == spec.aliases[name]), None)
+    return latest(spec) if name in {DEFAULT, LATEST} else None
+
+
+def latest(spec: ModelSpec) -> ModelVersion | None:
+    """Return the wanted version with the highest number; without numbers, the one that came last.
+
+    Where none is wanted, the same of all versions.
+    """
+    wanted = [version for version in spec.versions if version.wanted] or spec.versions
+    return max(wanted, key=_order, default=None)
+
+
+def names_of(spec: ModelSpec) -> dict[str, ModelVersion]:
+    """Return every name that the model answers to, and the wanted version behind it."""
+    names = {version.version for version in spec.versions} | {DEFAULT, LATEST, *spec.aliases}
+    found = ((name, version_of(spec, name)) for name in sorted(names))
+    return {name: version for name, version in found if version and version.wanted}
+
+
+def next_version(spec: ModelSpec | None) -> str:
+    """Return the name of the next version: one more than the highest number."""
+    numbers = [int(v.version) for v in spec.versions if v.version.isdecimal()] if spec else []
+    return str(max(numbers, default=0) + 1)
+
+
+def _order(version: ModelVersion) -> tuple[int, float]:
+    number = int(version.version) if version.version.isdecimal() else -1
+    return number, version.added_at.timestamp()
+
+
+class ModelsView:
+    """Every model, in memory; made by `follow_models`."""
+
+    def __init__(self) -> None:
+        self._specs: dict[str, ModelSpec] = {}
+        self._served: dict[tuple[str, ...], ServedModels] = {}
+
+    def spec(self, model: str) -> ModelSpec | None:
+        """Return a model of the repository."""
+        return self._specs.get(model)
+
+    def specs(self) -> list[ModelSpec]:
+        """Return every model of the repository, by name."""
+        return sorted(self._specs.values(), key=lambda spec: spec.id)
+
+    def instances(self) -> list[ServedModels]:
+        """Return every instance that serves models, by slot."""
+        return sorted(self._served.values(), key=lambda one: (one.plugin, one.slot))
+
+    def served(self, model: str, version: str) -> Iterator[tuple[ServedModels, ServedModel]]:
+        """Give every instance that has a version, and how, the nearest to serving first."""
+        found = [
+            (instance, one)
+            for instance in self.instances()
+            for one in instance.models
+            if (one.id, one.version) == (model, version)
+        ]
+        yield from sorted(found, key=lambda pair: _NEAREST.index(pair[1].state))
+
+    def ready(self, model: str, version: str) -> bool:
+        """Tell whether an instance serves a version."""
+        return any(one.state == "ready" for _, one in self.served(model, version))
+
+    def _on_specs(self, changes: Changes[ModelSpec]) -> None:
+        for entry in changes.entries:
+            if entry.value is None:
+                self._specs.pop(entry.names[0], None)
+            else:
+                self._specs[entry.names[0]] = entry.value
+
+    def _on_served(self, changes: Changes[ServedModels]) -> None:
+        for entry in changes.entries:
+            if entry.value is None:
+                self._served.pop(entry.names, None)
+            else:
+                self._served[entry.names] = entry.value
+
+
+@asynccontextmanager
+async def follow_models(store: Store) -> AsyncGenerator[ModelsView]:
+    """Hold a view that follows both buckets while inside; entered, it has caught up."""
+    view = ModelsView()
+    caught_up = asyncio.Event(), asyncio.Event()
+
+    async def follow_specs() -> None:
+        async for changes in store.models.follow():
+            view._on_specs(changes)  # noqa: SLF001
+            if changes.caught_up:
+                caught_up[0].set()
+
+    async def follow_served() -> None:
+        async for changes in store.served.follow():
+            view._on_served(changes)  # noqa: SLF001
+            if changes.caught_up:
+                caught_up[1].set()
+
+    async with beside(follow_specs(), follow_served()):
+        for event in caught_up:
+            await event.wait()
+        yield view

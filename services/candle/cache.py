@@ -1,0 +1,151 @@
+"""The artefacts on this host's disk, by digest: shared by all its workers, fetched at need.
+
+A lock on a file (flock) says that it is in use, across processes and however they end.
+"""
+
+import asyncio
+import contextlib
+import fcntl
+import hashlib
+import os
+import shutil
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Final
+
+import structlog
+
+from bus.errors import Unavailable
+
+PARTS_KEPT_S: Final = 3_600
+# Left free on the disk, beside what is fetched.
+ROOM_BYTES: Final = 64 * 1024**2
+
+log = structlog.get_logger("candle.cache")
+
+Fetch = Callable[[Path], Awaitable[None]]
+
+
+class Cache:
+    """A folder of artefacts, no larger than `max_bytes` as far as it can be helped.
+
+    What is in use is never removed, so that much can be there beyond the limit.
+
+    Args:
+        folder: Where; made when it is missing.
+        max_bytes: How much; can be changed at any time.
+    """
+
+    def __init__(self, folder: Path, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self._folder = folder
+
+    def open(self) -> None:
+        """Make the folder, and remove what broken downloads of old have left. Blocks."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        for part in self._folder.glob("*.part"):
+            with contextlib.suppress(OSError):
+                if part.stat().st_mtime < time.time() - PARTS_KEPT_S:
+                    part.unlink()
+
+    @asynccontextmanager
+    async def holding(
+        self, digest: str, suffix: str, size_bytes: int, fetch: Fetch
+    ) -> AsyncGenerator[Path]:
+        """Have an artefact on the disk while inside; nobody removes it meanwhile.
+
+        What is there and has another digest is fetched again.
+
+        Args:
+            digest: Its SHA-256, hex.
+            suffix: How the file's name ends.
+            size_bytes: How large it is.
+            fetch: Writes it to a path, whole and with the right digest.
+
+        Raises:
+            Unavailable: The disk is full.
+            BusError: What `fetch` raised.
+        """
+        path = self._folder / f"{digest}{suffix}"
+        held = await asyncio.to_thread(_hold, path)
+        if held is not None and await asyncio.to_thread(sha256_of, path) != digest:
+            log.warning("artefact.broken", path=str(path))
+            os.close(held)
+            path.unlink(missing_ok=True)
+            held = None
+        while held is None:
+            await asyncio.to_thread(self.make_room, size_bytes)
+            await fetch(path)
+            held = await asyncio.to_thread(_hold, path)
+        try:
+            # The time of the last use is what `make_room` goes by.
+            with contextlib.suppress(OSError):
+                os.utime(path)
+            yield path
+        finally:
+            os.close(held)
+
+    def make_room(self, size_bytes: int) -> None:
+        """Remove what was not used longest, until `size_bytes` more fit. Blocks.
+
+        Raises:
+            Unavailable: The disk has no room for them; says how much is missing.
+        """
+        found = [(path.stat(), path) for path in self._folder.iterdir() if path.suffix != ".part"]
+        found.sort(key=lambda one: one[0].st_mtime)
+        total = sum(stat.st_size for stat, _ in found) + size_bytes
+        for stat, path in found:
+            if total <= self.max_bytes and self._missing(size_bytes) <= 0:
+                break
+            if _remove_unused(path):
+                total -= stat.st_size
+                log.info("artefact.removed", path=path.name, size_bytes=stat.st_size)
+        if (missing := self._missing(size_bytes)) > 0:
+            raise Unavailable(
+                f"the disk of {self._folder} has no room for {size_bytes:,} bytes: {missing:,} are "
+                "missing",
+                retry_after_s=60,
+            )
+        if total > self.max_bytes:
+            log.warning("cache.full", total_bytes=total, cache_max_bytes=self.max_bytes)
+
+    def _missing(self, size_bytes: int) -> int:
+        return size_bytes + ROOM_BYTES - shutil.disk_usage(self._folder).free
+
+
+def sha256_of(path: Path) -> str:
+    """Return a file's digest in hex. Blocks."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _hold(path: Path) -> int | None:
+    """Return a descriptor that keeps a file from being removed; None if there is no such file."""
+    try:
+        held = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    fcntl.flock(held, fcntl.LOCK_SH)
+    # Removed between the two: what we hold is no longer what the path names.
+    if os.fstat(held).st_nlink == 0:
+        os.close(held)
+        return None
+    return held
+
+
+def _remove_unused(path: Path) -> bool:
+    """Remove a file unless somebody holds it; tell whether it was removed."""
+    try:
+        opened = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        path.unlink(missing_ok=True)
+    except OSError:
+        return False
+    finally:
+        os.close(opened)
+    return True

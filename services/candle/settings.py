@@ -1,0 +1,71 @@
+"""candle's settings, and what a model's own configuration makes of them."""
+
+from typing import Annotated, Final
+
+import msgspec
+from msgspec import Meta
+
+from bus import messages as m
+
+MIB: Final = 1024 * 1024
+
+
+class CandleSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The plugin's settings. All but the first three are taken live.
+
+    Attributes:
+        models_path: Folder that `candle.model.load` takes files from; relative to the data
+            directory.
+        default_model: A file there that is served as `default` from the start.
+        threads: onnxruntime threads for each model that is loaded from now on; if not set, the
+            processors that this worker may use, divided among its models.
+        telemetry_interval: Seconds between two telemetry snapshots.
+        max_batch_rows: Rows that are put together into one run.
+        max_waiting_rows: Rows that may wait for a model; more are refused.
+        max_delay_ms: How long a batch that is not full may wait for more rows, in milliseconds.
+        memory_budget_mb: What the loaded models may take together; if not set, seven tenths of the
+            memory that the plugin may have, or half of the host's. Beyond it, what was not asked
+            for longest leaves memory, and comes back when it is asked for.
+        cache_max_mb: What artefacts may take on this host's disk.
+    """
+
+    models_path: str = "models"
+    default_model: str | None = None
+    threads: Annotated[int, Meta(ge=1, le=256)] | None = None
+    telemetry_interval: Annotated[float, Meta(gt=0, le=3600)] = 10.0
+    max_batch_rows: Annotated[int, Meta(ge=1, le=65_536)] = 256
+    max_waiting_rows: Annotated[int, Meta(ge=1, le=1_048_576)] = 4_096
+    max_delay_ms: Annotated[float, Meta(ge=0, le=10_000)] = 0.0
+    memory_budget_mb: Annotated[int, Meta(ge=1, le=1 << 30)] | None = None
+    cache_max_mb: Annotated[int, Meta(ge=1, le=1 << 30)] = 10_240
+
+
+# Taken without a restart; `telemetry_interval` is taken by the instance itself.
+LIVE: Final = (
+    "threads",
+    "max_batch_rows",
+    "max_waiting_rows",
+    "max_delay_ms",
+    "memory_budget_mb",
+    "cache_max_mb",
+)
+
+
+def budget_bytes(settings: CandleSettings, plugin_bytes: int | None, host_bytes: int) -> int:
+    """Return what the loaded models of one worker may take together.
+
+    Args:
+        settings: The plugin's.
+        plugin_bytes: What the plugin's configuration allows one worker; None: no limit.
+        host_bytes: What the host, or the worker's control group, has.
+    """
+    if settings.memory_budget_mb is not None:
+        return settings.memory_budget_mb * MIB
+    return int(0.7 * plugin_bytes if plugin_bytes else 0.5 * host_bytes)
+
+
+def threads_of(
+    config: m.ModelConfig, settings: CandleSettings, processors: float, models: int
+) -> int:
+    """Return the threads of one run: the model's own, the plugin's, or a fair share."""
+    return config.threads or settings.threads or max(1, int(processors) // max(1, models))

@@ -1,0 +1,373 @@
+"""One version of a model on this instance: fetched, loaded and warm, and asked meanwhile."""
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Final
+
+import structlog
+
+from bus import messages as m
+from bus.client import Answer
+from bus.errors import BusError, Internal, NotFound, Unavailable
+from bus.instance import DRAIN_S, RawCall
+from services.candle import kserve, rows
+from services.candle.batcher import Batcher, Limits
+from services.candle.memory import FACTOR, Memory, NoRoom, give_back
+from services.candle.repository import Repository, tensors_of
+from services.candle.runtimes import open_model
+from services.candle.runtimes.base import CPU, Array, Runtime, Tensors
+from services.candle.settings import CandleSettings
+from services.candle.statistics import Statistics
+
+VERSION: Final = "Bkg-Model-Version"
+DIGEST: Final = "Bkg-Model-Digest"
+RETRY_MAX_S: Final = 30.0
+LENGTH: Final = "Inference-Header-Content-Length"
+
+log = structlog.get_logger("candle.version")
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a version needs of its worker.
+
+    Attributes:
+        repository: Brings artefacts.
+        memory: Says when it may load.
+        settings: Gives the plugin's settings as they are now.
+        threads: Gives the threads of one run for a configuration.
+        changed: Is called when a state has changed.
+    """
+
+    repository: Repository
+    memory: Memory
+    settings: Callable[[], CandleSettings]
+    threads: Callable[[m.ModelConfig], int]
+    changed: Callable[[], None]
+
+
+class Version:
+    """One version of a model, from its artefact to its last answer.
+
+    Attributes:
+        spec: What it is.
+        label: What it is called in words.
+        state: How far it is.
+        since: Since when.
+        reason: Why it failed, or left memory.
+        failure: The error of the last try to load it.
+        memory_bytes: What it takes.
+        used_at: When it was last asked, in monotonic seconds.
+        statistics: What it has done.
+        runtime: What executes it, while it is loaded.
+    """
+
+    def __init__(self, model: str, spec: m.ModelVersion, around: Surroundings) -> None:
+        self.model = model
+        self.spec = spec
+        self.label = f"model {model!r} version {spec.version!r}"
+        self.state: m.ModelState = "queued"
+        self.since = m.now()
+        self.reason: str | None = None
+        self.failure: BusError | None = None
+        self.memory_bytes = 0
+        self.threads = 0
+        self.used_at = time.monotonic()
+        self.last_used: datetime | None = None
+        self.statistics = Statistics(model, spec.version)
+        self.runtime: Runtime | None = None
+        self._around = around
+        self._progress: float | None = None
+        self._batcher: Batcher | None = None
+        self._using = 0
+        self._unused = asyncio.Event()
+        self._loading: asyncio.Task[None] | None = None
+        self._holding = AsyncExitStack()
+        self._about = {VERSION: spec.version, DIGEST: spec.checksum}
+
+    @property
+    def pinned(self) -> bool:
+        """Whether it stays in memory, whatever else wants room."""
+        return self.spec.config.pinned
+
+    @property
+    def busy(self) -> bool:
+        """Whether it is being asked just now."""
+        return self._using > 0
+
+    @property
+    def on_its_way(self) -> bool:
+        """Whether it will be ready, or failed, without anybody doing anything."""
+        return self.state in {"queued", "fetching", "loading"}
+
+    @property
+    def rows_waiting(self) -> int:
+        """Rows that wait for a run."""
+        return self._batcher.rows_waiting if self._batcher else 0
+
+    def idle_too_long(self, now: float) -> bool:
+        """Tell whether its keep-alive has passed."""
+        keep_s = self.spec.config.keep_alive_s
+        if keep_s is None or self.pinned or self.state != "ready" or self.busy:
+            return False
+        return now - self.used_at > keep_s
+
+    def begin(self, *, may_evict: bool) -> None:
+        """Go and load it, unless that is being done."""
+        if self._loading is None or self._loading.done():
+            self.failure = None
+            self._become("queued")
+            self._loading = asyncio.create_task(self._load(may_evict=may_evict))
+
+    def take(self, spec: m.ModelVersion) -> None:
+        """Go on with another configuration, as far as that needs no loading."""
+        self.spec = spec
+        self.limit()
+
+    def limit(self) -> None:
+        """Go on with the limits that the settings and the configuration give now."""
+        if self._batcher:
+            self._batcher.limit(self._limits())
+
+    async def infer(self, call: RawCall) -> Answer:
+        """Answer a request of the Open Inference Protocol; see `services.candle.kserve`."""
+        runtime, batcher = self._use()
+        began = time.perf_counter_ns()
+        try:
+            request = kserve.read(call.body, call.headers.get(LENGTH), runtime.signature)
+            read = time.perf_counter_ns()
+            ran = await batcher.submit(request.tensors, _deadline(call, request.timeout_us))
+            done = time.perf_counter_ns()
+            body, headers = kserve.write(request, self.model, self.spec.version, ran.outputs)
+            ended = time.perf_counter_ns()
+        except BusError as error:
+            self.statistics.failed(error.code, time.perf_counter_ns() - began)
+            raise
+        finally:
+            self._used()
+        self.statistics.succeeded(
+            total_ns=ended - began, input_ns=read - began, output_ns=ended - done
+        )
+        return Answer(body, headers | self._about)
+
+    async def run_rows(self, request: m.RunModel, instance: str) -> m.ModelOutput:
+        """Answer a request of the contract: rows in, rows out."""
+        runtime, batcher = self._use()
+        began = time.perf_counter_ns()
+        try:
+            given = rows.as_rows(request.inputs, runtime)
+            read = time.perf_counter_ns()
+            outputs = await _in_steps(batcher, runtime, given)
+            done = time.perf_counter_ns()
+            took_ms = (done - read) / 1e6
+            reply = rows.output_of(self.model, outputs, took_ms, self.spec.checksum, instance)
+            ended = time.perf_counter_ns()
+        except BusError as error:
+            self.statistics.failed(error.code, time.perf_counter_ns() - began)
+            raise
+        finally:
+            self._used()
+        self.statistics.succeeded(
+            total_ns=ended - began, input_ns=read - began, output_ns=ended - done
+        )
+        log.debug("model.run", model=self.model, rows=len(given), execution_ms=reply.execution_ms)
+        return reply
+
+    async def leave(self, state: m.ModelState, reason: str | None) -> None:
+        """Leave memory when the last request is answered; nobody may send new ones any more.
+
+        Args:
+            state: What it is then: `cold`, `failed` or `leaving`.
+            reason: Why.
+        """
+        if self._loading and not self._loading.done():
+            self._loading.cancel()
+            await asyncio.gather(self._loading, return_exceptions=True)
+        if self.state == "ready":
+            self._become("leaving", reason)
+        try:
+            async with asyncio.timeout(DRAIN_S):
+                while self._using:
+                    self._unused.clear()
+                    await self._unused.wait()
+        except TimeoutError:
+            log.warning("model.cut_off", model=self.model, requests=self._using)
+        await self._free()
+        self._become(state, reason)
+
+    def told(self, names: list[str]) -> m.ServedModel:
+        """Return it as others see it."""
+        config = self.spec.config
+        kept = "pinned" if config.pinned else "keep-alive" if config.keep_alive_s else "room"
+        return m.ServedModel(
+            id=self.model,
+            version=self.spec.version,
+            state=self.state,
+            since=self.since,
+            names=names,
+            progress=self._progress if self.state == "fetching" else None,
+            reason=self.reason,
+            memory_bytes=self.memory_bytes,
+            threads=self.threads,
+            last_used=self.last_used,
+            kept=kept if self.state == "ready" else None,
+        )
+
+    def as_loaded(self, names: list[str]) -> m.LoadedModel:
+        """Return it as `candle.stats` tells it.
+
+        Raises:
+            NotFound: It is not loaded.
+        """
+        if self.runtime is None:
+            raise NotFound(f"there is no {self.label} here", field="id")
+        signature = self.runtime.signature
+        inputs, outputs = tensors_of(signature)
+        done = self.statistics
+        return m.LoadedModel(
+            id=self.model,
+            input_dim=signature.input_dim,
+            output_dim=signature.output_dim,
+            checksum=self.spec.checksum,
+            path=self.spec.path,
+            loaded_at=self.spec.wanted_at or self.spec.added_at,
+            metadata=dict(self.runtime.metadata),
+            format=self.runtime.format,
+            inputs=inputs,
+            outputs=outputs,
+            requests=done.requests,
+            rows=done.rows,
+            version=self.spec.version,
+            names=names,
+            provider=self.runtime.provider,
+            threads=self.threads,
+            memory_bytes=self.memory_bytes,
+            last_used=self.last_used,
+            config=self.spec.config,
+        )
+
+    async def _load(self, *, may_evict: bool) -> None:
+        """Load it; what may pass, such as a broker that is away, is tried again and again."""
+        began, pause_s = time.perf_counter(), 1.0
+        while True:
+            try:
+                await self._load_once(may_evict=may_evict)
+            except Exception as error:
+                self.failure = error if isinstance(error, BusError) else Internal(str(error))
+                log.exception("model.failed", model=self.model, cause=self.failure.message)
+                self.memory_bytes = 0
+                await self._holding.aclose()
+                if isinstance(error, NoRoom) or not isinstance(error, Unavailable):
+                    cold = isinstance(error, NoRoom)
+                    self._become("cold" if cold else "failed", self.failure.message)
+                    return
+                self._become("queued", self.failure.message)
+                await asyncio.sleep(pause_s)
+                pause_s = min(2 * pause_s, RETRY_MAX_S)
+            else:
+                break
+        spec = self.spec
+        took_ms = round(1e3 * (time.perf_counter() - began), 1)
+        log.info(
+            "model.loaded", model=self.model, version=spec.version, path=spec.path,
+            format=spec.format, checksum=spec.checksum, took_ms=took_ms,
+        )  # fmt: skip
+
+    async def _load_once(self, *, may_evict: bool) -> None:
+        around, spec = self._around, self.spec
+        self._become("fetching")
+        path = await self._holding.enter_async_context(
+            around.repository.artefact(spec, self._tell_progress)
+        )
+        self._become("queued")
+        # What it took the last time says more than the size of its file.
+        need = self.memory_bytes or int(FACTOR * spec.size_bytes)
+        async with around.memory.loading(self.label, need, may_evict=may_evict) as grown:
+            self._become("loading")
+            threads = around.threads(spec.config)
+            provider = spec.config.provider or CPU
+            runtime = await asyncio.to_thread(open_model, path, threads=threads, provider=provider)
+            await asyncio.to_thread(runtime.warm_up)
+            self.memory_bytes = max(grown(), spec.size_bytes)
+        self.failure, self.threads, self.runtime = None, threads, runtime
+        self._start(runtime)
+        self.used_at = time.monotonic()
+        self._become("ready")
+
+    def _start(self, runtime: Runtime) -> None:
+        limits = self._limits()
+        self._executor = ThreadPoolExecutor(limits.instances, f"run-{self.model}")
+        self._batcher = Batcher(
+            runtime.run,
+            joins=runtime.signature.batched,
+            limits=limits,
+            name=self.label,
+            statistics=self.statistics,
+            threads=self._executor,
+        )
+        self._batching = asyncio.create_task(self._batcher.run())
+
+    async def _free(self) -> None:
+        """Give the memory back."""
+        if self._batcher is not None:
+            self._batching.cancel()
+            await asyncio.gather(self._batching, return_exceptions=True)
+            self._executor.shutdown(wait=False)
+            self._batcher = None
+        self.runtime, self.memory_bytes = None, 0
+        await self._holding.aclose()
+        await asyncio.to_thread(give_back)
+
+    def _use(self) -> tuple[Runtime, Batcher]:
+        if self.runtime is None or self._batcher is None:
+            raise Unavailable(f"{self.label} has just left this instance; again", retry_after_s=1)
+        self._using += 1
+        self.used_at = time.monotonic()
+        return self.runtime, self._batcher
+
+    def _used(self) -> None:
+        self._using -= 1
+        if not self._using:
+            self._unused.set()
+
+    def _limits(self) -> Limits:
+        config, settings = self.spec.config, self._around.settings()
+        delay_ms = config.max_delay_ms if config.max_delay_ms is not None else settings.max_delay_ms
+        return Limits(
+            max_rows=config.max_batch_rows or settings.max_batch_rows,
+            max_waiting_rows=config.max_waiting_rows or settings.max_waiting_rows,
+            max_delay_s=delay_ms / 1e3,
+            instances=config.instances or 1,
+        )
+
+    def _tell_progress(self, share: float) -> None:
+        # In steps that a person sees, so that nobody is told of every chunk.
+        told = round(share, 2)
+        if told != self._progress:
+            self._progress = told
+            self._around.changed()
+
+    def _become(self, state: m.ModelState, reason: str | None = None) -> None:
+        self.state, self.reason, self.since = state, reason, m.now()
+        self._around.changed()
+
+
+def _deadline(call: RawCall, timeout_us: int | None) -> float | None:
+    """Return the earlier one of the caller's two deadlines, in the event loop's time."""
+    if timeout_us is None:
+        return call.deadline
+    own = asyncio.get_running_loop().time() + timeout_us / 1e6
+    return own if call.deadline is None else min(own, call.deadline)
+
+
+async def _in_steps(batcher: Batcher, runtime: Runtime, given: Array) -> Mapping[str, Array]:
+    """Run rows through a model: at once, or in steps where its first axis has a fixed length."""
+    parts: list[Tensors] = rows.steps(given, runtime)
+    if len(parts) == 1:
+        return (await batcher.submit(parts[0])).outputs
+    return rows.joined([(await batcher.submit(part)).outputs for part in parts])

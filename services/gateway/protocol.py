@@ -1,0 +1,231 @@
+"""Models in the words of the Open Inference Protocol and of Triton's extensions of it.
+
+Sources: the Open Inference Protocol (KServe V2) REST specification; Triton's extensions for model
+configuration, model repository and statistics.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Final
+
+import msgspec
+
+from bus.errors import InvalidRequest
+from bus.messages import LoadModel, ModelConfig, ModelSpec, ModelVersion
+from bus.models import DEFAULT, LATEST, ModelsView, version_of
+
+EXTENSIONS: Final = (
+    "binary_tensor_data",
+    "classification",
+    "model_configuration",
+    "model_repository",
+    "model_repository(unload_dependents)",
+    "statistics",
+)
+MAX_BATCH_ROWS: Final = 256
+
+# Platform and backend, as Triton calls what executes a format.
+_PLATFORMS: Final[Mapping[str, tuple[str, str]]] = {
+    "onnx": ("onnxruntime_onnx", "onnxruntime"),
+    "linear": ("bkg_linear", "bkg_linear"),
+}
+_TYPES: Final[Mapping[str, str]] = {"BYTES": "TYPE_STRING"}
+_KINDS: Final[Mapping[str, str]] = {"KIND_CPU": "cpu", "KIND_GPU": "cuda"}
+_STATES: Final[Mapping[str, str]] = {
+    "ready": "READY",
+    "queued": "LOADING",
+    "fetching": "LOADING",
+    "loading": "LOADING",
+    "leaving": "UNLOADING",
+    "cold": "UNAVAILABLE",
+    "failed": "UNAVAILABLE",
+}
+
+
+def metadata(spec: ModelSpec, version: ModelVersion) -> dict[str, Any]:
+    """Return what a model takes and gives."""
+    platform, _ = _PLATFORMS.get(version.format, (version.format, version.format))
+    return {
+        "name": spec.id,
+        "versions": [one.version for one in spec.versions if one.wanted],
+        "platform": platform,
+        "inputs": version.inputs,
+        "outputs": version.outputs,
+        "parameters": {
+            "version": version.version,
+            "digest": version.checksum,
+            "aliases": {name: one.version for name, one in _aliases(spec).items()},
+        },
+    }
+
+
+def configuration(
+    spec: ModelSpec, version: ModelVersion, settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return how a model is run, as Triton's model configuration.
+
+    Args:
+        spec: The model.
+        version: The version.
+        settings: candle's, for what the version leaves open.
+    """
+    platform, backend = _PLATFORMS.get(version.format, (version.format, version.format))
+    config = version.config
+    rows = config.max_batch_rows or settings.get("max_batch_rows", MAX_BATCH_ROWS)
+    delay_ms = config.max_delay_ms
+    if delay_ms is None:
+        delay_ms = settings.get("max_delay_ms", 0.0)
+    batching = {"dynamic_batching": {"max_queue_delay_microseconds": int(1e3 * delay_ms)}}
+    provider = config.provider or "cpu"
+    return {
+        "name": spec.id,
+        "platform": platform,
+        "backend": backend,
+        "version_policy": {"specific": {"versions": [version.version]}},
+        "max_batch_size": rows if version.batched else 0,
+        "input": [_tensor(one, batched=version.batched) for one in version.inputs],
+        "output": [_tensor(one, batched=version.batched) for one in version.outputs],
+        **(batching if version.batched else {}),
+        "instance_group": [
+            {
+                "name": spec.id,
+                "kind": "KIND_CPU" if provider == "cpu" else "KIND_GPU",
+                "count": config.instances or 1,
+            }
+        ],
+        "default_model_filename": version.path,
+        "parameters": {
+            key: {"string_value": str(value)} for key, value in msgspec.to_builtins(config).items()
+        },
+    }
+
+
+def index(view: ModelsView, *, ready_only: bool) -> list[dict[str, Any]]:
+    """Return every version of every model, and whether it is served."""
+    found = []
+    for spec in view.specs():
+        for version in spec.versions:
+            state, reason = _state(view, spec, version)
+            if state == "READY" or not ready_only:
+                said = {"name": spec.id, "version": version.version, "state": state}
+                found.append(said | ({"reason": reason} if reason else {}))
+    return found
+
+
+def load_request(model: str, parameters: Mapping[str, Any]) -> LoadModel:
+    """Return a load request of the model repository extension as ours.
+
+    Raises:
+        InvalidRequest: A parameter is not known, or has a value that it cannot have.
+    """
+    config, path, version, content = None, None, None, None
+    for name, value in parameters.items():
+        if name == "config":
+            config = _config_in(value)
+        elif name.startswith("file:") and content is None:
+            path, version, content = _file_in(name.removeprefix("file:"), value)
+        else:
+            raise InvalidRequest(
+                f"parameters: {name!r} is not taken here; allowed are `config` and one `file:PATH`",
+                field=f"parameters.{name}",
+            )
+    request = {"id": model, "path": path, "version": version, "config": config, "content": content}
+    given = {name: value for name, value in request.items() if value is not None}
+    try:
+        return msgspec.convert(given, LoadModel)
+    except msgspec.ValidationError as error:
+        raise InvalidRequest(f"parameters: {error}", field="parameters") from None
+
+
+def _aliases(spec: ModelSpec) -> dict[str, ModelVersion]:
+    names = {DEFAULT, LATEST, *spec.aliases}
+    found = ((name, version_of(spec, name)) for name in sorted(names))
+    return {name: version for name, version in found if version and version.wanted}
+
+
+def _state(view: ModelsView, spec: ModelSpec, version: ModelVersion) -> tuple[str, str]:
+    if not version.wanted:
+        return "UNAVAILABLE", "unloaded"
+    for _, one in view.served(spec.id, version.version):
+        return _STATES[one.state], one.reason or ("" if one.state == "ready" else one.state)
+    return "UNAVAILABLE", "no instance of candle is there"
+
+
+def _tensor(tensor: Any, *, batched: bool) -> dict[str, Any]:
+    kind = _TYPES.get(tensor.datatype, f"TYPE_{tensor.datatype}")
+    return {
+        "name": tensor.name,
+        "data_type": kind,
+        "dims": tensor.shape[1:] if batched else tensor.shape,
+    }
+
+
+def _config_in(text: Any) -> dict[str, Any]:
+    """Read what we know of Triton's model configuration; what does not concern us is passed over.
+
+    A client that sends back what `config` gave it means what it changed.
+    """
+    try:
+        said = msgspec.json.decode(text, type=dict[str, Any])
+    except (msgspec.DecodeError, TypeError, UnicodeDecodeError) as error:
+        raise InvalidRequest(
+            f"parameters.config must be a text that holds a JSON object: {error}",
+            field="parameters.config",
+        ) from None
+    config: dict[str, Any] = {}
+    for name, one in _mapping(said, "parameters").items():
+        value = one.get("string_value") if isinstance(one, dict) else None
+        if name in ModelConfig.__struct_fields__ and isinstance(value, str):
+            config[name] = msgspec.json.decode(value.lower()) if _is_plain(value) else value
+    if said.get("max_batch_size"):
+        config["max_batch_rows"] = said["max_batch_size"]
+    delay = _mapping(said, "dynamic_batching").get("max_queue_delay_microseconds")
+    if delay is not None:
+        config["max_delay_ms"] = (
+            _number(delay, "dynamic_batching.max_queue_delay_microseconds") / 1e3
+        )
+    groups = said.get("instance_group") or []
+    if groups and isinstance(groups, list) and isinstance(groups[0], dict):
+        if groups[0].get("count"):
+            config["instances"] = groups[0]["count"]
+        kind = groups[0].get("kind", "KIND_AUTO")
+        if kind in _KINDS and (kind != "KIND_CPU" or "provider" not in config):
+            config.setdefault("provider", _KINDS[kind])
+    return config
+
+
+def _file_in(path: str, content: Any) -> tuple[str, str | None, Any]:
+    """Return path, version and base64 of a file that came with a load request."""
+    if not isinstance(content, str):
+        raise InvalidRequest(
+            f"parameters: file:{path} must be the file in base64", field=f"parameters.file:{path}"
+        )
+    folder, _, name = path.rpartition("/")
+    return name, folder or None, content
+
+
+def _mapping(said: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    value = said.get(name) or {}
+    if not isinstance(value, dict):
+        raise InvalidRequest(
+            f"parameters.config: {name} must be an object", field=f"parameters.config.{name}"
+        )
+    return value
+
+
+def _number(value: Any, name: str) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise InvalidRequest(
+            f"parameters.config: {name} must be a number", field=f"parameters.config.{name}"
+        ) from None
+
+
+def _is_plain(text: str) -> bool:
+    """Whether a text is a number or a truth value."""
+    return text.lower() in {"true", "false"} or text.replace(".", "", 1).isdecimal()
+
+
+def plural(words: Iterable[str]) -> str:
+    """Return words with commas between, or `none`."""
+    return ", ".join(words) or "none"

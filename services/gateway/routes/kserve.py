@@ -1,0 +1,200 @@
+"""The Open Inference Protocol (KServe V2), as Triton's clients speak it.
+
+Bodies of inference pass through as they are: tensors are read where they are needed, at the worker.
+"""
+
+from functools import lru_cache
+from typing import Any, Final
+
+import msgspec
+from aiohttp import hdrs, web
+
+from bus import codec
+from bus.client import trace
+from bus.errors import InvalidRequest, NobodyListens, Overloaded
+from bus.instance import bkg_version
+from bus.messages import Empty, ModelStatistics, UnloadModel
+from bus.models import sum_statistics
+from bus.subjects import CANDLE_STATS, MODEL_INFER, MODEL_LOAD, MODEL_UNLOAD
+from services.gateway import protocol
+from services.gateway.models import wanted_version, why_nobody
+from services.gateway.parts import PARTS, Parts
+from services.gateway.translate import TRACEPARENT, answer, read_body, timeout_of
+
+LENGTH: Final = "Inference-Header-Content-Length"
+RELAYING_MAX: Final = 1_024
+# What inference bodies may hold of the gateway's memory while their answers are waited for.
+RELAYING_MAX_BYTES: Final = 512 * 1024**2
+# Less than this is sent sooner than it is compressed.
+COMPRESS_MIN_BYTES: Final = 1_400
+LOAD_S: Final = 300.0
+GATHER_S: Final = 2.0
+
+
+class _Parameters(msgspec.Struct):
+    parameters: dict[str, Any] = {}
+
+
+class _Index(msgspec.Struct):
+    ready: bool = False
+
+
+async def server(_request: web.Request) -> web.Response:
+    """Return who this is, and which extensions of the protocol are there."""
+    return answer(
+        {"name": "bkg", "version": bkg_version(), "extensions": list(protocol.EXTENSIONS)}
+    )
+
+
+async def live(_request: web.Request) -> web.Response:
+    """Return 200: this process answers."""
+    return answer({"live": True})
+
+
+async def ready(request: web.Request) -> web.Response:
+    """Return 200 when inference can be asked for, else 503."""
+    at = request.app[PARTS]
+    there = at.client.connected and bool(at.models.instances())
+    return answer({"ready": there}, 200 if there else 503)
+
+
+async def model_ready(request: web.Request) -> web.Response:
+    """Return 200 when an instance serves the model, else 404 or 503 and why."""
+    at = request.app[PARTS]
+    model, name = _named(request)
+    _, version = wanted_version(at, model, name)
+    if not (version.wanted and at.models.ready(model, version.version)):
+        raise await why_nobody(at, model, name)
+    return answer({"name": model, "ready": True})
+
+
+async def metadata(request: web.Request) -> web.Response:
+    """Return what a model takes and gives. 404 there is none."""
+    return answer(protocol.metadata(*wanted_version(request.app[PARTS], *_named(request))))
+
+
+async def config(request: web.Request) -> web.Response:
+    """Return how a model is run. 404 there is none."""
+    at = request.app[PARTS]
+    plugin = at.view.get(MODEL_INFER.queue)
+    settings = plugin.config.settings if plugin and plugin.config else {}
+    return answer(protocol.configuration(*wanted_version(at, *_named(request)), settings))
+
+
+async def stats(request: web.Request) -> web.Response:
+    """Return what a model, or every model, has done on all instances together. 404 none such."""
+    at = request.app[PARTS]
+    model, name = request.match_info.get("model"), request.match_info.get("version")
+    only = wanted_version(at, model, name)[1].version if model and name else None
+    if model:
+        wanted_version(at, model, None)
+    found: dict[tuple[str, str], list[ModelStatistics]] = {}
+    for one in await _statistics(at):
+        if model in {None, one.name} and only in {None, one.version}:
+            found.setdefault((one.name, one.version), []).append(one)
+    return answer({"model_stats": [sum_statistics(found[key]) for key in sorted(found)]})
+
+
+async def index(request: web.Request) -> web.Response:
+    """Return every version in the repository, and whether it is served."""
+    wanted = await _read(request, _Index)
+    return answer(protocol.index(request.app[PARTS].models, ready_only=wanted.ready))
+
+
+async def load(request: web.Request) -> web.Response:
+    """Have a model served, and answer when an instance serves it.
+
+    400 a parameter is not known; 404 no such model or file; 422 the model is not sound.
+    """
+    asked = await _read(request, _Parameters)
+    wanted = protocol.load_request(request.match_info["model"], asked.parameters)
+    client = request.app[PARTS].client
+    return answer(await client.call(MODEL_LOAD, wanted, timeout_s=LOAD_S))
+
+
+async def unload(request: web.Request) -> web.Response:
+    """Have a model served no longer. 404 it was not loaded."""
+    await _read(request, _Parameters)
+    wanted = codec.convert({"id": request.match_info["model"]}, UnloadModel)
+    client = request.app[PARTS].client
+    return answer(await client.call(MODEL_UNLOAD, wanted, timeout_s=LOAD_S))
+
+
+async def infer(request: web.Request) -> web.Response:
+    """Run tensors through a model.
+
+    400 the body does not fit; 404 no such model, or not loaded; 413 too large; 422 the model fails
+    on it; 429 and 503 try again after `Retry-After`; 504 no answer within `?timeout=` seconds.
+    """
+    at = request.app[PARTS]
+    model, version = _named(request)
+    size = request.content_length or 0
+    if at.relaying >= RELAYING_MAX or at.relaying_bytes + size > RELAYING_MAX_BYTES:
+        raise Overloaded(
+            f"this gateway waits for {at.relaying} answers already; {RELAYING_MAX}, and "
+            f"{RELAYING_MAX_BYTES >> 20} MiB of bodies, are allowed",
+            retry_after_s=1,
+        )
+    at.relaying += 1
+    at.relaying_bytes += size
+    try:
+        body = await read_body(request, at.client.max_payload)
+        headers = {}
+        if length := request.headers.get(LENGTH):
+            headers[LENGTH] = length
+        if traced := trace.get():
+            headers[TRACEPARENT] = traced
+        try:
+            relayed = await at.client.relay(
+                _subject(at.client.root, model, version),
+                body,
+                headers=headers,
+                timeout_s=timeout_of(request),
+            )
+        except NobodyListens:
+            raise await why_nobody(at, model, version) from None
+    finally:
+        at.relaying -= 1
+        at.relaying_bytes -= size
+    response = web.Response(body=relayed.body, headers=_shown(relayed.headers))
+    if len(relayed.body) >= COMPRESS_MIN_BYTES and hdrs.ACCEPT_ENCODING in request.headers:
+        response.enable_compression()
+    return response
+
+
+def _named(request: web.Request) -> tuple[str, str | None]:
+    return request.match_info["model"], request.match_info.get("version")
+
+
+@lru_cache(4_096)
+def _subject(root: str, model: str, version: str | None) -> str:
+    return MODEL_INFER.subject(root, model, *([version] if version else []))
+
+
+def _shown(headers: Any) -> dict[str, str]:
+    """Return what of an answer's headers is for the client: what it is, and who gave it."""
+    return {
+        name: value
+        for name, value in headers.items()
+        if name in {hdrs.CONTENT_TYPE, LENGTH} or name.startswith("Bkg-")
+    }
+
+
+async def _read(request: web.Request, kind: type[Any]) -> Any:
+    """Return the body, which may be missing."""
+    body = await read_body(request, request.app[PARTS].client.max_payload)
+    try:
+        return msgspec.json.decode(body or b"{}", type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise InvalidRequest(f"the body cannot be read: {error}") from None
+
+
+async def _statistics(at: Parts) -> list[ModelStatistics]:
+    """Return the statistics of every instance that answers."""
+    told = await at.client.gather(
+        CANDLE_STATS,
+        Empty(),
+        [(one.plugin, one.slot) for one in at.models.instances()],
+        timeout_s=GATHER_S,
+    )
+    return [one for stats in told for one in stats.model_stats]
