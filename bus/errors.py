@@ -18,7 +18,8 @@ A handler raises one of these; the far side of the bus raises the same one again
 that a handler raises becomes `Internal` without its text, and the text goes to the log.
 """
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import msgspec
 
@@ -35,6 +36,7 @@ class BusError(Exception):
         retry_after_s: When another try makes sense, in seconds.
         revision: The present revision of what was to be changed, when another change came first.
         reasons: Everything that is wrong, when it is several things.
+        details: Further facts by name, such as how far a model is with loading.
     """
 
     code: ClassVar[str] = "internal"
@@ -48,6 +50,7 @@ class BusError(Exception):
         retry_after_s: float | None = None,
         revision: int | None = None,
         reasons: list[str] | None = None,
+        details: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(message)
         self.message = message
@@ -55,6 +58,7 @@ class BusError(Exception):
         self.retry_after_s = retry_after_s
         self.revision = revision
         self.reasons = reasons
+        self.details = details
 
 
 class InvalidRequest(BusError):
@@ -138,6 +142,7 @@ class ErrorBody(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         retry_after_s: When another try makes sense, in seconds.
         revision: The present revision of what was to be changed.
         reasons: Everything that is wrong, when it is several things.
+        details: Further facts by name, such as how far a model is with loading.
     """
 
     code: str
@@ -146,6 +151,7 @@ class ErrorBody(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     retry_after_s: float | None = None
     revision: int | None = None
     reasons: list[str] | None = None
+    details: Mapping[str, Any] | None = None
 
 
 def body_of(error: BusError) -> ErrorBody:
@@ -157,6 +163,7 @@ def body_of(error: BusError) -> ErrorBody:
         retry_after_s=error.retry_after_s,
         revision=error.revision,
         reasons=error.reasons,
+        details=error.details,
     )
 
 
@@ -169,6 +176,7 @@ def error_from(body: ErrorBody) -> BusError:
         retry_after_s=body.retry_after_s,
         revision=body.revision,
         reasons=body.reasons,
+        details=body.details,
     )
 
 

@@ -32,7 +32,7 @@ import structlog
 
 from bus import codec, logs
 from bus import messages as m
-from bus.client import ERROR, ERROR_CODE, TIMEOUT_MS, TRACEPARENT, Client, Incoming, trace
+from bus.client import ERROR, ERROR_CODE, TIMEOUT_MS, TRACEPARENT, Answer, Client, Incoming, trace
 from bus.errors import (
     BusError,
     Conflict,
@@ -47,7 +47,7 @@ from bus.metrics import Calls, Figures
 from bus.probes import Facts, Probes, Route
 from bus.settings import Settings
 from bus.state import OBSERVED_TTL_S
-from bus.subjects import HEALTH, TELEMETRY, Endpoint
+from bus.subjects import HEALTH, TELEMETRY, Endpoint, RawEndpoint
 from bus.tasks import beside
 from bus.telemetry import Sampler
 
@@ -64,6 +64,8 @@ Req = TypeVar("Req", bound=m.Message)
 Rep = TypeVar("Rep", bound=m.Message)
 S = TypeVar("S")
 Handler = Callable[[Any], Awaitable[m.Message]]
+# From a request's body and headers to its answer.
+Work = Callable[[bytes, Mapping[str, str]], Awaitable[Answer]]
 
 
 def bkg_version() -> str:
@@ -74,28 +76,52 @@ def bkg_version() -> str:
         return "0.0.0"
 
 
+@dataclass(frozen=True, slots=True)
+class RawCall:
+    """A request whose body was not decoded.
+
+    Attributes:
+        body: As it came.
+        headers: As they came.
+        deadline: When the caller gives up, in the event loop's time; None if it did not say.
+    """
+
+    body: bytes
+    headers: Mapping[str, str]
+    deadline: float | None
+
+
 @dataclass
 class _Served:
     """One endpoint that is being served, with its statistics."""
 
-    endpoint: Endpoint[Any, Any]
+    endpoint: Endpoint[Any, Any] | RawEndpoint
     subject: str
-    handler: Handler
+    work: Work
+    handler: Handler | None = None
     tasks: set[asyncio.Task[Any]] = field(default_factory=set)
     requests: int = 0
     errors: int = 0
     last_error: str = ""
     busy_ns: int = 0
 
+    def failed(self, calls: Calls, cause: str) -> None:
+        """Count an error."""
+        self.errors += 1
+        calls.errors += 1
+        self.last_error = cause
+
     @property
     def info(self) -> dict[str, Any]:
         """What the service protocol's INFO says."""
-        schema = json.dumps(codec.schema(self.endpoint.request))
+        metadata = {"description": self.endpoint.description}
+        if isinstance(self.endpoint, Endpoint):
+            metadata["request"] = json.dumps(codec.schema(self.endpoint.request))
         return {
             "name": self.endpoint.capability.replace(".", "-"),
             "subject": self.subject,
             "queue_group": self.endpoint.queue,
-            "metadata": {"description": self.endpoint.description, "request": schema},
+            "metadata": metadata,
         }
 
     @property
@@ -214,12 +240,54 @@ class Instance:
             handler: Returns the reply, or raises a `BusError` for the caller.
             keys: Values of the endpoint's `keys`.
         """
-        served = _Served(endpoint, endpoint.subject(self._client.root, *keys), handler)
 
+        async def work(body: bytes, headers: Mapping[str, str]) -> Answer:
+            content_type = headers.get(codec.CONTENT_TYPE) or codec.JSON
+            request = codec.decode(body, endpoint.request, content_type)
+            allowed_s = _allowed_s(headers)
+            try:
+                async with asyncio.timeout(allowed_s):
+                    reply = await handler(request)
+            except TimeoutError:
+                raise DeadlineExceeded(f"not done within the caller's {allowed_s} s") from None
+            kind = codec.MSGPACK if content_type == codec.MSGPACK else codec.JSON
+            return Answer(codec.encode(reply, kind), {codec.CONTENT_TYPE: kind})
+
+        subject = endpoint.subject(self._client.root, *keys)
+        async with self._serving(_Served(endpoint, subject, work, handler)):
+            yield
+
+    @asynccontextmanager
+    async def serving_raw(
+        self, endpoint: RawEndpoint, handler: Callable[[RawCall], Awaitable[Answer]], *keys: str
+    ) -> AsyncGenerator[None]:
+        """Answer a raw endpoint's requests while inside, as `serving` does for others.
+
+        The handler has to honour the deadline: what waits in a queue of its own is better dropped
+        there than cancelled here.
+
+        Args:
+            endpoint: What is served.
+            handler: Returns the answer, or raises a `BusError` for the caller.
+            keys: Values of the endpoint's `keys`; the last ones may be left out.
+        """
+        loop = asyncio.get_running_loop()
+
+        async def work(body: bytes, headers: Mapping[str, str]) -> Answer:
+            allowed_s = _allowed_s(headers)
+            deadline = None if allowed_s is None else loop.time() + allowed_s
+            return await handler(RawCall(body, headers, deadline))
+
+        subject = endpoint.subject(self._client.root, *keys)
+        async with self._serving(_Served(endpoint, subject, work)):
+            yield
+
+    @asynccontextmanager
+    async def _serving(self, served: _Served) -> AsyncGenerator[None]:
         async def on_message(message: Incoming) -> None:
             self._accept(served, message)
 
-        heard = await self._client.listen(served.subject, endpoint.queue, on_message)
+        heard = await self._client.listen(served.subject, served.endpoint.queue, on_message)
         self._served[served.subject] = served
         try:
             yield
@@ -245,15 +313,16 @@ class Instance:
             BusError: What the handler raised.
         """
         served = self._served.get(endpoint.subject_of(self._client.root, request))
-        if served is None:
+        if served is None or served.handler is None:
             raise NobodyListens(
                 f"{endpoint.capability} is not served by this instance just now", retry_after_s=2
             )
 
+        handler = served.handler
+
         async def work() -> Any:
             with self._counted(served):
-                self._check_room()
-                return await self._handled(served, request, None)
+                return await handler(request)
 
         reply: Rep = await self._track(served, work())
         return reply
@@ -275,18 +344,26 @@ class Instance:
 
     @contextmanager
     def _counted(self, served: _Served) -> Generator[None]:
-        calls = self._calls.setdefault(served.endpoint.capability, Calls())
+        """Count what happens inside, refuse it when there is too much, and name every error."""
+        capability = served.endpoint.capability
+        calls = self._calls.setdefault(capability, Calls())
         began = time.perf_counter_ns()
         served.requests += 1
         calls.requests += 1
         calls.in_flight += 1
         try:
+            self._check_room()
             yield
         except BusError as error:
-            served.errors += 1
-            calls.errors += 1
-            served.last_error = f"{error.code}: {error.message}"
+            served.failed(calls, f"{error.code}: {error.message}")
             raise
+        except Exception:
+            log.exception("request.failed", capability=capability)
+            failure = Internal(
+                f"{capability} failed unexpectedly; the cause is in the log of {self.plugin}"
+            )
+            served.failed(calls, f"{failure.code}: {failure.message}")
+            raise failure from None
         finally:
             took_ns = time.perf_counter_ns() - began
             served.busy_ns += took_ns
@@ -295,28 +372,14 @@ class Instance:
 
     async def _answer(self, served: _Served, message: Incoming) -> None:
         headers = message.headers or {}
-        content_type = headers.get(codec.CONTENT_TYPE) or codec.JSON
         trace.set(headers.get(TRACEPARENT))
         try:
             with self._counted(served):
-                reply = await self._work(served, message, headers, content_type)
-                kind = codec.MSGPACK if content_type == codec.MSGPACK else codec.JSON
-                await self._client.answer(
-                    message.reply,
-                    codec.encode(reply, kind),
-                    {codec.CONTENT_TYPE: kind, "Bkg-Instance": self.id},
-                )
+                answer = await served.work(message.data, headers)
+                told = {**answer.headers, "Bkg-Instance": self.id}
+                await self._client.answer(message.reply, answer.body, told)
         except BusError as error:
             await self._refuse(message.reply, error)
-
-    async def _work(
-        self, served: _Served, message: Incoming, headers: Mapping[str, str], content_type: str
-    ) -> m.Message:
-        self._check_room()
-        request = codec.decode(message.data, served.endpoint.request, content_type)
-        allowed = headers.get(TIMEOUT_MS, "")
-        timeout_s = int(allowed) / 1e3 if allowed.isdecimal() else None
-        return await self._handled(served, request, timeout_s)
 
     def _check_room(self) -> None:
         if self.in_flight > MAX_IN_FLIGHT:
@@ -324,23 +387,6 @@ class Instance:
                 f"this {self.plugin} instance works on {MAX_IN_FLIGHT} requests already",
                 retry_after_s=1,
             )
-
-    async def _handled(
-        self, served: _Served, request: m.Message, timeout_s: float | None
-    ) -> m.Message:
-        try:
-            async with asyncio.timeout(timeout_s):
-                return await served.handler(request)
-        except BusError:
-            raise
-        except TimeoutError:
-            raise DeadlineExceeded(f"not done within the caller's {timeout_s} s") from None
-        except Exception:
-            log.exception("request.failed", capability=served.endpoint.capability)
-            raise Internal(
-                f"{served.endpoint.capability} failed unexpectedly; the cause is in the log of "
-                f"{self.plugin}"
-            ) from None
 
     async def _refuse(self, inbox: str, error: BusError) -> None:
         headers = {
@@ -712,6 +758,12 @@ async def _claim_free_slot(client: Client, registration: m.Registration) -> m.Re
             await client.store.instances.create(claimed, registration.plugin, slot)
             return claimed
     raise Conflict(f"all slots of {registration.plugin} up to {LAST_FREE_SLOT} are taken")
+
+
+def _allowed_s(headers: Mapping[str, str]) -> float | None:
+    """Return how long the caller waits, if it said so."""
+    allowed = headers.get(TIMEOUT_MS, "")
+    return int(allowed) / 1e3 if allowed.isdecimal() else None
 
 
 # What a process is started with.

@@ -23,7 +23,7 @@ from bus import codec
 from bus import messages as m
 from bus.errors import ErrorBody
 from bus.state import MIB, NS, Bucket, Store, _assets
-from bus.subjects import DEFAULT_ROOT, ENDPOINTS, FEEDS, Endpoint, Feed
+from bus.subjects import DEFAULT_ROOT, ENDPOINTS, FEEDS, RAW_ENDPOINTS, Endpoint, Feed, RawEndpoint
 
 _AnyEndpoint = Endpoint[m.Message, m.Message]
 _AnyFeed = Feed[Any]
@@ -119,6 +119,12 @@ _REQUESTS: Final = """\
 Each is answered by one member of its queue group, picked by the broker. The command asks with an \
 example as it stands.
 """
+_RAW: Final = """\
+## Raw requests
+
+Body and headers of request and reply have a format of their own, and pass through bkg as they \
+are. Names that end the subject may be left out from the end.
+"""
 _FEEDS: Final = """\
 ## Feeds
 
@@ -152,6 +158,11 @@ def render(root: str = DEFAULT_ROOT) -> str:
         _table(
             ("subject", "queue group", "asked by", "request -> reply", "what", "to copy"),
             (_endpoint_row(endpoint, root, kinds) for endpoint in ENDPOINTS),
+        ),
+        _RAW,
+        _table(
+            ("subject", "queue group", "asked by", "what", "to copy"),
+            (_raw_row(endpoint, root) for endpoint in RAW_ENDPOINTS),
         ),
         _FEEDS,
         _table(
@@ -189,6 +200,16 @@ def _endpoint_row(endpoint: _AnyEndpoint, root: str, kinds: "_Kinds") -> tuple[s
         f"`{subject}`", endpoint.queue, ", ".join(endpoint.asked_by),
         f"{kinds.link(endpoint.request)} -> {kinds.link(endpoint.reply)}",
         endpoint.description, f"`{command}`",
+    )  # fmt: skip
+
+
+def _raw_row(endpoint: RawEndpoint, root: str) -> tuple[str, ...]:
+    asked = f"{root}.call.{endpoint.capability}"
+    subject = asked + "".join(f"[.<{key}>]" for key in endpoint.keys)
+    command = ".".join([asked, *(f"<{key}>" for key in endpoint.keys[:1])])
+    return (
+        f"`{subject}`", endpoint.queue, ", ".join(endpoint.asked_by),
+        endpoint.description, f"`nats req {command} '{endpoint.example}'`",
     )  # fmt: skip
 
 

@@ -70,6 +70,36 @@ class Endpoint(Generic[Req, Rep]):
 
 
 @dataclass(frozen=True)
+class RawEndpoint:
+    """A subject for request and reply whose bodies and headers pass as they are.
+
+    For what has an encoding of its own, such as tensors. Without a message there is nothing that
+    says which fields end the subject, so callers give them.
+
+    Attributes:
+        capability: Its name, `noun.verb`; the subject is `<root>.call.<capability>`.
+        queue: The queue group that answers: the plugin.
+        description: One sentence, shown by `nats service info`.
+        keys: Names of the tokens that may end the subject, so that the broker routes by them.
+        example: A body, to copy.
+        asked_by: Roles that ask; who answers is the queue group.
+    """
+
+    capability: str
+    queue: str
+    description: str
+    keys: tuple[str, ...] = ()
+    example: str = ""
+    asked_by: tuple[Role, ...] = ("gateway", "operator")
+
+    def subject(self, root: str, *values: str) -> str:
+        """Return the subject for the values of `keys`; the last ones may be left out."""
+        if len(values) > len(self.keys):
+            raise ValueError(f"{self.capability} is keyed by {self.keys}, got {values}")
+        return ".".join([root, "call", self.capability, *map(token, values)])
+
+
+@dataclass(frozen=True)
 class Feed(Generic[Req]):
     """A subject for one-way messages.
 
@@ -228,6 +258,17 @@ ENDPOINTS: tuple[Endpoint[m.Message, m.Message], ...] = (  # type: ignore[assign
     MODEL_RUN, MODEL_LOAD, MODEL_UNLOAD, MODEL_ALIAS, MODEL_WAKE, CANDLE_STATS,
     FACES_ENCODE, FACES_SEARCH, DATASET_MANAGE,
 )  # fmt: skip
+# One subject per model, and per version of it; see `MODEL_RUN`.
+MODEL_INFER = RawEndpoint(
+    "candle.model.infer",
+    CANDLE,
+    "Run tensors through a model: Open Inference Protocol bodies, JSON or binary.",
+    keys=("model", "version"),
+    example='{"inputs":[{"name":"x","datatype":"FP32","shape":[1,3],"data":[1,2,3]}]}',
+)
+
+RAW_ENDPOINTS = (MODEL_INFER,)
+
 CAPABILITIES: Mapping[str, Endpoint[m.Message, m.Message]] = {e.capability: e for e in ENDPOINTS}
 
 # --- Feeds ----------------------------------------------------------------------------------------

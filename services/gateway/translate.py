@@ -8,6 +8,7 @@ import asyncio
 import math
 import re
 import secrets
+from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any, Final, TypeVar
 
@@ -166,9 +167,10 @@ def problem(
     field: str | None = None,
     reasons: list[str] | None = None,
     revision: int | None = None,
+    details: Mapping[str, Any] | None = None,
     headers: dict[str, str] | None = None,
 ) -> web.Response:
-    """Return an error's answer."""
+    """Return an error's answer; `details` are members beside ours, and never in place of them."""
     body = Problem(
         type=f"urn:bkg:problem:{code}" if code else "about:blank",
         title=HTTPStatus(status).phrase,
@@ -178,8 +180,11 @@ def problem(
         reasons=reasons,
         revision=revision,
     )
+    said: dict[str, Any] = codec.plain(body)
+    ours = Problem.__struct_fields__
+    said |= {name: value for name, value in (details or {}).items() if name not in ours}
     return web.Response(
-        body=codec.encode(body), status=status, headers=headers, content_type=PROBLEM
+        body=codec.encode(said), status=status, headers=headers, content_type=PROBLEM
     )
 
 
@@ -195,6 +200,7 @@ def problem_of(error: BusError) -> web.Response:
         field=error.field,
         reasons=error.reasons,
         revision=error.revision,
+        details=error.details,
         headers=headers,
     )
 
