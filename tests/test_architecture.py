@@ -14,7 +14,7 @@ FLOORS = (
     {"codec", "masking", "subjects", "tasks", "settings", "process", "redaction"},
     {"log_search"},
     {"state"},
-    {"client", "plugins", "broker", "reference"},
+    {"client", "plugins", "models", "broker", "reference"},
     {"logs", "telemetry", "metrics", "probes"},
     {"instance"},
     {"testing"},

@@ -188,19 +188,20 @@ def problem(
     )
 
 
-def problem_of(error: BusError) -> web.Response:
-    """Return what a `BusError` is in HTTP."""
+def problem_of(error: BusError, *, kserve: bool = False) -> web.Response:
+    """Return what a `BusError` is in HTTP; clients of the inference protocol look for `error`."""
     headers: dict[str, str] = {}
     if error.number in {429, 503}:
         headers[hdrs.RETRY_AFTER] = str(max(1, math.ceil(error.retry_after_s or 1)))
+    sentence = _sentence(error.message)
     return problem(
         error.number,
-        _sentence(error.message),
+        sentence,
         code=error.code,
         field=error.field,
         reasons=error.reasons,
         revision=error.revision,
-        details=error.details,
+        details={**(error.details or {}), **({"error": sentence} if kserve else {})},
         headers=headers,
     )
 
@@ -219,14 +220,16 @@ def translated(instance: Instance) -> Middleware:
         try:
             response = await handler(request)
         except BusError as error:
-            response = problem_of(error)
+            response = problem_of(error, kserve=_is_kserve(request))
         except web.HTTPException as error:
             if error.status < 400:
                 raise
             response = _problem_of_http(request, error)
         except Exception:
             log.exception("http.failed", method=request.method, path=request.path)
-            response = problem(500, code="internal")
+            sentence = "it failed unexpectedly; the gateway's log has the cause"
+            details = {"error": sentence} if _is_kserve(request) else None
+            response = problem(500, sentence, code="internal", details=details)
         if response.status >= 500:
             counts["http_errors"] += 1
         return response
@@ -275,7 +278,13 @@ def _problem_of_http(request: web.Request, error: web.HTTPException) -> web.Resp
             detail = f"{path} does not take {request.method}; allowed: {allowed}"
         case _:
             detail = _sentence(error.text or error.reason)
-    return problem(error.status, detail, headers=headers)
+    details = {"error": detail} if _is_kserve(request) else None
+    return problem(error.status, detail, details=details, headers=headers)
+
+
+def _is_kserve(request: web.Request) -> bool:
+    """Tell whether a path belongs to the Open Inference Protocol."""
+    return request.path == "/v2" or request.path.startswith("/v2/")
 
 
 def _sentence(message: str) -> str:

@@ -15,7 +15,10 @@ from bus.testing import until
 
 
 def spec(name: str, path: str = "x.json") -> m.ModelSpec:
-    return m.ModelSpec(id=name, path=path, checksum="0" * 64, format="linear", loaded_at=m.now())
+    version = m.ModelVersion(
+        version="1", path=path, checksum="0" * 64, format="linear", added_at=m.now()
+    )
+    return m.ModelSpec(id=name, versions=[version])
 
 
 async def test_what_was_put_is_there_under_any_name(client):
@@ -24,7 +27,7 @@ async def test_what_was_put_is_there_under_any_name(client):
         entry = await client.store.models.get(name)
         assert entry is not None
         assert (entry.names, entry.revision) == ((name,), revision)
-        assert entry.value.path == name
+        assert entry.value.versions[0].path == name
     assert len(await client.store.models.all()) == 5
 
 
@@ -41,7 +44,7 @@ async def test_a_writer_that_was_overtaken_gets_a_conflict(client):
     await bucket.update(spec("m", "second"), revision, "m")
     with pytest.raises(Conflict):
         await bucket.update(spec("m", "third"), revision, "m")
-    assert (await bucket.get("m")).value.path == "second"
+    assert (await bucket.get("m")).value.versions[0].path == "second"
 
 
 async def test_a_deleted_key_is_gone_and_can_come_back(client):
@@ -51,7 +54,7 @@ async def test_a_deleted_key_is_gone_and_can_come_back(client):
     assert await bucket.get("m") is None
     assert await bucket.all() == []
     await bucket.create(spec("m", "again"), "m")
-    assert (await bucket.get("m")).value.path == "again"
+    assert (await bucket.get("m")).value.versions[0].path == "again"
 
 
 async def test_following_gives_what_is_there_then_every_change(client):
@@ -64,7 +67,7 @@ async def test_following_gives_what_is_there_then_every_change(client):
     async def follow() -> None:
         async for changes in bucket.follow():
             for entry in changes.entries:
-                seen[entry.names[0]] = entry.value.path if entry.value else None
+                seen[entry.names[0]] = entry.value.versions[0].path if entry.value else None
             if changes.caught_up:
                 caught_up.set()
 
@@ -95,7 +98,7 @@ async def test_a_follower_goes_on_after_the_broker_was_restarted(tmp_path):
 
             async def follow() -> None:
                 async for changes in client.store.models.follow():
-                    heard.extend(entry.value.path for entry in changes.entries)
+                    heard.extend(entry.value.versions[0].path for entry in changes.entries)
 
             async with asyncio.TaskGroup() as tasks:
                 following = tasks.create_task(follow())
@@ -143,7 +146,7 @@ async def test_a_purge_removes_what_a_wildcard_names(client):
 async def test_declaring_twice_changes_nothing(client):
     await client.store.models.put(spec("m"), "m")
     await client.store.declare()
-    assert (await client.store.models.get("m")).value.path == "x.json"
+    assert (await client.store.models.get("m")).value.versions[0].path == "x.json"
 
 
 async def test_the_newest_records_come_oldest_first_with_their_sequence(client):
@@ -179,10 +182,14 @@ async def test_an_artefact_comes_back_byte_for_byte(client, tmp_path):
     path = tmp_path / "m.bin"
     path.write_bytes(bytes(range(256)) * 4096)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    assert not await client.store.artefacts.has(digest)
+    assert await client.store.artefacts.size(digest) is None
     await client.store.artefacts.put(digest, path)
     await client.store.artefacts.put(digest, path)
-    await client.store.artefacts.fetch(digest, tmp_path / "back.bin")
+    assert await client.store.artefacts.size(digest) == 256 * 4096
+    shares: list[float] = []
+    await client.store.artefacts.fetch(digest, tmp_path / "back.bin", told=shares.append)
+    assert shares == sorted(shares)
+    assert shares[-1] == 1
     assert (tmp_path / "back.bin").read_bytes() == path.read_bytes()
     with pytest.raises(NotFound):
         await client.store.artefacts.fetch("f" * 64, tmp_path / "none.bin")

@@ -13,9 +13,11 @@ from bus.client import connect
 from bus.instance import join
 from bus.settings import Settings
 from bus.testing import until
+from services.candle.cache import Cache
 from services.candle.models import make
 from services.candle.repository import Repository
-from services.candle.service import Candle, CandleSettings
+from services.candle.service import Candle
+from services.candle.settings import CandleSettings
 
 Worker = Callable[..., AbstractAsyncContextManager[Candle]]
 
@@ -52,9 +54,10 @@ def worker(settings: Settings, models_dir: Path) -> Worker:
             connect(here.nats_url, name="candle", root=here.root) as client,
             join(client, here, plugin="candle", description="a test") as instance,
         ):
-            cache = models_dir.parent / f"cache-{slot}"
+            cache = Cache(models_dir.parent / f"cache-{slot}", 1 << 30)
             repository = Repository(client.store, models_dir, cache)
-            candle = Candle(instance, repository, CandleSettings(**changes))
+            wanted = CandleSettings(**changes)
+            candle = Candle(instance, repository, wanted, client.store.served)
             serving = asyncio.create_task(candle.run())
             await until(lambda: instance._registration.status == "running" or serving.done())
             try:

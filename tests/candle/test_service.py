@@ -17,7 +17,7 @@ from bus.errors import (
 )
 from bus.subjects import CANDLE_STATS, MODEL_LOAD, MODEL_RUN, MODEL_UNLOAD
 from bus.testing import until
-from services.candle.service import CandleSettings
+from services.candle.settings import CandleSettings
 
 
 async def load(client, path: str, name: str = "m") -> m.LoadedModel:

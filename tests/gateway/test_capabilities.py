@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from bus.errors import NotFound, Overloaded, Unavailable, Unprocessable
 from bus.instance import join
-from bus.messages import ModelSpec, ProcessState, now
+from bus.messages import ModelSpec, ModelVersion, ProcessState, now
 from bus.subjects import CANDLE_STATS, FACES_ENCODE, MODEL_RUN
 from bus.testing import until
 
@@ -126,8 +126,8 @@ async def test_a_model_that_nobody_has_loaded_is_404_while_candle_runs(gate, cli
 
 
 async def test_a_model_that_is_wanted_but_not_served_just_now_is_503(gate, client, settings):
-    spec = ModelSpec(id="m 1", path="m.json", checksum="0", format="linear", loaded_at=now())
-    await client.store.models.put(spec, "m 1")
+    version = ModelVersion(version="1", path="m.json", checksum="0", format="linear", added_at=now())
+    await client.store.models.put(ModelSpec(id="m 1", versions=[version]), "m 1")
     async with join(
         client, settings, plugin="candle", description="Empty.", capabilities=["candle.model.run"]
     ) as worker:
@@ -136,7 +136,7 @@ async def test_a_model_that_is_wanted_but_not_served_just_now_is_503(gate, clien
         problem = await gate.post(
             "/api/capabilities/candle.model.run", {"id": "m 1", "inputs": [[1]]}, status=503
         )
-    assert "no instance of candle has this model ready just now" in problem["detail"]
+    assert "'m 1' version '1' should be served, but no instance" in problem["detail"]
 
 
 async def test_a_plugin_of_which_only_its_supervisor_speaks_is_503(gate, client, wanted):

@@ -173,6 +173,7 @@ async def test_what_nobody_expected_is_500_without_its_inside_and_stands_in_the_
         "type": "urn:bkg:problem:internal",
         "title": "Internal Server Error",
         "status": 500,
+        "detail": "it failed unexpectedly; the gateway's log has the cause",
     }
 
     async def logged():
