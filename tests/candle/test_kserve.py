@@ -372,6 +372,12 @@ def test_inputs_of_several_kinds_are_checked_as_strictly_as_those_of_one():
     assert error.message == "inputs[1].data has 1 as value 0; BOOL takes true and false"
 
 
+@pytest.mark.parametrize(("datatype", "fine"), [("BOOL", True), ("BYTES", "a"), ("INT8", 1)])
+def test_a_list_among_flat_values_is_refused_for_every_kind(datatype, fine):
+    error = refused(one(datatype, -1, 2), body(x([fine, []], [1, 2], datatype)))
+    assert error.message.startswith(f"inputs[0].data has an array as value 1; {datatype} takes ")
+
+
 def test_a_text_keeps_every_character():
     texts = ["", "größer", "\0", '"\\', "\U0001f600"]
     read = one("BYTES").read(body(x(texts, [5], "BYTES")))
