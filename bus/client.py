@@ -10,10 +10,9 @@ the connection for good, so sizes are checked here.
 import asyncio
 import contextlib
 import random
-import secrets
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Generator, Mapping
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -38,10 +37,11 @@ from bus.errors import (
     error_from,
     error_from_number,
 )
-from bus.messages import Message
+from bus.messages import CancelCall, Message
 from bus.state import Store
-from bus.subjects import DEFAULT_ROOT, Endpoint, Feed, name_of
-from bus.tasks import beside, keeping_cancellation
+from bus.subjects import CANCEL, DEFAULT_ROOT, Endpoint, Feed, name_of
+from bus.tasks import beside
+from bus.wire import PENDING_MAX_BYTES, Replies, Taker, Wire
 
 ERROR: Final = "Nats-Service-Error"
 ERROR_CODE: Final = "Nats-Service-Error-Code"
@@ -53,9 +53,6 @@ FOLLOW_BUFFER: Final = 10_000
 
 # The W3C trace context of the request that is being worked on; log records carry its trace id.
 trace: ContextVar[str | None] = ContextVar("trace", default=None)
-
-# A message as it came in; named here, so that nobody above imports nats.
-Incoming = Msg
 
 log = structlog.get_logger("bus.client")
 
@@ -147,8 +144,10 @@ class Client:
         self._online = asyncio.Event()
         # Done while the connection is lost.
         self._lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._barriers: dict[str, asyncio.Future[None]] = {}
-        self._barrier_inbox = nc.new_inbox()
+        self._wire = Wire(nc)
+        self._replies = Replies(nc.new_inbox())
+        # Only where the short way cannot be gone.
+        self._last_words: set[asyncio.Task[None]] = set()
 
     @property
     def connected(self) -> bool:
@@ -215,12 +214,8 @@ class Client:
         """
         body = codec.encode(payload, content_type)
         self._check_size(body)
-        with _named_errors(feed.template, 0):
-            await self._nc.publish(
-                feed.subject(self.root, **tokens),
-                body,
-                headers={codec.CONTENT_TYPE: content_type},
-            )
+        subject = feed.subject(self.root, **tokens)
+        await self._send(feed.template, subject, "", body, {codec.CONTENT_TYPE: content_type})
 
     @asynccontextmanager
     async def follow(self, feed: Feed[Req], **tokens: str | int) -> AsyncGenerator[Followed[Req]]:
@@ -248,17 +243,16 @@ class Client:
             Unavailable: It did not answer in time.
         """
         # Not the event loop's time: uvloop's has steps of a millisecond.
-        began, mark = time.perf_counter(), secrets.token_hex(8)
-        passed = self._barriers[mark] = asyncio.get_running_loop().create_future()
+        began = time.perf_counter()
+        inbox, passed = self._replies.expect(timeout_s)
         try:
-            with _named_errors("the broker", timeout_s):
-                await self._nc.publish(f"{self._barrier_inbox}.{mark}", b"")
-            awaited = {passed} if patient else {passed, self._lost}
+            await self._send("the broker", inbox, "", b"", {})
+            awaited: set[asyncio.Future[Any]] = {passed} if patient else {passed, self._lost}
             await asyncio.wait(awaited, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
-            if not passed.done():
+            if not passed.done() or passed.exception():
                 raise Unavailable(f"the broker did not answer within {timeout_s:g} s")
         finally:
-            del self._barriers[mark]
+            self._replies.forget(inbox)
         return time.perf_counter() - began
 
     async def while_connected(self, work: Coroutine[Any, Any, None], timeout_s: float) -> None:
@@ -283,14 +277,19 @@ class Client:
     async def answer(self, inbox: str, body: bytes, headers: Mapping[str, str]) -> None:
         """Answer a request; for `bus.instance`. Raises as `publish` does."""
         self._check_size(body)
-        with _named_errors(inbox, 0):
-            await self._nc.publish(inbox, body, headers=dict(headers))
+        await self._send(inbox, inbox, "", body, headers)
 
     async def listen(self, subject: str, queue: str, on_message: Any) -> Subscription:
-        """Subscribe a callback that must not raise; for `bus.instance`."""
+        """Subscribe a callback that must not raise, called for one message after the other."""
         heard = await self._nc.subscribe(
-            subject, queue=queue, cb=on_message, pending_bytes_limit=512 * 1024 * 1024
+            subject, queue=queue, cb=on_message, pending_bytes_limit=PENDING_MAX_BYTES
         )
+        await self.barrier()
+        return heard
+
+    async def take(self, subject: str, queue: str, taker: Taker) -> Subscription:
+        """Subscribe a function that is called as soon as a message is read; it must not wait."""
+        heard: Subscription = await self._wire.take(subject, queue, taker)
         await self.barrier()
         return heard
 
@@ -317,13 +316,48 @@ class Client:
         if not self._online.is_set():
             await self._come_online(min(timeout_s, 2.0))
         sent = {TIMEOUT_MS: str(int(timeout_s * 1000)), **headers}
-        sent.setdefault(TRACEPARENT, trace.get() or new_traceparent())
-        with _named_errors(subject, timeout_s), keeping_cancellation():
-            reply = await self._nc.request(subject, body, timeout=timeout_s, headers=sent)
-        received = reply.headers or {}
-        if ERROR_CODE in received:
-            raise _error_in(reply.data, received)
-        return Answer(reply.data, received)
+        if TRACEPARENT not in sent:
+            sent[TRACEPARENT] = trace.get() or new_traceparent()
+        inbox, reply = self._replies.expect(timeout_s)
+        try:
+            await self._send(subject, subject, inbox, body, sent)
+            received = await reply
+        except TimeoutError:
+            self._give_up(inbox)
+            raise DeadlineExceeded(f"{subject} gave no answer within {timeout_s:g} s") from None
+        except asyncio.CancelledError:
+            self._give_up(inbox)
+            raise
+        finally:
+            self._replies.forget(inbox)
+        found = received.headers
+        if ERROR_CODE in found:
+            raise _error_in(received.data, found)
+        if not received.data and found.get("Status") == "503":
+            raise NobodyListens(f"nobody answers {subject} just now", retry_after_s=2)
+        return Answer(received.data, found)
+
+    async def _send(
+        self, named: str, subject: str, inbox: str, body: bytes, headers: Mapping[str, str]
+    ) -> None:
+        if not self._wire.send(subject, inbox, body, headers):
+            with _named_errors(named):
+                await self._nc.publish(subject, body, inbox, headers=dict(headers) or None)
+
+    def _give_up(self, inbox: str) -> None:
+        """Tell who works on a request that nobody waits for its reply; does not wait."""
+        if not self._nc.is_connected:
+            return
+        feed, body = CANCEL.subject(self.root), codec.encode(CancelCall(inbox=inbox))
+        if not self._wire.send(feed, "", body, {codec.CONTENT_TYPE: codec.JSON}):
+            telling = asyncio.create_task(self._tell(feed, body))
+            self._last_words.add(telling)
+            telling.add_done_callback(self._last_words.discard)
+
+    async def _tell(self, subject: str, body: bytes) -> None:
+        with contextlib.suppress(nats.errors.Error, OSError, TimeoutError):
+            async with asyncio.timeout(5):
+                await self._nc.publish(subject, body)
 
     async def _come_online(self, timeout_s: float) -> None:
         try:
@@ -339,14 +373,10 @@ class Client:
             )
 
     async def _forget(self, heard: Subscription) -> None:
+        self._wire.forget(heard)
         # Closed already, or closing: then there is nothing left to forget.
         with contextlib.suppress(nats.errors.Error):
             await heard.unsubscribe()
-
-    async def _on_barrier(self, message: Msg) -> None:
-        passed = self._barriers.get(message.subject.rpartition(".")[2])
-        if passed is not None and not passed.done():
-            passed.set_result(None)
 
     async def _watch(self) -> None:
         """Raise once the connection is dead while nats-py believes it alive."""
@@ -439,7 +469,7 @@ async def connect(
     client = Client(nc, root)
     client._online.set()  # noqa: SLF001
     try:
-        await nc.subscribe(f"{client._barrier_inbox}.*", cb=client._on_barrier)  # noqa: SLF001
+        await client._wire.take(client._replies.subject, "", client._replies.take)  # noqa: SLF001
         await client.barrier()
         await client.store.check()
         async with beside(client._watch(), _raise_when(lost)):  # noqa: SLF001
@@ -449,12 +479,17 @@ async def connect(
             if nc.is_connected:
                 await client.barrier(2, patient=False)
         client._online.clear()  # noqa: SLF001
+        client._replies.close()  # noqa: SLF001
+        for telling in client._last_words:  # noqa: SLF001
+            telling.cancel()
         await _close(nc)
 
 
 def new_traceparent() -> str:
     """Return a W3C trace context that begins here."""
-    return f"00-{secrets.token_hex(16)}-{secrets.token_hex(8)}-01"
+    # Random enough to tell requests apart; never zero, which the standard forbids.
+    trace_id, span_id = random.getrandbits(128) | 1, random.getrandbits(64) | 1
+    return f"00-{trace_id:032x}-{span_id:016x}-01"
 
 
 async def _close(nc: Nats) -> None:
@@ -496,15 +531,13 @@ def _error_in(body: bytes, headers: Mapping[str, str]) -> BusError:
 
 
 @contextlib.contextmanager
-def _named_errors(subject: str, timeout_s: float) -> Any:
+def _named_errors(subject: str) -> Generator[None]:
     """Turn what nats-py raises into ours."""
     try:
         yield
-    except nats.errors.NoRespondersError:
-        raise NobodyListens(f"nobody answers {subject} just now", retry_after_s=2) from None
-    except nats.errors.TimeoutError:
-        raise DeadlineExceeded(f"{subject} gave no answer within {timeout_s:g} s") from None
     except nats.errors.MaxPayloadError as error:
         raise TooLarge(str(error)) from None
+    except (nats.errors.BadSubjectError, nats.errors.BadHeaderError) as error:
+        raise InvalidRequest(f"{subject} cannot be asked: {error}") from None
     except (nats.errors.Error, OSError) as error:
         raise Unavailable(f"the broker cannot be reached: {error}", retry_after_s=2) from None

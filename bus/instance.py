@@ -32,7 +32,7 @@ import structlog
 
 from bus import codec, logs
 from bus import messages as m
-from bus.client import ERROR, ERROR_CODE, TIMEOUT_MS, TRACEPARENT, Answer, Client, Incoming, trace
+from bus.client import ERROR, ERROR_CODE, TIMEOUT_MS, TRACEPARENT, Answer, Client, trace
 from bus.errors import (
     BusError,
     Conflict,
@@ -47,9 +47,10 @@ from bus.metrics import Calls, Figures
 from bus.probes import Facts, Probes, Route
 from bus.settings import Settings
 from bus.state import OBSERVED_TTL_S
-from bus.subjects import HEALTH, TELEMETRY, Endpoint, RawEndpoint
+from bus.subjects import CANCEL, HEALTH, TELEMETRY, Endpoint, RawEndpoint
 from bus.tasks import beside
 from bus.telemetry import Sampler
+from bus.wire import Incoming
 
 HEARTBEAT_S: Final = 1.0
 REGISTER_AGAIN_S: Final = OBSERVED_TTL_S / 3
@@ -181,6 +182,7 @@ class Instance:
         self._calls: dict[str, Calls] = {}
         self._probes = Probes(Facts(self._missing, self._about, self._metrics), client.max_payload)
         self._in_flight: dict[asyncio.Task[Any], float] = {}
+        self._by_inbox: dict[str, asyncio.Task[Any]] = {}
         self._started = m.now()
         self._lag_ms = 0.0
         self._waiting_config: tuple[m.DesiredState, int] | None = None
@@ -284,10 +286,13 @@ class Instance:
 
     @asynccontextmanager
     async def _serving(self, served: _Served) -> AsyncGenerator[None]:
-        async def on_message(message: Incoming) -> None:
-            self._accept(served, message)
+        def taker(message: Incoming) -> None:
+            # Another subject: a stream's consumer delivers here what its maker may not send here
+            # (nats-server#8274).
+            if message.subject == served.subject:
+                self._accept(served, message)
 
-        heard = await self._client.listen(served.subject, served.endpoint.queue, on_message)
+        heard = await self._client.take(served.subject, served.endpoint.queue, taker)
         self._served[served.subject] = served
         try:
             yield
@@ -328,19 +333,33 @@ class Instance:
         return reply
 
     def _accept(self, served: _Served, message: Incoming) -> None:
-        # No reply subject: nobody asked. Another subject: a stream's consumer delivers here what
-        # its maker may not send here (nats-server#8274).
-        if not message.reply or message.subject != served.subject:
-            return
-        self._track(served, self._answer(served, message))
+        # No reply subject: nobody asked.
+        if message.reply:
+            task = self._track(served, self._answer(served, message), message.reply)
+            self._by_inbox[message.reply] = task
 
-    def _track(self, served: _Served, work: Coroutine[Any, Any, S]) -> asyncio.Task[S]:
+    def _track(
+        self, served: _Served, work: Coroutine[Any, Any, S], inbox: str = ""
+    ) -> asyncio.Task[S]:
         task = asyncio.create_task(work)
         served.tasks.add(task)
-        task.add_done_callback(served.tasks.discard)
         self._in_flight[task] = time.monotonic()
-        task.add_done_callback(lambda done: self._in_flight.pop(done, None))
+
+        def forget(done: asyncio.Task[S]) -> None:
+            served.tasks.discard(done)
+            self._in_flight.pop(done, None)
+            if self._by_inbox.get(inbox) is done:
+                del self._by_inbox[inbox]
+
+        task.add_done_callback(forget)
         return task
+
+    async def _follow_cancels(self) -> None:
+        """Stop working on what nobody waits for any more."""
+        async with self._client.follow(CANCEL) as cancels:
+            async for cancel in cancels:
+                if task := self._by_inbox.get(cancel.payload.inbox):
+                    task.cancel()
 
     @contextmanager
     def _counted(self, served: _Served) -> Generator[None]:
@@ -357,6 +376,9 @@ class Instance:
         except BusError as error:
             served.failed(calls, f"{error.code}: {error.message}")
             raise
+        except asyncio.CancelledError:
+            served.failed(calls, "cancelled: the caller has gone")
+            raise
         except Exception:
             log.exception("request.failed", capability=capability)
             failure = Internal(
@@ -371,7 +393,7 @@ class Instance:
             calls.in_flight -= 1
 
     async def _answer(self, served: _Served, message: Incoming) -> None:
-        headers = message.headers or {}
+        headers = message.headers
         trace.set(headers.get(TRACEPARENT))
         try:
             with self._counted(served):
@@ -624,7 +646,7 @@ class Instance:
             "metadata": {"host": self.host, "slot": str(self.slot), "pid": str(os.getpid())},
         }
 
-        async def on_message(message: Incoming) -> None:
+        async def on_message(message: Any) -> None:
             said: dict[str, Any]
             match message.subject.split(".")[1]:
                 case "PING":
@@ -740,6 +762,7 @@ async def join(
                 instance._keep_registered(),  # noqa: SLF001
                 instance._beat(),  # noqa: SLF001
                 instance._report(),  # noqa: SLF001
+                instance._follow_cancels(),  # noqa: SLF001
                 *([instance._follow_config()] if listed else []),  # noqa: SLF001
             ):
                 yield instance

@@ -635,6 +635,16 @@ class Event(State, frozen=True):
     seq: int | None = None
 
 
+class CancelCall(State, frozen=True):
+    """Nobody waits for a reply any more: who works on it may stop.
+
+    Attributes:
+        inbox: The reply subject of the request.
+    """
+
+    inbox: str
+
+
 class Heartbeat(State, frozen=True):
     """A sign of life, once a second.
 

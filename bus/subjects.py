@@ -302,6 +302,8 @@ LOG_LEVEL = Feed(
     sent_by=("gateway", "operator"),
     heard_by=("instance",),
 )
+# A caller that has gone, or given up. Every instance hears it; whoever has that request stops.
+CANCEL = Feed("cancel", m.CancelCall, sent_by=("instance", "operator"), heard_by=("instance",))
 EVENT = Feed(
     "event.{kind}.{name}.{verb}",
     m.Event,
@@ -326,5 +328,5 @@ def gallery_events(root: str) -> str:
 
 FEEDS = (
     LOG, LIVE_LOG, TELEMETRY, HOST_TELEMETRY, BROKER_TELEMETRY, LOG_LEVEL,
-    STATUS, HEALTH, EVENT, GALLERY_HEAD, GALLERY_ENTRY,
+    CANCEL, STATUS, HEALTH, EVENT, GALLERY_HEAD, GALLERY_ENTRY,
 )  # fmt: skip

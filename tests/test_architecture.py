@@ -11,7 +11,7 @@ WINGS = ("cli", "supervisor", "candle", "rustyface", "gateway")
 # From the ground up; a room may use those below it.
 FLOORS = (
     {"errors", "messages"},
-    {"codec", "masking", "subjects", "tasks", "settings", "process", "redaction"},
+    {"codec", "masking", "subjects", "tasks", "settings", "process", "redaction", "wire"},
     {"log_search"},
     {"state"},
     {"client", "plugins", "models", "broker", "reference"},

@@ -1,0 +1,268 @@
+"""The short way through nats-py for requests and replies, and the table of who waits for which.
+
+nats-py 2.16 hands every message through a queue to a task of its subscription, and every publish
+through another queue to a task that writes; `Client.request` adds `asyncio.wait_for`. All this
+costs more than the work that most requests ask for. Here a message is given to its taker where
+the parser has read it, and what is sent within one turn of the event loop is written at its end.
+Interleaved against the public way, 64 in flight: see `docs/decisions/0008-balance-by-latency.md`.
+
+Both need private names of nats-py. They are looked for when a connection is made; if one is not
+there as it is known, everything goes the public way, and only costs more.
+"""
+
+import asyncio
+import inspect
+import re
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import structlog
+
+from bus.errors import TooLarge, Unavailable
+
+# How late a time-out may be noticed.
+SWEEP_S: Final = 0.05
+# What the socket has not taken yet, from which on nats-py's own task writes and waits for it.
+BACKLOG_BYTES: Final = 256 * 1024
+# From here on a body is not copied into one piece with its headers.
+LONG_BODY_BYTES: Final = 16 * 1024
+PENDING_MAX_BYTES: Final = 512 * 1024 * 1024
+
+log = structlog.get_logger("bus.wire")
+
+
+@dataclass(frozen=True, slots=True)
+class Incoming:
+    """A message as it came in."""
+
+    subject: str
+    reply: str
+    data: bytes
+    headers: Mapping[str, str]
+
+
+# Must not wait; should it raise, that is logged and the message is gone.
+Taker = Callable[[Incoming], None]
+
+
+class Wire:
+    """Sends and takes messages the short way, where nats-py is as it is known.
+
+    Args:
+        nc: A connected client of nats-py.
+
+    Attributes:
+        short: Whether it is.
+    """
+
+    def __init__(self, nc: Any) -> None:
+        self.short = _is_as_known(nc)
+        self._nc = nc
+        self._takers: dict[int, Taker] = {}
+        self._names: set[str] = set()
+        self._writing = False
+        self._loop = asyncio.get_running_loop()
+        if self.short:
+            self._process: Callable[..., Awaitable[None]] = nc._process_msg  # noqa: SLF001
+            # The parser asks the client for it by name at every message.
+            nc._process_msg = self._on_message  # noqa: SLF001
+        else:
+            log.warning("wire.long_way", cause="this nats-py is not the one that is known")
+
+    async def take(self, subject: str, queue: str, taker: Taker) -> Any:
+        """Subscribe a function, and return the subscription."""
+
+        async def on_message(message: Any) -> None:
+            headers = message.headers or {}
+            self._give(taker, Incoming(message.subject, message.reply, message.data, headers))
+
+        heard = await self._nc.subscribe(
+            subject, queue=queue, cb=on_message, pending_bytes_limit=PENDING_MAX_BYTES
+        )
+        if self.short:
+            self._takers[heard._id] = taker  # noqa: SLF001
+        return heard
+
+    def forget(self, heard: Any) -> None:
+        """Give nothing more to the taker of a subscription."""
+        self._takers.pop(heard._id, None)  # noqa: SLF001
+
+    def send(self, subject: str, reply: str, body: bytes, headers: Mapping[str, str]) -> bool:
+        """Send a message; return whether that is done.
+
+        If not, it has to go the public way, which says what is wrong, or waits.
+
+        Raises:
+            TooLarge: With its headers it is over the broker's limit. The broker would close the
+                connection for good.
+        """
+        nc = self._nc
+        if not self.short or not nc.is_connected or not self._sendable(subject, reply, headers):
+            return False
+        lines = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
+        if lines.count("\r") != len(headers) or lines.count("\n") != len(headers):
+            return False
+        block = f"NATS/1.0\r\n{lines}\r\n".encode()
+        size = len(block) + len(body)
+        if size > nc._max_payload:  # noqa: SLF001
+            raise TooLarge(
+                f"body and headers have {size:,} bytes, the broker takes {nc._max_payload:,}"  # noqa: SLF001
+            )
+        if nc._pending_data_size + size > nc._max_pending_size:  # noqa: SLF001
+            return False
+        head = f"HPUB {subject} {reply} {len(block)} {size}\r\n".encode() + block
+        pending = nc._pending  # noqa: SLF001
+        if len(body) < LONG_BODY_BYTES:
+            pending.append(head + body + b"\r\n")
+        else:
+            pending += (head, body, b"\r\n")
+        nc._pending_data_size += len(head) + len(body) + 2  # noqa: SLF001
+        if not self._writing:
+            self._writing = True
+            self._loop.call_soon(self._write)
+        return True
+
+    def _sendable(self, subject: str, reply: str, headers: Mapping[str, str]) -> bool:
+        if not _SUBJECT.fullmatch(subject) or (reply and not _SUBJECT.fullmatch(reply)):
+            return False
+        for name in headers:
+            if name not in self._names:
+                if not _NAME.fullmatch(name) or len(self._names) >= _NAMES_MAX:
+                    return False
+                self._names.add(name)
+        return True
+
+    def _write(self) -> None:
+        """Write what waits; leave it where the connection is lost, nats-py sends it later."""
+        self._writing = False
+        nc = self._nc
+        if not nc._pending or not nc.is_connected:  # noqa: SLF001
+            return
+        transport = nc._transport._io_writer.transport  # noqa: SLF001
+        if transport.is_closing():
+            return
+        if transport.get_write_buffer_size() > BACKLOG_BYTES:
+            # Its task waits until the socket has taken what is there. A full queue: it does so.
+            if not nc._flush_queue.full():  # noqa: SLF001
+                nc._flush_queue.put_nowait(self._loop.create_future())  # noqa: SLF001
+            return
+        waiting, nc._pending, nc._pending_data_size = nc._pending, [], 0  # noqa: SLF001
+        transport.writelines(waiting)
+
+    async def _on_message(
+        self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes | None
+    ) -> None:
+        taker = self._takers.get(sid)
+        if taker is None:
+            await self._process(sid, subject, reply, data, headers)
+            return
+        read = _headers(headers) if headers else {}
+        self._give(taker, Incoming(subject.decode(), reply.decode(), data, read))
+
+    def _give(self, taker: Taker, message: Incoming) -> None:
+        try:
+            taker(message)
+        except Exception:
+            # The read loop would die of it in silence.
+            log.exception("message.lost", subject=message.subject)
+
+
+class Replies:
+    """Who waits for which reply, with one look in a while at who has waited too long.
+
+    Bounded by those who wait: each is a task of somebody, who bounds them.
+
+    Args:
+        inbox: The subject below which replies come.
+    """
+
+    def __init__(self, inbox: str) -> None:
+        self._prefix = f"{inbox}."
+        self._loop = asyncio.get_running_loop()
+        self._waiting: dict[str, tuple[asyncio.Future[Incoming], float]] = {}
+        self._number = 0
+        self._sweeping: asyncio.TimerHandle | None = None
+
+    @property
+    def subject(self) -> str:
+        """What to subscribe to."""
+        return f"{self._prefix}*"
+
+    def expect(self, timeout_s: float) -> tuple[str, asyncio.Future[Incoming]]:
+        """Return an inbox, and what will have its reply, or TimeoutError; `forget` it then."""
+        self._number += 1
+        inbox = f"{self._prefix}{self._number:x}"
+        reply: asyncio.Future[Incoming] = self._loop.create_future()
+        self._waiting[inbox] = reply, self._loop.time() + timeout_s
+        if self._sweeping is None:
+            self._sweeping = self._loop.call_later(SWEEP_S, self._sweep)
+        return inbox, reply
+
+    def take(self, message: Incoming) -> None:
+        """Give a reply to who waits for it; nobody may, any more."""
+        waiting = self._waiting.get(message.subject)
+        if waiting is not None and not waiting[0].done():
+            waiting[0].set_result(message)
+
+    def forget(self, inbox: str) -> None:
+        """Wait for a reply no longer."""
+        self._waiting.pop(inbox, None)
+
+    def close(self) -> None:
+        """Let nobody wait any more."""
+        if self._sweeping is not None:
+            self._sweeping.cancel()
+        for reply, _ in self._waiting.values():
+            if not reply.done():
+                reply.set_exception(Unavailable("the connection to the broker was closed"))
+
+    def _sweep(self) -> None:
+        self._sweeping = None
+        now = self._loop.time()
+        for reply, deadline in self._waiting.values():
+            if deadline <= now and not reply.done():
+                reply.set_exception(TimeoutError())
+        # An idle process is not woken for nothing.
+        if self._waiting:
+            self._sweeping = self._loop.call_later(SWEEP_S, self._sweep)
+
+
+_SUBJECT = re.compile(r"[^\s]+")
+_NAME = re.compile(r"[A-Za-z0-9_-]+")
+_NAMES_MAX: Final = 256
+_PRIVATE: Final = (
+    "_pending", "_pending_data_size", "_max_pending_size", "_max_payload", "_flush_queue",
+    "_process_msg", "_transport",
+)  # fmt: skip
+_OF_A_MESSAGE: Final = ["sid", "subject", "reply", "data", "headers"]
+
+
+def _is_as_known(nc: Any) -> bool:
+    """Tell whether nats-py has the inside that is used here."""
+    if not all(hasattr(nc, name) for name in _PRIVATE):
+        return False
+    return (
+        isinstance(nc._pending, list)  # noqa: SLF001
+        # A WebSocket has none.
+        and hasattr(nc._transport, "_io_writer")  # noqa: SLF001
+        and list(inspect.signature(nc._process_msg).parameters) == _OF_A_MESSAGE  # noqa: SLF001
+        and inspect.getattr_static(getattr(nc, "_ps", None), "nc", None) is nc
+    )
+
+
+def _headers(raw: bytes) -> dict[str, str]:
+    """Read a block of headers, as nats-py does: a status of the broker is the header `Status`."""
+    first, *lines = raw.decode("utf-8", "replace").split("\r\n")
+    found: dict[str, str] = {}
+    if len(first) > len("NATS/1.0"):
+        status, _, description = first[len("NATS/1.0") :].strip().partition(" ")
+        if status.isdigit():
+            found["Status"] = status
+        if description:
+            found["Description"] = description
+    for line in lines:
+        name, colon, value = line.partition(":")
+        if colon:
+            found[name.strip()] = value.strip()
+    return found
