@@ -43,7 +43,7 @@ from bus.errors import (
     Unavailable,
     body_of,
 )
-from bus.metrics import Calls, Figures
+from bus.metrics import Calls, Figures, Series
 from bus.probes import Facts, Probes, Route
 from bus.settings import Settings
 from bus.state import OBSERVED_TTL_S
@@ -152,6 +152,7 @@ class Instance:
             what it has taken live since.
         counts: `models_loaded`, `datasets` or `entries`, for telemetry.
         gauges: Further numbers for telemetry.
+        series: Give further metrics for Prometheus, whenever somebody asks.
     """
 
     def __init__(
@@ -171,6 +172,7 @@ class Instance:
         self.config = config
         self.counts: dict[str, int] = {}
         self.gauges: dict[str, float] = {}
+        self.series: list[Callable[[], Sequence[Series]]] = []
         self._client = client
         self._registration = registration
         self._description = description
@@ -581,6 +583,7 @@ class Instance:
             counts=self.counts,
             gauges=self.gauges,
             calls=self._calls,
+            series=[one for give in self.series for one in give()],
         ).text()
 
     async def _report(self) -> None:

@@ -1,6 +1,6 @@
 """What an instance counts, and its figures in Prometheus' words."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import psutil
@@ -27,6 +27,25 @@ class Calls:
 
 
 @dataclass(frozen=True)
+class Series:
+    """A metric of a plugin's own, with one value for each set of labels.
+
+    Attributes:
+        name: Its name behind `bkg_`, without `_total`.
+        description: What it counts or measures.
+        labels: The names of its labels.
+        values: The values of the labels, and the figure.
+        counts: Whether it only ever grows while the process lives.
+    """
+
+    name: str
+    description: str
+    labels: tuple[str, ...]
+    values: Sequence[tuple[tuple[str, ...], float]]
+    counts: bool = True
+
+
+@dataclass(frozen=True)
 class Figures(Collector):
     """What an instance counts and measures.
 
@@ -40,6 +59,7 @@ class Figures(Collector):
         counts: What the instance holds, by its own names.
         gauges: Its further numbers, by its own names.
         calls: What each capability was asked.
+        series: Metrics of the plugin's own.
     """
 
     labels: Mapping[str, str]
@@ -51,6 +71,7 @@ class Figures(Collector):
     counts: Mapping[str, float]
     gauges: Mapping[str, float]
     calls: Mapping[str, Calls]
+    series: Sequence[Series] = ()
 
     def text(self) -> bytes:
         """Return all of it, and what the process uses, in Prometheus' text format."""
@@ -92,6 +113,14 @@ class Figures(Collector):
         yield self._each(
             GaugeMetricFamily, "gauge", "Further numbers.", "name", self.gauges.items()
         )  # fmt: skip
+        for series in self.series:
+            kind = CounterMetricFamily if series.counts else GaugeMetricFamily
+            family = kind(
+                f"bkg_{series.name}", series.description, labels=[*self.labels, *series.labels]
+            )
+            for values, figure in series.values:
+                family.add_metric([*self.labels.values(), *values], figure)
+            yield family
 
     def _process(self) -> Iterator[Metric]:
         process = psutil.Process()

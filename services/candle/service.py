@@ -258,7 +258,7 @@ class Candle:
     async def _evict(self, tenant: Tenant) -> None:
         version = next(v for v in self._versions() if v is tenant)
         self._models[version.model].cool(version, "made room for another model")
-        await self._until(lambda: version.runtime is None)
+        await self._until(lambda: not version.in_memory)
 
     def _budget(self) -> int:
         config = self._instance.config

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Final
 
 import structlog
@@ -15,8 +15,9 @@ from bus import messages as m
 from bus.client import Answer
 from bus.errors import BusError, Internal, NotFound, Unavailable
 from bus.instance import DRAIN_S, RawCall
-from services.candle import kserve, rows
+from services.candle import rows
 from services.candle.batcher import Batcher, Limits
+from services.candle.kserve import HEADER_LENGTH, Codec
 from services.candle.memory import FACTOR, Memory, NoRoom, give_back
 from services.candle.repository import Repository, tensors_of
 from services.candle.runtimes import open_model
@@ -27,7 +28,6 @@ from services.candle.statistics import Statistics
 VERSION: Final = "Bkg-Model-Version"
 DIGEST: Final = "Bkg-Model-Digest"
 RETRY_MAX_S: Final = 30.0
-LENGTH: Final = "Inference-Header-Content-Length"
 
 log = structlog.get_logger("candle.version")
 
@@ -51,6 +51,17 @@ class Surroundings:
     changed: Callable[[], None]
 
 
+@dataclass(frozen=True)
+class _Loaded:
+    """What there is of a version only while it is in memory."""
+
+    runtime: Runtime
+    codec: Codec
+    batcher: Batcher
+    batching: asyncio.Task[None]
+    threads: ThreadPoolExecutor
+
+
 class Version:
     """One version of a model, from its artefact to its last answer.
 
@@ -64,7 +75,6 @@ class Version:
         memory_bytes: What it takes.
         used_at: When it was last asked, in monotonic seconds.
         statistics: What it has done.
-        runtime: What executes it, while it is loaded.
     """
 
     def __init__(self, model: str, spec: m.ModelVersion, around: Surroundings) -> None:
@@ -78,17 +88,22 @@ class Version:
         self.memory_bytes = 0
         self.threads = 0
         self.used_at = time.monotonic()
-        self.last_used: datetime | None = None
         self.statistics = Statistics(model, spec.version)
-        self.runtime: Runtime | None = None
         self._around = around
         self._progress: float | None = None
-        self._batcher: Batcher | None = None
+        self._loaded: _Loaded | None = None
         self._using = 0
         self._unused = asyncio.Event()
         self._loading: asyncio.Task[None] | None = None
         self._holding = AsyncExitStack()
         self._about = {VERSION: spec.version, DIGEST: spec.checksum}
+
+    @property
+    def last_used(self) -> datetime | None:
+        """When it was last asked."""
+        if not self.statistics.requests:
+            return None
+        return m.now() - timedelta(seconds=time.monotonic() - self.used_at)
 
     @property
     def pinned(self) -> bool:
@@ -108,7 +123,12 @@ class Version:
     @property
     def rows_waiting(self) -> int:
         """Rows that wait for a run."""
-        return self._batcher.rows_waiting if self._batcher else 0
+        return self._loaded.batcher.rows_waiting if self._loaded else 0
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether it takes memory."""
+        return self._loaded is not None
 
     def idle_too_long(self, now: float) -> bool:
         """Tell whether its keep-alive has passed."""
@@ -131,19 +151,20 @@ class Version:
 
     def limit(self) -> None:
         """Go on with the limits that the settings and the configuration give now."""
-        if self._batcher:
-            self._batcher.limit(self._limits())
+        if self._loaded:
+            self._loaded.batcher.limit(self._limits())
 
     async def infer(self, call: RawCall) -> Answer:
         """Answer a request of the Open Inference Protocol; see `services.candle.kserve`."""
-        runtime, batcher = self._use()
+        loaded = self._use()
         began = time.perf_counter_ns()
         try:
-            request = kserve.read(call.body, call.headers.get(LENGTH), runtime.signature)
+            request = loaded.codec.read(call.body, call.headers.get(HEADER_LENGTH))
             read = time.perf_counter_ns()
-            ran = await batcher.submit(request.tensors, _deadline(call, request.timeout_us))
+            deadline = _deadline(call, request.timeout_us)
+            ran = await loaded.batcher.submit(request.tensors, deadline)
             done = time.perf_counter_ns()
-            body, headers = kserve.write(request, self.model, self.spec.version, ran.outputs)
+            body, headers = loaded.codec.write(request, ran.outputs)
             ended = time.perf_counter_ns()
         except BusError as error:
             self.statistics.failed(error.code, time.perf_counter_ns() - began)
@@ -157,12 +178,12 @@ class Version:
 
     async def run_rows(self, request: m.RunModel, instance: str) -> m.ModelOutput:
         """Answer a request of the contract: rows in, rows out."""
-        runtime, batcher = self._use()
+        loaded = self._use()
         began = time.perf_counter_ns()
         try:
-            given = rows.as_rows(request.inputs, runtime)
+            given = rows.as_rows(request.inputs, loaded.runtime)
             read = time.perf_counter_ns()
-            outputs = await _in_steps(batcher, runtime, given)
+            outputs = await _in_steps(loaded.batcher, loaded.runtime, given)
             done = time.perf_counter_ns()
             took_ms = (done - read) / 1e6
             reply = rows.output_of(self.model, outputs, took_ms, self.spec.checksum, instance)
@@ -224,9 +245,10 @@ class Version:
         Raises:
             NotFound: It is not loaded.
         """
-        if self.runtime is None:
+        if self._loaded is None:
             raise NotFound(f"there is no {self.label} here", field="id")
-        signature = self.runtime.signature
+        runtime = self._loaded.runtime
+        signature = runtime.signature
         inputs, outputs = tensors_of(signature)
         done = self.statistics
         return m.LoadedModel(
@@ -236,15 +258,15 @@ class Version:
             checksum=self.spec.checksum,
             path=self.spec.path,
             loaded_at=self.spec.wanted_at or self.spec.added_at,
-            metadata=dict(self.runtime.metadata),
-            format=self.runtime.format,
+            metadata=dict(runtime.metadata),
+            format=runtime.format,
             inputs=inputs,
             outputs=outputs,
             requests=done.requests,
             rows=done.rows,
             version=self.spec.version,
             names=names,
-            provider=self.runtime.provider,
+            provider=runtime.provider,
             threads=self.threads,
             memory_bytes=self.memory_bytes,
             last_used=self.last_used,
@@ -294,41 +316,43 @@ class Version:
             runtime = await asyncio.to_thread(open_model, path, threads=threads, provider=provider)
             await asyncio.to_thread(runtime.warm_up)
             self.memory_bytes = max(grown(), spec.size_bytes)
-        self.failure, self.threads, self.runtime = None, threads, runtime
-        self._start(runtime)
+        self.failure, self.threads, self._loaded = None, threads, self._started(runtime)
         self.used_at = time.monotonic()
         self._become("ready")
 
-    def _start(self, runtime: Runtime) -> None:
+    def _started(self, runtime: Runtime) -> _Loaded:
         limits = self._limits()
-        self._executor = ThreadPoolExecutor(limits.instances, f"run-{self.model}")
-        self._batcher = Batcher(
+        threads = ThreadPoolExecutor(limits.instances, f"run-{self.model}")
+        batcher = Batcher(
             runtime.run,
             joins=runtime.signature.batched,
             limits=limits,
             name=self.label,
             statistics=self.statistics,
-            threads=self._executor,
+            threads=threads,
         )
-        self._batching = asyncio.create_task(self._batcher.run())
+        codec = Codec(runtime.signature, self.model, self.spec.version)
+        batching = asyncio.create_task(batcher.run())
+        return _Loaded(runtime, codec, batcher, batching, threads)
 
     async def _free(self) -> None:
         """Give the memory back."""
-        if self._batcher is not None:
-            self._batching.cancel()
-            await asyncio.gather(self._batching, return_exceptions=True)
-            self._executor.shutdown(wait=False)
-            self._batcher = None
-        self.runtime, self.memory_bytes = None, 0
+        if loaded := self._loaded:
+            loaded.batching.cancel()
+            await asyncio.gather(loaded.batching, return_exceptions=True)
+            loaded.threads.shutdown(wait=False)
+            # The last reference to the runtime goes with it.
+            del loaded
+        self._loaded, self.memory_bytes = None, 0
         await self._holding.aclose()
         await asyncio.to_thread(give_back)
 
-    def _use(self) -> tuple[Runtime, Batcher]:
-        if self.runtime is None or self._batcher is None:
+    def _use(self) -> _Loaded:
+        if self._loaded is None:
             raise Unavailable(f"{self.label} has just left this instance; again", retry_after_s=1)
         self._using += 1
         self.used_at = time.monotonic()
-        return self.runtime, self._batcher
+        return self._loaded
 
     def _used(self) -> None:
         self._using -= 1
