@@ -113,7 +113,8 @@ class Repository:
             spec, name = _with(spec, request, made)
             return spec
 
-        return name, await self._change(request.id, change)
+        revision = await self._change(request.id, change)
+        return name, revision
 
     async def unwant(self, model: str, version: str | None) -> int:
         """Have a model, or one version of it, served no longer; return the wish's revision.
@@ -245,7 +246,8 @@ class Repository:
             )
             return _replaced(spec, again)
 
-        return name, await self._change(request.id, change)
+        revision = await self._change(request.id, change)
+        return name, revision
 
     async def _change(self, model: str, change: Change) -> int:
         """Write what `change` makes of a model, again while others write it, too."""

@@ -12,6 +12,7 @@ import structlog
 from bus import messages as m
 from bus.errors import BusError, InvalidRequest, NobodyListens, NotFound, Unavailable, Unprocessable
 from bus.instance import Instance
+from bus.metrics import Series
 from bus.models import version_of
 from bus.probes import Route
 from bus.state import Bucket, Entry
@@ -83,6 +84,7 @@ class Candle:
         self._changed = asyncio.Event()
         self._failed: asyncio.Future[BaseException] = asyncio.get_running_loop().create_future()
         self._told = 0, 0
+        instance.series.append(self._series)
         instance.on_config(LIVE, self._take_settings)
 
     async def run(self) -> None:
@@ -225,7 +227,7 @@ class Candle:
         return m.CandleStats(
             models=sorted(told, key=lambda one: (one.id, one.version)),
             instance=self._instance.id,
-            model_stats=[v.statistics.told(queue_rows=v.rows_waiting) for v in ready],
+            model_stats=[v.counted() for v in ready],
         )
 
     async def _served_as(self, model: str, version: str, revision: int) -> Version:
@@ -306,8 +308,8 @@ class Candle:
         """Put into telemetry what is loaded, what waits, and how large batches have been lately."""
         self._instance.counts["models_loaded"] = self._loaded()
         versions = [v for v in self._versions() if v.state == "ready"]
-        runs = sum(v.statistics.runs for v in versions)
-        rows = sum(v.statistics.rows for v in versions)
+        runs = sum(v.statistics.execution_count for v in versions)
+        rows = sum(v.statistics.inference_count for v in versions)
         gauges = self._instance.gauges
         gauges["rows_waiting"] = sum(v.rows_waiting for v in versions)
         gauges["models_bytes"] = sum(v.memory_bytes for v in versions)
@@ -343,6 +345,41 @@ class Candle:
             models=[v.told(self._models[v.model].names(v)) for v in self._versions()],
             budget_bytes=self._memory.budget_bytes,
         )
+
+    def _series(self) -> list[Series]:
+        """Return what the versions have done, for Prometheus."""
+        done = [(v, v.counted()) for v in self._versions()]
+        by_version = [((one.name, one.version), one) for _, one in done]
+        failures = [
+            ((*key, cause), float(count))
+            for key, one in by_version
+            for cause, count in sorted(one.failures.items())
+        ]
+        # Of a batch each request waited for the whole run; here it counts once.
+        infer_s = [
+            (key, sum(batch.compute_infer.ns for batch in one.batch_stats) / 1e9)
+            for key, one in by_version
+        ]
+        labels = "model", "version"
+        return [
+            Series("model_requests", "Requests answered with outputs.", labels,
+                   [(key, one.inference_stats.success.count) for key, one in by_version]),
+            Series("model_failures", "Requests that failed, by cause.", (*labels, "cause"), failures),
+            Series("model_rows", "Rows that ran.", labels,
+                   [(key, one.inference_count) for key, one in by_version]),
+            Series("model_runs", "Runs; rows by runs is the mean size of a batch.", labels,
+                   [(key, one.execution_count) for key, one in by_version]),
+            Series("model_queue_seconds", "Time that requests waited, added up.", labels,
+                   [(key, one.inference_stats.queue.ns / 1e9) for key, one in by_version]),
+            Series("model_compute_seconds", "Time that runs took, added up.", labels, infer_s),
+            Series("model_rows_waiting", "Rows that wait.", labels,
+                   [(key, one.queue_rows) for key, one in by_version], counts=False),
+            Series("model_memory_bytes", "What loading it took.", labels,
+                   [((v.model, v.spec.version), v.memory_bytes) for v, _ in done], counts=False),
+            Series("model_ready", "Whether it answers.", labels,
+                   [((v.model, v.spec.version), v.state == "ready") for v, _ in done],
+                   counts=False),
+        ]  # fmt: skip
 
     def _loaded(self) -> int:
         return len({version.model for version in self._versions() if version.state == "ready"})

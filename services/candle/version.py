@@ -157,46 +157,41 @@ class Version:
     async def infer(self, call: RawCall) -> Answer:
         """Answer a request of the Open Inference Protocol; see `services.candle.kserve`."""
         loaded = self._use()
-        began = time.perf_counter_ns()
+        # The batcher counts what fails at its own.
+        at_batcher = False
         try:
             request = loaded.codec.read(call.body, call.headers.get(HEADER_LENGTH))
-            read = time.perf_counter_ns()
+            at_batcher = True
             deadline = _deadline(call, request.timeout_us)
             ran = await loaded.batcher.submit(request.tensors, deadline)
-            done = time.perf_counter_ns()
+            at_batcher = False
             body, headers = loaded.codec.write(request, ran.outputs)
-            ended = time.perf_counter_ns()
         except BusError as error:
-            self.statistics.failed(error.code, time.perf_counter_ns() - began)
+            if not at_batcher:
+                self.statistics.failed(error.code)
             raise
         finally:
             self._used()
-        self.statistics.succeeded(
-            total_ns=ended - began, input_ns=read - began, output_ns=ended - done
-        )
-        return Answer(body, headers | self._about)
+        headers.update(self._about)
+        return Answer(body, headers)
 
     async def run_rows(self, request: m.RunModel, instance: str) -> m.ModelOutput:
         """Answer a request of the contract: rows in, rows out."""
         loaded = self._use()
-        began = time.perf_counter_ns()
+        at_batcher = False
         try:
             given = rows.as_rows(request.inputs, loaded.runtime)
-            read = time.perf_counter_ns()
+            began, at_batcher = time.perf_counter(), True
             outputs = await _in_steps(loaded.batcher, loaded.runtime, given)
-            done = time.perf_counter_ns()
-            took_ms = (done - read) / 1e6
+            took_ms, at_batcher = 1e3 * (time.perf_counter() - began), False
             reply = rows.output_of(self.model, outputs, took_ms, self.spec.checksum, instance)
-            ended = time.perf_counter_ns()
         except BusError as error:
-            self.statistics.failed(error.code, time.perf_counter_ns() - began)
+            if not at_batcher:
+                self.statistics.failed(error.code)
             raise
         finally:
             self._used()
-        self.statistics.succeeded(
-            total_ns=ended - began, input_ns=read - began, output_ns=ended - done
-        )
-        log.debug("model.run", model=self.model, rows=len(given), execution_ms=reply.execution_ms)
+        log.debug("model.run", model=self.model, rows=len(given), execution_ms=took_ms)
         return reply
 
     async def leave(self, state: m.ModelState, reason: str | None) -> None:
@@ -220,6 +215,14 @@ class Version:
             log.warning("model.cut_off", model=self.model, requests=self._using)
         await self._free()
         self._become(state, reason)
+
+    def counted(self) -> m.ModelStatistics:
+        """Return what it has done, as it travels."""
+        return self.statistics.message(
+            queue_rows=self.rows_waiting,
+            threads=self.threads,
+            instances=self.spec.config.instances or 1,
+        )
 
     def told(self, names: list[str]) -> m.ServedModel:
         """Return it as others see it."""
@@ -263,7 +266,7 @@ class Version:
             inputs=inputs,
             outputs=outputs,
             requests=done.requests,
-            rows=done.rows,
+            rows=done.inference_count,
             version=self.spec.version,
             names=names,
             provider=runtime.provider,

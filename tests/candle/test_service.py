@@ -150,7 +150,7 @@ async def test_every_replica_serves_what_one_was_asked_to_load(client, worker, l
     async with worker(0) as first, worker(1) as second:
         await load(client, linear())
         await until(lambda: "m" in first._models and "m" in second._models)
-        await until(lambda: all(w._models["m"].settled.is_set() for w in (first, second)))
+        await until(lambda: all(w._models["m"].settled for w in (first, second)))
         replies = await asyncio.gather(*(run(client, [[i, i]]) for i in range(60)))
     assert [reply.outputs for reply in replies] == [[[2 * i]] for i in range(60)]
     assert len({reply.instance for reply in replies}) == 2

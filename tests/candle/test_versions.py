@@ -290,9 +290,8 @@ async def _answers(client, model: str = "m") -> bool:
 async def test_beyond_the_budget_the_least_recently_used_model_leaves(
     client, worker, linear, models_dir
 ):
-    # Each takes some 8 MB as numbers, so that two fit into 20 and three do not.
     size = {"input_dim": 2, "output_dim": 250_000, "weights": [1] * 500_000, "bias": [0] * 250_000}
-    async with worker(memory_budget_mb=20) as candle:
+    async with worker(memory_budget_mb=19) as candle:
         for name in ("a", "b"):
             (models_dir / f"{name}.json").write_text(json.dumps(size))
         await load(client, "a.json", name="a")
@@ -315,6 +314,7 @@ async def test_without_room_a_model_is_refused_with_the_setting_to_turn(client, 
             one.memory_bytes = 1_048_576
         with pytest.raises(Unavailable, match=r"memory_budget_mb.*held by model 'm'"):
             await load(client, linear("n.json"), name="n")
+        await until(lambda: state_is(client, "cold", "n"))
         assert await state(client) == "ready"
 
 

@@ -126,7 +126,9 @@ async def test_a_model_that_nobody_has_loaded_is_404_while_candle_runs(gate, cli
 
 
 async def test_a_model_that_is_wanted_but_not_served_just_now_is_503(gate, client, settings):
-    version = ModelVersion(version="1", path="m.json", checksum="0", format="linear", added_at=now())
+    version = ModelVersion(
+        version="1", path="m.json", checksum="0", format="linear", added_at=now()
+    )
     await client.store.models.put(ModelSpec(id="m 1", versions=[version]), "m 1")
     async with join(
         client, settings, plugin="candle", description="Empty.", capabilities=["candle.model.run"]

@@ -14,7 +14,7 @@ from bus.client import trace
 from bus.errors import InvalidRequest, NobodyListens, Overloaded
 from bus.instance import bkg_version
 from bus.messages import Empty, ModelStatistics, UnloadModel
-from bus.models import sum_statistics
+from bus.statistics import sum_statistics
 from bus.subjects import CANDLE_STATS, MODEL_INFER, MODEL_LOAD, MODEL_UNLOAD
 from services.gateway import protocol
 from services.gateway.models import wanted_version, why_nobody
