@@ -25,6 +25,7 @@ from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 
 from bus import codec
+from bus.balance import Balance, Outcome
 from bus.errors import (
     BusError,
     DeadlineExceeded,
@@ -41,12 +42,16 @@ from bus.messages import CancelCall, Message
 from bus.state import Store
 from bus.subjects import CANCEL, DEFAULT_ROOT, Endpoint, Feed, name_of
 from bus.tasks import beside
-from bus.wire import PENDING_MAX_BYTES, Replies, Taker, Wire
+from bus.wire import PENDING_MAX_BYTES, Incoming, Replies, Taker, Wire
 
 ERROR: Final = "Nats-Service-Error"
 ERROR_CODE: Final = "Nats-Service-Error-Code"
 TIMEOUT_MS: Final = "Bkg-Timeout-Ms"
 TRACEPARENT: Final = "traceparent"
+# On an answer: the plugin and slot that can be asked for the same, `<plugin>.<slot>`.
+SLOT: Final = "Bkg-Slot"
+# On a refusal: this instance does not serve that, or no longer; whoever does may be asked.
+NOT_SERVED: Final = "Bkg-Not-Served"
 # Room that a message's headers may need beside its body.
 HEADER_ROOM_BYTES: Final = 16 * 1024
 FOLLOW_BUFFER: Final = 10_000
@@ -58,6 +63,10 @@ log = structlog.get_logger("bus.client")
 
 Req = TypeVar("Req", bound=Message)
 Rep = TypeVar("Rep", bound=Message)
+
+
+class _NotThereError(Exception):
+    """The slot that was asked is gone, or does not serve this any more."""
 
 
 @dataclass(frozen=True)
@@ -146,6 +155,8 @@ class Client:
         self._lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._wire = Wire(nc)
         self._replies = Replies(nc.new_inbox())
+        self._calls = f"{root}.call."
+        self._balance = Balance()
         # Only where the short way cannot be gone.
         self._last_words: set[asyncio.Task[None]] = set()
 
@@ -195,13 +206,27 @@ class Client:
     ) -> Answer:
         """Send a body as it is and return the answer as it is; raises as `call` does.
 
-        A busy instance answers so at once; queue groups pick at random, so one more try is
-        likely to find another one.
+        Where several instances are known to answer a subject, the one that is likely to be the
+        quickest is asked (`bus.balance`), else the broker picks one. One that does not serve it
+        any more says so, and the broker picks then. A busy one answers so at once; then one more
+        is asked.
         """
-        try:
-            return await self._relay_once(subject, body, headers or {}, timeout_s)
-        except Overloaded:
-            return await self._relay_once(subject, body, headers or {}, timeout_s)
+        deadline = time.perf_counter() + timeout_s
+        balanced = subject.startswith(self._calls)
+        asked = self._balance.choose(subject, time.perf_counter()) if balanced else None
+        again = False
+        while True:
+            try:
+                return await self._relay_once(subject, asked, body, headers or {}, timeout_s)
+            except _NotThereError:
+                asked = None
+            except Overloaded:
+                if again:
+                    raise
+                again = True
+                now = time.perf_counter()
+                asked = self._balance.choose(subject, now, again=True) if balanced else None
+            timeout_s = max(0.001, deadline - time.perf_counter())
 
     async def publish(
         self, feed: Feed[Req], payload: Req, content_type: str = codec.JSON, **tokens: str | int
@@ -310,8 +335,51 @@ class Client:
         await self._forget(heard)
 
     async def _relay_once(
-        self, subject: str, body: bytes, headers: Mapping[str, str], timeout_s: float
+        self,
+        subject: str,
+        asked: str | None,
+        body: bytes,
+        headers: Mapping[str, str],
+        timeout_s: float,
     ) -> Answer:
+        """Ask one slot, or the group, and let the balance know what became of it."""
+        outcome: Outcome = "dropped"
+        by: str | None = None
+        began = time.perf_counter()
+        try:
+            received = await self._exchange(self._to(subject, asked), body, headers, timeout_s)
+            found = received.headers
+            by = found.get(SLOT)
+            if ERROR_CODE in found:
+                error = _error_in(received.data, found)
+                if NOT_SERVED in found:
+                    outcome = "gone"
+                    raise _NotThereError if asked else NobodyListens(error.message)
+                outcome = "busy" if isinstance(error, Overloaded) else "failed"
+                raise error
+            if not received.data and found.get("Status") == "503":
+                outcome = "gone"
+                if asked:
+                    raise _NotThereError
+                raise NobodyListens(f"nobody answers {subject} just now", retry_after_s=2)
+            outcome = "answered"
+            return Answer(received.data, found)
+        except TimeoutError:
+            outcome = "gone"
+            raise DeadlineExceeded(f"{subject} gave no answer within {timeout_s:g} s") from None
+        finally:
+            if subject.startswith(self._calls):
+                now = time.perf_counter()
+                self._balance.ended(subject, asked, outcome, now, by=by, took_s=now - began)
+
+    def _to(self, subject: str, asked: str | None) -> str:
+        """Return where one slot hears what a subject means."""
+        return f"{self.root}.inst.{asked}.call.{subject[len(self._calls) :]}" if asked else subject
+
+    async def _exchange(
+        self, subject: str, body: bytes, headers: Mapping[str, str], timeout_s: float
+    ) -> Incoming:
+        """Send a request and return whatever comes back; TimeoutError if nothing does."""
         self._check_size(body)
         if not self._online.is_set():
             await self._come_online(min(timeout_s, 2.0))
@@ -321,21 +389,12 @@ class Client:
         inbox, reply = self._replies.expect(timeout_s)
         try:
             await self._send(subject, subject, inbox, body, sent)
-            received = await reply
-        except TimeoutError:
-            self._give_up(inbox)
-            raise DeadlineExceeded(f"{subject} gave no answer within {timeout_s:g} s") from None
-        except asyncio.CancelledError:
+            return await reply
+        except (TimeoutError, asyncio.CancelledError):
             self._give_up(inbox)
             raise
         finally:
             self._replies.forget(inbox)
-        found = received.headers
-        if ERROR_CODE in found:
-            raise _error_in(received.data, found)
-        if not received.data and found.get("Status") == "503":
-            raise NobodyListens(f"nobody answers {subject} just now", retry_after_s=2)
-        return Answer(received.data, found)
 
     async def _send(
         self, named: str, subject: str, inbox: str, body: bytes, headers: Mapping[str, str]

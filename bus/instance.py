@@ -32,7 +32,17 @@ import structlog
 
 from bus import codec, logs
 from bus import messages as m
-from bus.client import ERROR, ERROR_CODE, TIMEOUT_MS, TRACEPARENT, Answer, Client, trace
+from bus.client import (
+    ERROR,
+    ERROR_CODE,
+    NOT_SERVED,
+    SLOT,
+    TIMEOUT_MS,
+    TRACEPARENT,
+    Answer,
+    Client,
+    trace,
+)
 from bus.errors import (
     BusError,
     Conflict,
@@ -47,7 +57,7 @@ from bus.metrics import Calls, Figures, Series
 from bus.probes import Facts, Probes, Route
 from bus.settings import Settings
 from bus.state import OBSERVED_TTL_S
-from bus.subjects import CANCEL, HEALTH, TELEMETRY, Endpoint, RawEndpoint
+from bus.subjects import CANCEL, HEALTH, TELEMETRY, Endpoint, RawEndpoint, instance_calls
 from bus.tasks import beside
 from bus.telemetry import Sampler
 from bus.wire import Incoming
@@ -184,6 +194,10 @@ class Instance:
         self._calls: dict[str, Calls] = {}
         self._probes = Probes(Facts(self._missing, self._about, self._metrics), client.max_payload)
         self._in_flight: dict[asyncio.Task[Any], float] = {}
+        self._refusals: set[asyncio.Task[Any]] = set()
+        self._who = {"Bkg-Instance": self.id}
+        if listed:
+            self._who[SLOT] = f"{self.plugin}.{self.slot}"
         self._by_inbox: dict[str, asyncio.Task[Any]] = {}
         self._started = m.now()
         self._lag_ms = 0.0
@@ -299,10 +313,10 @@ class Instance:
         try:
             yield
         finally:
-            await self._client.stop_listening(heard)
-            # A successor may serve the same subject by now.
+            # Who asks this very instance is sent on at once. A successor may serve it by now.
             if self._served.get(served.subject) is served:
                 del self._served[served.subject]
+            await self._client.stop_listening(heard)
             if served.tasks:
                 await asyncio.wait(served.tasks, timeout=DRAIN_S)
 
@@ -325,30 +339,81 @@ class Instance:
                 f"{endpoint.capability} is not served by this instance just now", retry_after_s=2
             )
 
-        handler = served.handler
+        handler, full = served.handler, self._full()
 
         async def work() -> Any:
             with self._counted(served):
+                if full:
+                    raise full
                 return await handler(request)
 
-        reply: Rep = await self._track(served, work())
+        reply: Rep = await self._track(served.tasks, work())
         return reply
+
+    @asynccontextmanager
+    async def _addressed(self) -> AsyncGenerator[None]:
+        """Answer what is asked of this very slot while inside: whatever it serves.
+
+        Slots of what is not listed are not unique: nobody could be asked by one.
+        """
+        if not self._listed:
+            yield
+            return
+        here = instance_calls(self._client.root, self.plugin, self.slot)
+
+        def taker(message: Incoming) -> None:
+            subject = f"{self._client.root}.call.{message.subject[len(here) - 1 :]}"
+            served = self._served.get(subject)
+            if served is not None:
+                self._accept(served, message)
+            elif message.reply:
+                error = NobodyListens(f"{subject} is not served by this instance", retry_after_s=2)
+                self._answering(self._refuse(message.reply, error, {NOT_SERVED: "1"}))
+
+        # In a queue group, because a slot has two instances for a moment when it changes hands.
+        heard = await self._client.take(here, self.plugin, taker)
+        try:
+            yield
+        finally:
+            await self._client.stop_listening(heard)
+            if self._refusals:
+                await asyncio.wait(self._refusals, timeout=DRAIN_S)
 
     def _accept(self, served: _Served, message: Incoming) -> None:
         # No reply subject: nobody asked.
-        if message.reply:
-            task = self._track(served, self._answer(served, message), message.reply)
-            self._by_inbox[message.reply] = task
+        if not message.reply:
+            return
+        # Seen here, not in the task: of a burst, as many are taken as there is room for.
+        if full := self._full():
+            self._answering(self._answer(served, message, full))
+            return
+        task = self._track(served.tasks, self._answer(served, message), message.reply)
+        self._by_inbox[message.reply] = task
+
+    def _answering(self, refusal: Coroutine[Any, Any, None]) -> None:
+        """Have a refusal sent; it is not work that counts."""
+        task = asyncio.create_task(refusal)
+        self._refusals.add(task)
+        task.add_done_callback(self._refusals.discard)
+
+    def _full(self) -> Overloaded | None:
+        """Return why nothing more can be taken, if it is so."""
+        if len(self._in_flight) < MAX_IN_FLIGHT:
+            return None
+        return Overloaded(
+            f"this {self.plugin} instance works on {MAX_IN_FLIGHT} requests already",
+            retry_after_s=1,
+        )
 
     def _track(
-        self, served: _Served, work: Coroutine[Any, Any, S], inbox: str = ""
+        self, tasks: set[asyncio.Task[Any]], work: Coroutine[Any, Any, S], inbox: str = ""
     ) -> asyncio.Task[S]:
         task = asyncio.create_task(work)
-        served.tasks.add(task)
+        tasks.add(task)
         self._in_flight[task] = time.monotonic()
 
         def forget(done: asyncio.Task[S]) -> None:
-            served.tasks.discard(done)
+            tasks.discard(done)
             self._in_flight.pop(done, None)
             if self._by_inbox.get(inbox) is done:
                 del self._by_inbox[inbox]
@@ -365,7 +430,7 @@ class Instance:
 
     @contextmanager
     def _counted(self, served: _Served) -> Generator[None]:
-        """Count what happens inside, refuse it when there is too much, and name every error."""
+        """Count what happens inside, and name every error."""
         capability = served.endpoint.capability
         calls = self._calls.setdefault(capability, Calls())
         began = time.perf_counter_ns()
@@ -373,7 +438,6 @@ class Instance:
         calls.requests += 1
         calls.in_flight += 1
         try:
-            self._check_room()
             yield
         except BusError as error:
             served.failed(calls, f"{error.code}: {error.message}")
@@ -394,31 +458,31 @@ class Instance:
             calls.busy_ns += took_ns
             calls.in_flight -= 1
 
-    async def _answer(self, served: _Served, message: Incoming) -> None:
+    async def _answer(
+        self, served: _Served, message: Incoming, full: Overloaded | None = None
+    ) -> None:
         headers = message.headers
         trace.set(headers.get(TRACEPARENT))
         try:
             with self._counted(served):
+                if full:
+                    raise full
                 answer = await served.work(message.data, headers)
-                told = {**answer.headers, "Bkg-Instance": self.id}
+                told = {**answer.headers, **self._who}
                 await self._client.answer(message.reply, answer.body, told)
         except BusError as error:
             await self._refuse(message.reply, error)
 
-    def _check_room(self) -> None:
-        if self.in_flight > MAX_IN_FLIGHT:
-            raise Overloaded(
-                f"this {self.plugin} instance works on {MAX_IN_FLIGHT} requests already",
-                retry_after_s=1,
-            )
-
-    async def _refuse(self, inbox: str, error: BusError) -> None:
+    async def _refuse(
+        self, inbox: str, error: BusError, more: Mapping[str, str] | None = None
+    ) -> None:
         headers = {
             codec.CONTENT_TYPE: codec.JSON,
             # A header is one line.
             ERROR: " ".join(error.message.split())[:500],
             ERROR_CODE: str(error.number),
-            "Bkg-Instance": self.id,
+            **self._who,
+            **(more or {}),
         }
         # The broker is away: the caller's own time-out tells it.
         with contextlib.suppress(BusError):
@@ -757,6 +821,7 @@ async def join(
     async with (
         logs.shipping(client, about, settings.log_level),
         instance._discoverable(),  # noqa: SLF001
+        instance._addressed(),  # noqa: SLF001
         instance._probed(settings.probe_port),  # noqa: SLF001
     ):
         await instance._register()  # noqa: SLF001

@@ -321,6 +321,15 @@ GALLERY_ENTRY = Feed(
 )
 
 
+def instance_calls(root: str, plugin: str, slot: int) -> str:
+    """Return where one instance hears everything that it can be asked.
+
+    What follows `call.` there means the same as after `<root>.call.`; but one process is asked,
+    not whichever of a queue group the broker picks.
+    """
+    return f"{root}.inst.{token(plugin)}.{slot}.call.>"
+
+
 def gallery_events(root: str) -> str:
     """Return the subject of every event of every gallery."""
     return f"{root}.gallery.>"

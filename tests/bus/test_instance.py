@@ -92,6 +92,26 @@ async def test_one_request_too_many_is_refused_at_once(client, settings, monkeyp
         await asyncio.gather(*taken)
 
 
+async def test_of_a_burst_as_many_are_taken_as_there_is_room_for(client, settings, monkeypatch):
+    monkeypatch.setattr(instance, "MAX_IN_FLIGHT", 3)
+    go_on = asyncio.Event()
+
+    async def wait(request: m.RunModel) -> m.ModelOutput:
+        await go_on.wait()
+        return await echo(request)
+
+    async with (
+        join(client, settings, plugin="candle", description="a test") as candle,
+        candle.serving(MODEL_RUN, wait, "m"),
+    ):
+        asked = [asyncio.create_task(client.call(MODEL_RUN, ask(i))) for i in range(20)]
+        await until(lambda: sum(one.done() for one in asked) == 17)
+        assert candle.in_flight == 3
+        go_on.set()
+        found = await asyncio.gather(*asked, return_exceptions=True)
+        assert sum(isinstance(one, Overloaded) for one in found) == 17
+
+
 async def test_nobody_is_lost_when_instances_come_and_go_under_load(client, settings, connected):
     """Twenty callers without pause, while one of two replicas leaves and returns, five times."""
     answered = 0

@@ -1,0 +1,195 @@
+"""Which instance a request is best sent to, from how fast each has answered. Pure: time is given.
+
+Queue groups pick at random, so one slow replica beside a fast one holds the slowest requests of
+all. Answers say which slot they come from; with two or more known for a subject, a caller picks
+among them by itself. It expects of each slot the time of its latest answers for each request that
+it had, times the requests that it would have: so a slow one is sent as much as it can answer as
+soon as the others. Smoothed latency times load is Finagle's "peak EWMA"; dividing each sample by
+its load keeps a slot that was flooded once from being shunned, and one that was idle from being
+flooded.
+"""
+
+import math
+import random
+import re
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Final, Literal
+
+# Of subjects, the least recently used leaves; of the slots of a subject, no more are learned.
+SUBJECTS_MAX: Final = 4_096
+SLOTS_MAX: Final = 64
+# Slots that are at most so many times slower than the best one, or by `FINE_S`, are as good.
+BAND: Final = 2.0
+FINE_S: Final = 0.001
+# Time in which a measurement loses about two thirds of its weight.
+MEMORY_S: Final = 1.0
+PROBE_S: Final = 1.0
+BUSY_S: Final = 0.1
+# One in so many requests goes by the group, to find slots that are not known.
+EXPLORE: Final = 256
+# How long a subject is left to the group once somebody without a slot has answered.
+FOREIGN_S: Final = 60.0
+
+# What became of a request: answered; refused, or failed, by who did get it; refused because it
+# had too much to do; no answer, or nobody there who serves this; given up by the caller.
+Outcome = Literal["answered", "failed", "busy", "gone", "dropped"]
+
+
+# It becomes part of a subject.
+_SLOT = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}\.\d{1,9}")
+
+
+@dataclass(slots=True)
+class _Slot:
+    """What is known of one instance.
+
+    Attributes:
+        each_s: Time of its answers for each request that it had from here, smoothed.
+        measured_at: When the last one came.
+        in_flight: Requests from here that it has.
+        progress_at: When it last answered, or was idle.
+        sent_at: When it was last sent one.
+        busy_until: Until when it is passed over.
+    """
+
+    each_s: float
+    measured_at: float
+    in_flight: int = 0
+    progress_at: float = 0.0
+    sent_at: float = 0.0
+    busy_until: float = 0.0
+
+    def expected_s(self, now: float) -> float:
+        """Return how long one more answer takes; longer, when none has come for longer."""
+        if not self.in_flight:
+            return self.each_s
+        return max(self.each_s * (self.in_flight + 1), now - self.progress_at)
+
+
+@dataclass(slots=True)
+class _Subject:
+    slots: dict[str, _Slot] = field(default_factory=dict)
+    foreign_until: float = 0.0
+
+
+class Balance:
+    """Chooses between the instances that answer a subject.
+
+    Every `choose` is followed by one `ended`.
+
+    Args:
+        subjects_max: How many subjects are remembered.
+        draw: Returns a random number from 0 to 1, without 1.
+    """
+
+    def __init__(
+        self, subjects_max: int = SUBJECTS_MAX, draw: Callable[[], float] = random.random
+    ) -> None:
+        self._max = subjects_max
+        self._draw = draw
+        self._subjects: OrderedDict[str, _Subject] = OrderedDict()
+
+    def known(self, subject: str) -> frozenset[str]:
+        """Return the slots that have answered a subject."""
+        found = self._subjects.get(subject)
+        return frozenset(found.slots) if found else frozenset()
+
+    def choose(self, subject: str, now: float, *, again: bool = False) -> str | None:
+        """Return the slot to ask, or None: the group.
+
+        Args:
+            subject: What is asked.
+            now: Seconds of any clock that only goes forward.
+            again: Whether somebody has been asked already, and had too much to do.
+        """
+        found = self._subjects.get(subject)
+        if found is None:
+            return None
+        self._subjects.move_to_end(subject)
+        if not again and (len(found.slots) < 2 or self._draw() * EXPLORE < 1):
+            return None
+        open_ = {name: slot for name, slot in found.slots.items() if slot.busy_until <= now}
+        if not open_:
+            return None
+        name = self._best(open_, now)
+        slot = open_[name]
+        if not slot.in_flight:
+            slot.progress_at = now
+        slot.in_flight += 1
+        slot.sent_at = now
+        return name
+
+    def _best(self, open_: dict[str, _Slot], now: float) -> str:
+        expected = {name: slot.expected_s(now) for name, slot in open_.items()}
+        best_s = min(expected.values())
+        limit_s = max(BAND * best_s, best_s + FINE_S)
+        choice, fewest, ties = "", math.inf, 0
+        for name, slot in open_.items():
+            if expected[name] > limit_s:
+                # It may have become faster. One at a time: what hangs holds no second one up.
+                if not slot.in_flight and now - slot.sent_at >= PROBE_S:
+                    return name
+            elif slot.in_flight < fewest:
+                choice, fewest, ties = name, slot.in_flight, 1
+            elif slot.in_flight == fewest:
+                ties += 1
+                if self._draw() * ties < 1:
+                    choice = name
+        return choice
+
+    def ended(
+        self,
+        subject: str,
+        asked: str | None,
+        outcome: Outcome,
+        now: float,
+        *,
+        by: str | None = None,
+        took_s: float = 0.0,
+    ) -> None:
+        """Take note of what became of a request.
+
+        Args:
+            subject: What was asked.
+            asked: The slot that was chosen; None: the group.
+            outcome: What became of it.
+            now: As in `choose`.
+            by: The slot that the answer names.
+            took_s: How long the answer took.
+        """
+        found = self._subjects.get(subject)
+        slot = found.slots.get(asked) if found and asked else None
+        load = slot.in_flight if slot and asked == by else 1
+        if slot is not None:
+            slot.in_flight = max(0, slot.in_flight - 1)
+            if outcome != "dropped":
+                slot.progress_at = now
+        if outcome == "gone":
+            if found and asked:
+                found.slots.pop(asked, None)
+        elif outcome == "busy":
+            if found and by in found.slots:
+                found.slots[by].busy_until = now + BUSY_S
+        elif outcome == "answered":
+            self._learn(subject, by, took_s / max(1, load), now)
+
+    def _learn(self, subject: str, by: str | None, each_s: float, now: float) -> None:
+        found = self._subjects.get(subject)
+        if found is None:
+            if by is None or not _SLOT.fullmatch(by):
+                return
+            found = self._subjects[subject] = _Subject()
+            if len(self._subjects) > self._max:
+                self._subjects.popitem(last=False)
+        if by is None:
+            # Somebody who cannot be asked by slot would get next to nothing otherwise.
+            found.slots.clear()
+            found.foreign_until = now + FOREIGN_S
+        elif (slot := found.slots.get(by)) is not None:
+            weight = math.exp(-max(0.0, now - slot.measured_at) / MEMORY_S)
+            slot.each_s = weight * slot.each_s + (1 - weight) * each_s
+            slot.measured_at = now
+        elif now >= found.foreign_until and len(found.slots) < SLOTS_MAX and _SLOT.fullmatch(by):
+            found.slots[by] = _Slot(each_s, now, progress_at=now, sent_at=now)
