@@ -12,7 +12,7 @@ import contextlib
 import random
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Generator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Generator, Iterable, Mapping
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -40,7 +40,7 @@ from bus.errors import (
 )
 from bus.messages import CancelCall, Message
 from bus.state import Store
-from bus.subjects import CANCEL, DEFAULT_ROOT, Endpoint, Feed, name_of
+from bus.subjects import CANCEL, DEFAULT_ROOT, Endpoint, Feed, name_of, token
 from bus.tasks import beside
 from bus.wire import PENDING_MAX_BYTES, Incoming, Replies, Taker, Wire
 
@@ -195,6 +195,41 @@ class Client:
             timeout_s=timeout_s,
         )
         return codec.decode(answer.body, endpoint.reply, answer.headers.get(codec.CONTENT_TYPE))
+
+    async def call_each(
+        self,
+        endpoint: Endpoint[Req, Rep],
+        request: Req,
+        slots: Iterable[tuple[str, int]],
+        *,
+        timeout_s: float = 10.0,
+    ) -> list[Rep]:
+        """Ask each of these instances, and return the answers of those that gave one in time.
+
+        Args:
+            endpoint: What is asked.
+            request: The question.
+            slots: Plugin and slot of each.
+            timeout_s: How long all of them have.
+        """
+        subject = endpoint.subject_of(self.root, request)
+        body, headers = codec.encode(request), {codec.CONTENT_TYPE: codec.JSON}
+        asked = (
+            self.relay(
+                self._to(subject, f"{token(plugin)}.{slot}"),
+                body, headers=headers, timeout_s=timeout_s,
+            )
+            for plugin, slot in slots
+        )  # fmt: skip
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+        replies = []
+        for answer in answers:
+            if isinstance(answer, Answer):
+                kind = answer.headers.get(codec.CONTENT_TYPE)
+                replies.append(codec.decode(answer.body, endpoint.reply, kind))
+            elif not isinstance(answer, BusError):
+                raise answer
+        return replies
 
     async def relay(
         self,

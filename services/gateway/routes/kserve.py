@@ -191,7 +191,7 @@ async def _read(request: web.Request, kind: type[Any]) -> Any:
 
 async def _statistics(at: Parts) -> list[ModelStatistics]:
     """Return the statistics of every instance that answers."""
-    told = await at.client.gather(
+    told = await at.client.call_each(
         CANDLE_STATS,
         Empty(),
         [(one.plugin, one.slot) for one in at.models.instances()],
