@@ -5,7 +5,8 @@ to ask another one.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterator
+import contextlib
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import asynccontextmanager
 from typing import Final
 
@@ -67,6 +68,18 @@ class ModelsView:
     def __init__(self) -> None:
         self._specs: dict[str, ModelSpec] = {}
         self._served: dict[tuple[str, ...], ServedModels] = {}
+        self._changed = asyncio.Event()
+
+    async def until(self, true: Callable[[], bool], timeout_s: float) -> bool:
+        """Wait until something is true of the view; return whether it is, at the end of the time.
+
+        What an instance has answered for is seen here a moment later.
+        """
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while not true():
+                    await self._changed.wait()
+        return true()
 
     def spec(self, model: str) -> ModelSpec | None:
         """Return a model of the repository."""
@@ -90,6 +103,11 @@ class ModelsView:
         ]
         yield from sorted(found, key=lambda pair: _NEAREST.index(pair[1].state))
 
+    def wanted(self, model: str) -> bool:
+        """Tell whether any version of a model should be served."""
+        spec = self._specs.get(model)
+        return spec is not None and any(version.wanted for version in spec.versions)
+
     def ready(self, model: str, version: str) -> bool:
         """Tell whether an instance serves a version."""
         return any(one.state == "ready" for _, one in self.served(model, version))
@@ -100,6 +118,7 @@ class ModelsView:
                 self._specs.pop(entry.names[0], None)
             else:
                 self._specs[entry.names[0]] = entry.value
+        self._tell()
 
     def _on_served(self, changes: Changes[ServedModels]) -> None:
         for entry in changes.entries:
@@ -107,6 +126,11 @@ class ModelsView:
                 self._served.pop(entry.names, None)
             else:
                 self._served[entry.names] = entry.value
+        self._tell()
+
+    def _tell(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
 
 
 @asynccontextmanager

@@ -327,10 +327,10 @@ class Candle:
                 changed = self._changed
                 with contextlib.suppress(BusError):
                     await self._served.put(self._as_served(), *names)
+                await asyncio.sleep(WRITE_S)
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(WRITE_AGAIN_S):
                         await changed.wait()
-                await asyncio.sleep(WRITE_S)
         finally:
             with contextlib.suppress(BusError, TimeoutError):
                 async with asyncio.timeout(TELL_S):

@@ -101,7 +101,7 @@ class Version:
     @property
     def last_used(self) -> datetime | None:
         """When it was last asked."""
-        if not self.statistics.requests:
+        if not self.statistics.last_inference:
             return None
         return m.now() - timedelta(seconds=time.monotonic() - self.used_at)
 
@@ -253,7 +253,7 @@ class Version:
         runtime = self._loaded.runtime
         signature = runtime.signature
         inputs, outputs = tensors_of(signature)
-        done = self.statistics
+        done = self.counted()
         return m.LoadedModel(
             id=self.model,
             input_dim=signature.input_dim,
@@ -265,7 +265,7 @@ class Version:
             format=runtime.format,
             inputs=inputs,
             outputs=outputs,
-            requests=done.requests,
+            requests=done.inference_stats.success.count,
             rows=done.inference_count,
             version=self.spec.version,
             names=names,

@@ -1,12 +1,14 @@
 """Why a model does not answer, and what the caller can do about it."""
 
+from typing import Any, Final
+
 from bus.errors import BusError, NotFound, Unavailable
 from bus.messages import ModelSpec, ModelVersion, ServedModel, ServedModels, WakeModel
 from bus.models import DEFAULT, version_of
 from bus.subjects import MODEL_WAKE
 from services.gateway.parts import Parts
 
-WAKE_S = 2.0
+WAKE_S: Final = 2.0
 
 
 def wanted_version(at: Parts, model: str, name: str | None) -> tuple[ModelSpec, ModelVersion]:
@@ -45,10 +47,12 @@ async def why_nobody(at: Parts, model: str, name: str | None = None) -> BusError
         if one.state == "cold":
             one = await _woken(at, model, name) or one  # noqa: PLW2901 - the same, a little later
         return _not_ready(instance, one)
+    what = f"model {model!r} version {version.version!r}"
+    if hosts := [instance.host for instance in at.models.instances()]:
+        details = {"state": "queued", "host": hosts[0]}
+        return Unavailable(f"{what} is about to be loaded", retry_after_s=1, details=details)
     return Unavailable(
-        f"model {model!r} version {version.version!r} should be served, but no instance of candle "
-        "is there to do it",
-        retry_after_s=5,
+        f"{what} should be served, but no instance of candle is there to do it", retry_after_s=5
     )
 
 
@@ -61,7 +65,7 @@ async def _woken(at: Parts, model: str, name: str | None) -> ServedModel | None:
 
 
 def _not_ready(instance: ServedModels, one: ServedModel) -> Unavailable:
-    details = {"state": one.state, "host": instance.host}
+    details: dict[str, Any] = {"state": one.state, "host": instance.host}
     if one.progress is not None:
         details["progress"] = one.progress
     what = f"model {one.id!r} version {one.version!r}"

@@ -4,7 +4,7 @@ Sources: the Open Inference Protocol (KServe V2) REST specification; Triton's ex
 configuration, model repository and statistics.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Final
 
 import msgspec
@@ -29,7 +29,6 @@ _PLATFORMS: Final[Mapping[str, tuple[str, str]]] = {
     "linear": ("bkg_linear", "bkg_linear"),
 }
 _TYPES: Final[Mapping[str, str]] = {"BYTES": "TYPE_STRING"}
-_KINDS: Final[Mapping[str, str]] = {"KIND_CPU": "cpu", "KIND_GPU": "cuda"}
 _STATES: Final[Mapping[str, str]] = {
     "ready": "READY",
     "queued": "LOADING",
@@ -183,13 +182,14 @@ def _config_in(text: Any) -> dict[str, Any]:
         config["max_delay_ms"] = (
             _number(delay, "dynamic_batching.max_queue_delay_microseconds") / 1e3
         )
-    groups = said.get("instance_group") or []
-    if groups and isinstance(groups, list) and isinstance(groups[0], dict):
-        if groups[0].get("count"):
-            config["instances"] = groups[0]["count"]
-        kind = groups[0].get("kind", "KIND_AUTO")
-        if kind in _KINDS and (kind != "KIND_CPU" or "provider" not in config):
-            config.setdefault("provider", _KINDS[kind])
+    groups = said.get("instance_group")
+    group = groups[0] if isinstance(groups, list) and groups else {}
+    if isinstance(group, dict):
+        # What is so anyway is not written down.
+        if group.get("count", 1) != 1:
+            config["instances"] = group["count"]
+        if group.get("kind") == "KIND_GPU":
+            config.setdefault("provider", "cuda")
     return config
 
 
@@ -224,8 +224,3 @@ def _number(value: Any, name: str) -> float:
 def _is_plain(text: str) -> bool:
     """Whether a text is a number or a truth value."""
     return text.lower() in {"true", "false"} or text.replace(".", "", 1).isdecimal()
-
-
-def plural(words: Iterable[str]) -> str:
-    """Return words with commas between, or `none`."""
-    return ", ".join(words) or "none"

@@ -1,4 +1,4 @@
-"""The artefacts on this host's disk: fetched once, sound, bounded, never taken from who uses them."""
+"""The artefacts on this host's disk: fetched once, sound, bounded, never taken from a user."""
 
 import asyncio
 import hashlib

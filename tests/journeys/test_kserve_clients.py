@@ -1,6 +1,7 @@
 """Stock clients of the Open Inference Protocol: Triton's over HTTP, and a bare one over NATS."""
 
 import asyncio
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -136,17 +137,23 @@ def test_a_model_is_loaded_from_a_file_that_comes_with_the_request(client, auth,
     assert reply.get_response()["model_version"] == "7"
 
 
-@pytest.mark.parametrize("datatype", TYPES)
-@pytest.mark.parametrize("binary_in", [True, False])
-@pytest.mark.parametrize("binary_out", [True, False])
+@pytest.mark.parametrize(
+    ("datatype", "binary_in", "binary_out"),
+    [
+        (datatype, binary_in, binary_out)
+        for datatype in TYPES
+        for binary_in in (True, False)
+        for binary_out in (True, False)
+        # Triton's client has no FP16 in JSON.
+        if datatype != "FP16" or (binary_in and binary_out)
+    ],
+)
 def test_tensors_of_every_type_come_back_as_they_went(
     client, auth, datatype, binary_in, binary_out
 ):
     model = f"same-{datatype.lower()}"
     if not client.is_model_ready(model, headers=auth):
         client.load_model(model, headers=auth)
-    if datatype == "FP16" and not (binary_in and binary_out):
-        pytest.skip("Triton's client has no FP16 in JSON")
     values = [["a", ""], ["ö", "long" * 50]] if datatype == "BYTES" else [[0, 1], [1, 0]]
     array = np.array(values, TYPES[datatype][1])
     reply = client.infer(
@@ -265,8 +272,9 @@ async def test_the_asyncio_client_works_the_same(aio_client, auth):
     tensors = [tensor("a", ROW, "FP32"), tensor("b", ROW, "FP32", binary=False)]
     replies = await asyncio.gather(
         *(aio_client.infer("sum", tensors, headers=auth) for _ in range(20)),
+        # Triton's client writes into the headers that it is given.
         aio_client.infer(
-            "sum", tensors, headers=auth,
+            "sum", tensors, headers=dict(auth),
             request_compression_algorithm="gzip", response_compression_algorithm="deflate",
         ),
     )  # fmt: skip
@@ -298,7 +306,9 @@ async def test_errors_are_problems_that_clients_of_both_kinds_can_read(platform)
         assert problem["error"] == problem["detail"]
         async with session.get("/v2/nothing") as answer:
             assert (await answer.json(content_type=None))["error"]
-        async with session.post("/v2/models/nobody/infer", data=b"x" * 9_000_000) as answer:
+        async with session.post(
+            "/v2/models/nobody/infer", data=io.BytesIO(b"x" * 9_000_000)
+        ) as answer:
             assert answer.status == 413
 
 

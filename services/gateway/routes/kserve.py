@@ -29,6 +29,8 @@ RELAYING_MAX_BYTES: Final = 512 * 1024**2
 COMPRESS_MIN_BYTES: Final = 1_400
 LOAD_S: Final = 300.0
 GATHER_S: Final = 2.0
+# How long a change may take until this gateway has seen it.
+SEEN_S: Final = 3.0
 
 
 class _Parameters(msgspec.Struct):
@@ -107,17 +109,22 @@ async def load(request: web.Request) -> web.Response:
     400 a parameter is not known; 404 no such model or file; 422 the model is not sound.
     """
     asked = await _read(request, _Parameters)
+    at = request.app[PARTS]
     wanted = protocol.load_request(request.match_info["model"], asked.parameters)
-    client = request.app[PARTS].client
-    return answer(await client.call(MODEL_LOAD, wanted, timeout_s=LOAD_S))
+    loaded = await at.client.call(MODEL_LOAD, wanted, timeout_s=LOAD_S)
+    # Whoever is told so and then asks whether it is ready hears nothing else.
+    await at.models.until(lambda: at.models.ready(loaded.id, loaded.version), SEEN_S)
+    return answer(loaded)
 
 
 async def unload(request: web.Request) -> web.Response:
     """Have a model served no longer. 404 it was not loaded."""
     await _read(request, _Parameters)
+    at = request.app[PARTS]
     wanted = codec.convert({"id": request.match_info["model"]}, UnloadModel)
-    client = request.app[PARTS].client
-    return answer(await client.call(MODEL_UNLOAD, wanted, timeout_s=LOAD_S))
+    unloaded = await at.client.call(MODEL_UNLOAD, wanted, timeout_s=LOAD_S)
+    await at.models.until(lambda: not at.models.wanted(wanted.id), SEEN_S)
+    return answer(unloaded)
 
 
 async def infer(request: web.Request) -> web.Response:
