@@ -124,7 +124,9 @@ _REQUESTS: Final = """\
 ## Requests
 
 Each is answered by one member of its queue group, picked by the broker. The command asks with an \
-example as it stands.
+example as it stands. One particular instance of a plugin is asked with \
+`{root}.inst.<plugin>.<slot>.call.` in place of `{root}.call.`; whoever may publish to the latter \
+(gateway, operator) needs the former as well, and every instance hears its own.
 """
 _RAW: Final = """\
 ## Raw requests
@@ -161,7 +163,7 @@ def render(root: str = DEFAULT_ROOT) -> str:
     kinds = _Kinds()
     parts = [
         _HEAD.format(root=root),
-        _REQUESTS,
+        _REQUESTS.format(root=root),
         _table(
             ("subject", "queue group", "asked by", "request -> reply", "what", "to copy"),
             (_endpoint_row(endpoint, root, kinds) for endpoint in ENDPOINTS),

@@ -4,7 +4,7 @@ nats-py 2.16 hands every message through a queue to a task of its subscription, 
 through another queue to a task that writes; `Client.request` adds `asyncio.wait_for`. All this
 costs more than the work that most requests ask for. Here a message is given to its taker where
 the parser has read it, and what is sent within one turn of the event loop is written at its end.
-Interleaved against the public way, 64 in flight: see `docs/decisions/0008-balance-by-latency.md`.
+Figures are in `docs/decisions/0008-balance-by-latency.md`.
 
 Both need private names of nats-py. They are looked for when a connection is made; if one is not
 there as it is known, everything goes the public way, and only costs more.

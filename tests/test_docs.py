@@ -29,7 +29,9 @@ def test_an_example_of_the_workers_protocol_is_read_whole(kind, body):
 
 
 def test_every_message_of_a_worker_has_its_example():
-    told = {"PluginConfig", "Registration", "Heartbeat", "TelemetrySnapshot", "LogEvent"}
+    told = {
+        "PluginConfig", "Registration", "Heartbeat", "TelemetrySnapshot", "LogEvent", "CancelCall",
+    }  # fmt: skip
     assert {kind for kind, _ in EXAMPLES} == told | {"ErrorBody"}
 
 
