@@ -12,7 +12,7 @@ WINGS = ("cli", "supervisor", "candle", "rustyface", "gateway")
 FLOORS = (
     {"errors", "messages"},
     {"codec", "masking", "subjects", "tasks", "settings", "process", "redaction"},
-    {"log_search"},
+    {"log_search", "statistics"},
     {"state"},
     {"client", "plugins", "broker", "reference"},
     {"logs", "telemetry", "metrics", "probes"},

@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Annotated, Any, Final
@@ -28,13 +29,16 @@ from bus.probes import Route
 from bus.state import Entry
 from bus.subjects import CANDLE_STATS, MODEL_LOAD, MODEL_RUN, MODEL_UNLOAD
 from bus.tasks import beside
-from services.candle.batcher import Array, Batcher, Outputs
+from services.candle.batcher import Array, Batcher, Limits
 from services.candle.repository import Repository
 from services.candle.runtimes import open_model
-from services.candle.runtimes.base import ANY_LENGTH, DTYPES, Runtime, TensorSpec
+from services.candle.runtimes.base import ANY_LENGTH, DTYPES, Runtime, Tensors, TensorSpec
+from services.candle.statistics import Statistics
 
 SERVED: Final = (MODEL_LOAD, MODEL_UNLOAD, MODEL_RUN, CANDLE_STATS)
 TELL_S: Final = 1.0
+# Started when they are needed: one for each model that runs just now.
+MAX_THREADS: Final = 64
 
 log = structlog.get_logger("candle.service")
 
@@ -70,6 +74,7 @@ class _Serving:
     task: asyncio.Task[None] | None = None
     runtime: Runtime | None = None
     batcher: Batcher | None = None
+    statistics: Statistics | None = None
     failure: BusError | None = None
     settled: asyncio.Event = field(default_factory=asyncio.Event)
     requests: int = 0
@@ -95,6 +100,7 @@ class Candle:
         self._changed = asyncio.Condition()
         self._known_revision = 0
         self._told = 0, 0
+        self._threads = ThreadPoolExecutor(MAX_THREADS, thread_name_prefix="candle-run")
         instance.on_config(("max_batch_rows", "max_waiting_rows"), self._take_settings)
 
     async def run(self) -> None:
@@ -111,6 +117,7 @@ class Candle:
                 await self._follow()
             finally:
                 await asyncio.gather(*(_end(serving) for serving in self._models.values()))
+                self._threads.shutdown(wait=False, cancel_futures=True)
 
     def _routes(self) -> tuple[Route, ...]:
         stats = partial(self._instance.answer_here, CANDLE_STATS)
@@ -179,19 +186,26 @@ class Candle:
             await _end(serving.replaces)
             return
         serving.runtime = runtime
-        batcher = Batcher(lambda rows: _forward(runtime, rows), name=f"model {spec.id!r}")
+        serving.statistics = Statistics(spec.id)
+        batcher = Batcher(
+            partial(_forward, runtime),
+            joins=runtime.signature.batched,
+            limits=self._limits(),
+            name=f"model {spec.id!r}",
+            statistics=serving.statistics,
+            threads=self._threads,
+        )
         serving.batcher = batcher
-        self._limit(serving)
 
         async def run_model(request: m.RunModel) -> m.ModelOutput:
             rows = as_rows(request.inputs, runtime)
             started = time.perf_counter()
-            outputs = await batcher.submit(rows)
+            ran = await batcher.submit({runtime.signature.inputs[0].name: rows})
             took_ms = 1e3 * (time.perf_counter() - started)
             serving.requests += 1
             serving.rows += len(rows)
             log.debug("model.run", model=spec.id, rows=len(rows), execution_ms=took_ms)
-            return self._output(spec, outputs, took_ms)
+            return self._output(spec, ran.outputs, took_ms)
 
         # Read from the inside out, this is the way down: leave the queue group, finish what is
         # in flight, and only then stop the batcher that the rest waits for.
@@ -216,15 +230,14 @@ class Candle:
     def _take_settings(self) -> None:
         self._settings = self._instance.settings(CandleSettings)
         for serving in self._models.values():
-            self._limit(serving)
+            if serving.batcher:
+                serving.batcher.limit(self._limits())
 
-    def _limit(self, serving: _Serving) -> None:
-        if serving.batcher and serving.runtime:
-            batched = serving.runtime.signature.batched
-            serving.batcher.limit(
-                max_rows=self._settings.max_batch_rows if batched else 1,
-                max_waiting=self._settings.max_waiting_rows,
-            )
+    def _limits(self) -> Limits:
+        return Limits(
+            max_rows=self._settings.max_batch_rows,
+            max_waiting_rows=self._settings.max_waiting_rows,
+        )
 
     async def _load(self, request: m.LoadModel) -> m.LoadedModel:
         """Check a file, have it served by every replica, and answer when this one does."""
@@ -286,7 +299,7 @@ class Candle:
         except BusError as error:
             log.error("model.failed", model="default", cause=error.message)
 
-    def _output(self, spec: m.ModelSpec, outputs: Outputs, took_ms: float) -> m.ModelOutput:
+    def _output(self, spec: m.ModelSpec, outputs: Tensors, took_ms: float) -> m.ModelOutput:
         first = next((value for value in outputs.values() if value.dtype.kind in "biuf"), None)
         rows = np.empty((0, 0)) if first is None else _as_numbers(first)
         if not np.isfinite(rows).all():
@@ -311,7 +324,9 @@ class Candle:
         """Put into telemetry what is loaded, what waits, and how large batches have been lately."""
         self._instance.counts["models_loaded"] = self._loaded()
         batchers = [one.batcher for one in self._models.values() if one.batcher]
-        batches, rows = sum(b.batches for b in batchers), sum(b.rows for b in batchers)
+        counted = [one.statistics for one in self._models.values() if one.statistics]
+        batches = sum(one.execution_count for one in counted)
+        rows = sum(one.inference_count for one in counted)
         gauges = self._instance.gauges
         gauges["rows_waiting"] = sum(b.rows_waiting for b in batchers)
         # Fewer than before: a model was unloaded, and its counts with it.
@@ -368,12 +383,13 @@ def _row_input(runtime: Runtime) -> TensorSpec:
     )
 
 
-def _forward(runtime: Runtime, rows: Array) -> Mapping[str, Array]:
+def _forward(runtime: Runtime, tensors: Tensors) -> Mapping[str, Array]:
     """Run rows through a model: at once, or in steps where its first axis has a fixed length."""
     spec = runtime.signature.inputs[0]
+    rows = tensors[spec.name]
     step = len(rows) if spec.shape[0] == ANY_LENGTH else spec.shape[0]
     if step == len(rows):
-        return runtime.run({spec.name: rows})
+        return runtime.run(tensors)
     each = [runtime.run({spec.name: rows[at : at + step]}) for at in range(0, len(rows), step)]
     return {
         output: np.concatenate([np.atleast_1d(one[output]) for one in each]) for output in each[0]

@@ -32,17 +32,17 @@ async def test_limits_of_loaded_models_change_without_a_restart(client, worker, 
         await want(client, max_batch_rows=1, max_waiting_rows=1)
         await until(lambda: candle._settings.max_waiting_rows == 1)
         batcher = candle._models["m"].batcher
-        assert (batcher._max_rows, batcher._max_waiting) == (1, 1)
+        assert (batcher.limits.max_rows, batcher.limits.max_waiting_rows) == (1, 1)
         asked = (client.call(MODEL_RUN, m.RunModel(id="m", inputs=[[1, 2]])) for _ in range(50))
         done = await asyncio.gather(*asked, return_exceptions=True)
         assert all(isinstance(one, m.ModelOutput | Overloaded) for one in done)
         # A model that is loaded later has them too.
         await client.call(MODEL_LOAD, m.LoadModel(id="n", path=linear("n.json")))
-        assert candle._models["n"].batcher._max_waiting == 1
+        assert candle._models["n"].batcher.limits.max_waiting_rows == 1
 
 
 @pytest.mark.parametrize("rows", [1, 7])
 async def test_the_limits_of_the_settings_are_those_of_a_model(client, worker, linear, rows):
     async with worker(max_batch_rows=rows) as candle:
         await client.call(MODEL_LOAD, m.LoadModel(id="m", path=linear()))
-        assert candle._models["m"].batcher._max_rows == rows
+        assert candle._models["m"].batcher.limits.max_rows == rows
