@@ -1042,6 +1042,74 @@ class CandleStats(Message, frozen=True):
     model_stats: list[ModelStatistics] = []
 
 
+class DurationStat(Message, frozen=True, omit_defaults=False):
+    """How many times, and how long together, in nanoseconds."""
+
+    count: int = 0
+    ns: int = 0
+
+
+class InferenceStats(Message, frozen=True, omit_defaults=False):
+    """What requests for a model came to, and what their time went into.
+
+    Attributes:
+        success: Requests that got outputs, from coming to answer.
+        fail: Requests that got an error.
+        queue: Their wait for a run.
+        compute_input: Putting inputs together; each request counts the whole of its run.
+        compute_infer: The model itself.
+        compute_output: Taking outputs apart.
+    """
+
+    success: DurationStat = DurationStat()
+    fail: DurationStat = DurationStat()
+    queue: DurationStat = DurationStat()
+    compute_input: DurationStat = DurationStat()
+    compute_infer: DurationStat = DurationStat()
+    compute_output: DurationStat = DurationStat()
+
+
+class BatchStat(Message, frozen=True, omit_defaults=False):
+    """Runs of one size: `batch_size` rows, above 256 rounded up to a power of two."""
+
+    batch_size: int = 0
+    compute_input: DurationStat = DurationStat()
+    compute_infer: DurationStat = DurationStat()
+    compute_output: DurationStat = DurationStat()
+
+
+class ModelStatistics(Message, frozen=True, omit_defaults=False):
+    """What one version of a model was asked, in the shape of Triton's statistics extension.
+
+    Its readers expect every field, so none is left out.
+
+    Attributes:
+        name: The model.
+        version: Which of its versions.
+        last_inference: When the last run ended, in milliseconds since 1970; 0 before the first.
+        inference_count: Rows that ran.
+        execution_count: Runs.
+        inference_stats: What the requests came to.
+        batch_stats: The runs, by size.
+        failures: Requests that got an error, by its code; `cancelled` if the caller left.
+        queue_rows: Rows that wait just now.
+        threads: Threads that its runs may use.
+        instances: Runs that may go on at the same time.
+    """
+
+    name: str = ""
+    version: str = ""
+    last_inference: int = 0
+    inference_count: int = 0
+    execution_count: int = 0
+    inference_stats: InferenceStats = InferenceStats()
+    batch_stats: list[BatchStat] = []
+    failures: dict[str, int] = {}
+    queue_rows: int = 0
+    threads: int = 0
+    instances: int = 0
+
+
 # --- rustyface ------------------------------------------------------------------------------------
 
 

@@ -131,7 +131,7 @@ def count_rows(tensors: Tensors) -> int:
     Raises:
         InvalidRequest: There is no input or no row, an input is a scalar, or the lengths differ.
     """
-    rows = None
+    rows: int | None = None
     for name, array in tensors.items():
         shape = array.shape
         if not shape:
@@ -480,11 +480,9 @@ class Batcher:
             requests=requests,
             rows=batch.rows,
             queue_ns=queue_ns,
-            steps_ns=(
-                outcome.joined_ns - outcome.began_ns,
-                compute_ns,
-                outcome.ended_ns - outcome.ran_ns,
-            ),
+            input_ns=outcome.joined_ns - outcome.began_ns,
+            infer_ns=compute_ns,
+            output_ns=outcome.ended_ns - outcome.ran_ns,
         )
 
     def _repeat(self, batch: _Batch) -> None:

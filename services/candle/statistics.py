@@ -10,25 +10,6 @@ from bus import messages as m
 EXACT_ROWS: Final = 256
 
 
-class Duration:
-    """A number of times, and the time that they took."""
-
-    __slots__ = ("count", "ns")
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.ns = 0
-
-    def add(self, ns: int, count: int = 1) -> None:
-        """Count `count` times that took `ns` together."""
-        self.count += count
-        self.ns += ns
-
-    def message(self) -> m.DurationStat:
-        """Return it as it travels."""
-        return m.DurationStat(count=self.count, ns=self.ns)
-
-
 class Statistics:
     """Counts for one version of a model, since it was loaded here.
 
@@ -55,14 +36,25 @@ class Statistics:
         self.execution_count = 0
         self.last_inference = 0
         self.failures: dict[str, int] = {}
-        self._success = Duration()
-        self._fail = Duration()
-        self._queue = Duration()
-        self._compute = Duration(), Duration(), Duration()
-        self._batches: dict[int, tuple[int, int, int, int]] = {}
+        # Plain numbers: a run of a small model takes little longer than counting it.
+        self._requests = 0
+        self._queue_ns = 0
+        self._input_ns = 0
+        self._infer_ns = 0
+        self._output_ns = 0
+        self._failed_ns = 0
+        # By size: runs, and the time of their steps.
+        self._batches: dict[int, list[int]] = {}
 
     def ran(
-        self, *, requests: int, rows: int, queue_ns: int, steps_ns: tuple[int, int, int]
+        self,
+        *,
+        requests: int,
+        rows: int,
+        queue_ns: int,
+        input_ns: int,
+        infer_ns: int,
+        output_ns: int,
     ) -> None:
         """Count a run that gave outputs.
 
@@ -70,34 +62,38 @@ class Statistics:
             requests: How many requests it was for.
             rows: How many rows they had together.
             queue_ns: How long they had waited, all added up.
-            steps_ns: Time to put inputs together, to run the model, to take outputs apart.
+            input_ns: Time to put their inputs together.
+            infer_ns: Time of the model.
+            output_ns: Time to take the outputs apart.
         """
         self.inference_count += rows
         self.execution_count += 1
         self.last_inference = time.time_ns() // 1_000_000
-        self._success.add(queue_ns + requests * sum(steps_ns), requests)
-        self._queue.add(queue_ns, requests)
-        for step, ns in zip(self._compute, steps_ns, strict=True):
-            step.add(requests * ns, requests)
+        self._requests += requests
+        self._queue_ns += queue_ns
+        self._input_ns += requests * input_ns
+        self._infer_ns += requests * infer_ns
+        self._output_ns += requests * output_ns
         size = rows if rows <= EXACT_ROWS else 1 << (rows - 1).bit_length()
-        runs, input_ns, infer_ns, output_ns = self._batches.get(size, (0, 0, 0, 0))
-        self._batches[size] = (
-            runs + 1,
-            input_ns + steps_ns[0],
-            infer_ns + steps_ns[1],
-            output_ns + steps_ns[2],
-        )
+        batches = self._batches.get(size)
+        if batches is None:
+            batches = self._batches[size] = [0, 0, 0, 0]
+        batches[0] += 1
+        batches[1] += input_ns
+        batches[2] += infer_ns
+        batches[3] += output_ns
 
     def failed(self, code: str, ns: int = 0) -> None:
         """Count a request that got an error, or whose caller left, after `ns`."""
-        self._fail.add(ns)
+        self._failed_ns += ns
         self.failures[code] = self.failures.get(code, 0) + 1
 
     def message(
         self, *, queue_rows: int = 0, threads: int = 0, instances: int = 0
     ) -> m.ModelStatistics:
         """Return all of it as it travels, with what is so just now."""
-        compute_input, compute_infer, compute_output = self._compute
+        done = self._requests
+        done_ns = self._queue_ns + self._input_ns + self._infer_ns + self._output_ns
         return m.ModelStatistics(
             name=self.name,
             version=self.version,
@@ -105,12 +101,12 @@ class Statistics:
             inference_count=self.inference_count,
             execution_count=self.execution_count,
             inference_stats=m.InferenceStats(
-                success=self._success.message(),
-                fail=self._fail.message(),
-                queue=self._queue.message(),
-                compute_input=compute_input.message(),
-                compute_infer=compute_infer.message(),
-                compute_output=compute_output.message(),
+                success=m.DurationStat(count=done, ns=done_ns),
+                fail=m.DurationStat(count=sum(self.failures.values()), ns=self._failed_ns),
+                queue=m.DurationStat(count=done, ns=self._queue_ns),
+                compute_input=m.DurationStat(count=done, ns=self._input_ns),
+                compute_infer=m.DurationStat(count=done, ns=self._infer_ns),
+                compute_output=m.DurationStat(count=done, ns=self._output_ns),
             ),
             batch_stats=[
                 m.BatchStat(
