@@ -86,7 +86,7 @@ def balance(
                 )
 
         measure("the fast one alone")
-        post(port, "/api/plugins/candle/scale", replicas=2)
+        post(port, "/api/plugins/candle/scale", {"replicas": 2})
         both = _workers(server, 2)
         measure("two fast ones")
         with slowed(both[1], SLOWER):

@@ -50,20 +50,25 @@ def measure(plan: Plan, results: Results, say: Callable[[str], None]) -> None:
     with another one: servers that run on idly would take their share of the machine, and what
     changes with the hour of the day hits all of them.
     """
-    by_name = {peer.name: peer for peer in PEERS}
+    peers = {peer.name: peer for peer in PEERS if peer.name in plan.peers}
+    names = list(plan.peers)
     make_models(MODELS_DIR)
-    if any(name in by_name and by_name[name].module == BKG_MODULE for name in plan.peers):
-        say("bkg: its models are loaded once, as it remembers them")
-        load_into_bkg(plan.models)
+    if ours := [name for name, peer in peers.items() if peer.module == BKG_MODULE]:
+        say("bkg is given the models once, as it remembers them")
+        try:
+            load_into_bkg(plan.models)
+        except ServerFailed as failed:
+            _fail(str(failed), results, say)
+            names = [name for name in names if name not in ours]
     for number in range(plan.rounds):
-        shift = number % len(plan.peers)
-        for name in [*plan.peers[shift:], *plan.peers[:shift]]:
+        shift = number % max(1, len(names))
+        for name in [*names[shift:], *names[:shift]]:
             say(f"round {number + 1} of {plan.rounds}: {name}")
             try:
                 if name == IN_PROCESS:
                     _measure_in_process(plan, number, results)
                 else:
-                    _measure_peer(by_name[name], plan, number, results, say)
+                    _measure_peer(peers[name], plan, number, results, say)
             except ServerFailed as failed:
                 _fail(str(failed), results, say)
 

@@ -10,6 +10,7 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
+from tests.bench.models import SHAPES
 from tests.bench.results import Results
 from tests.bench.roster import BKG, IN_PROCESS, PEERS
 from tests.bench.tables import Cell, Key, Verdict, cells, ratio, starts, verdicts
@@ -75,7 +76,8 @@ def markdown(results: Results) -> str:
 def sheets(results: Results) -> list[Sheet]:
     """Return all tables."""
     table = cells(results.windows)
-    return [*_throughput(table), *_latency(table), _at_rest(results), _goals(verdicts(results))]
+    every = [*_throughput(table), *_latency(table), _at_rest(results), _goals(verdicts(results))]
+    return [sheet for sheet in every if sheet.rows]
 
 
 def remarks(results: Results) -> list[str]:
@@ -84,7 +86,9 @@ def remarks(results: Results) -> list[str]:
     said = list(dict.fromkeys(results.failures))
     said += [f"{_cell_name(key)}: {cell.failure}" for key, cell in table.items() if cell.failure]
     if noisy := [_cell_name(key) for key, cell in table.items() if cell.noisy]:
-        said.append(f"~: no quiet window, something else used the machine: {len(noisy)} cells")
+        said.append(f"~ marks {len(noisy)} cells without a quiet window: something else ran then")
+    if missing := sum(one.met is None for one in verdicts(results)):
+        said.append(f"{missing} goals were not measured in this run")
     return said
 
 
@@ -129,7 +133,8 @@ def _groups(table: dict[Key, Cell]) -> list[tuple[str, str, list[int], list[str]
     order = [*(peer.name for peer in PEERS), IN_PROCESS]
     groups = dict.fromkeys((model, kind) for _, model, kind, _ in table)
     found = []
-    for model, kind in sorted(groups, key=lambda g: (["tiny", "mlp", "conv"].index(g[0]), g[1])):
+    models, kinds = list(SHAPES), list(_KINDS)
+    for model, kind in sorted(groups, key=lambda g: (models.index(g[0]), kinds.index(g[1]))):
         keys = [key for key in table if key[1:3] == (model, kind)]
         peers = sorted({key[0] for key in keys}, key=order.index)
         found.append((model, kind, sorted({key[3] for key in keys}), peers))
@@ -162,17 +167,16 @@ def _goals(found: Sequence[Verdict]) -> Sheet:
             (
                 one.goal,
                 f"{'at most' if one.at_most else 'at least'} {one.wanted:g}",
-                _MISSING if one.met is None else f"{one.measured:.2f}",
+                f"{one.measured:.2f}",
                 _met(one),
             )
             for one in found
+            if one.met is not None
         ],
     )
 
 
 def _met(one: Verdict) -> str:
-    if one.met is None:
-        return "not measured"
     return f"{'yes' if one.met else 'NO'}, {one.margin:+.0%}"
 
 
@@ -196,11 +200,11 @@ def _ms(cell: Cell | None) -> str:
 
 
 def _short(value: float) -> str:
-    return f"{value:.2f}" if value < 10 else f"{value:.0f}"
+    return f"{value:.2f}" if value < 10 else f"{value:,.0f}"
 
 
 def _us(cell: Cell | None) -> str:
-    return _MISSING if cell is None or math.isnan(cell.cpu_us) else f"{cell.cpu_us:,.0f} us"
+    return _MISSING if cell is None or math.isnan(cell.cpu_us) else f"{_short(cell.cpu_us)} us"
 
 
 def _title(peer: str) -> str:

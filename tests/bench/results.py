@@ -1,7 +1,6 @@
 """What a run has measured, as it is kept in its file."""
 
 import contextlib
-import math
 import os
 import platform
 from datetime import UTC, datetime
@@ -37,9 +36,9 @@ class Window(msgspec.Struct, frozen=True, kw_only=True):
     connections: int
     round: int
     per_s: float
-    p50_ms: float = math.nan
-    p99_ms: float = math.nan
-    cpu_us: float = math.nan
+    p50_ms: float | None = None
+    p99_ms: float | None = None
+    cpu_us: float | None = None
     others: float = 0.0
     failure: str | None = None
 

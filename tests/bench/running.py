@@ -6,7 +6,7 @@ import os
 import resource
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -138,10 +138,10 @@ def call(port: int, capability: str, **payload: Any) -> dict[str, Any]:
     Raises:
         ServerFailed: It refused; says why.
     """
-    return post(port, f"/api/capabilities/{capability}", **payload)
+    return post(port, f"/api/capabilities/{capability}", payload)
 
 
-def post(port: int, path: str, **payload: Any) -> dict[str, Any]:
+def post(port: int, path: str, payload: Mapping[str, Any]) -> dict[str, Any]:
     """Send JSON to bkg, and return its answer.
 
     Raises:

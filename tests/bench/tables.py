@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Final
@@ -130,12 +130,17 @@ def _cell(group: Sequence[Window]) -> Cell:
     counted = quiet or list(group)
     return Cell(
         per_s=median(one.per_s for one in counted),
-        p50_ms=median(one.p50_ms for one in counted),
-        p99_ms=median(one.p99_ms for one in counted),
-        cpu_us=median(one.cpu_us for one in counted),
+        p50_ms=_median(one.p50_ms for one in counted),
+        p99_ms=_median(one.p99_ms for one in counted),
+        cpu_us=_median(one.cpu_us for one in counted),
         windows=len(counted),
         noisy=not quiet,
     )
+
+
+def _median(values: Iterable[float | None]) -> float:
+    there = [value for value in values if value is not None]
+    return median(there) if there else math.nan
 
 
 def _against_peers(table: Mapping[Key, Cell]) -> list[Verdict]:
