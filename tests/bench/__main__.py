@@ -126,12 +126,11 @@ def cycles(
     with nothing_left():
         done = cycle(_route(route), count, _say)
     _keep("cycles", done)
+    figures = (done.before_mib, done.first_mib, done.last_mib, done.peak_mib, done.loaded_mib)
     _draw(
-        f"candle's memory over {done.cycles} cycles: {done.before_mib:.0f} MiB before, "
-        f"{done.loaded_mib:.0f} with the large model; after the first tenth {done.first_mib:.0f}, "
-        f"after the last {done.last_mib:.0f}",
-        ("process", "first, MiB", "last, MiB", "MiB per 100 cycles", "flat"),
-        [_trend(done.trend)],
+        f"candle's memory over {done.cycles} cycles, MiB",
+        ("before", "after the first", "later half", "peak", "large model loaded", "comes back"),
+        [(*(f"{mib:.0f}" for mib in figures), "yes" if done.comes_back else "NO")],
     )
 
 

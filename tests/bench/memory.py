@@ -27,6 +27,8 @@ from tests.bench.running import (
 # Growth below both is taken for flat: the noise of an allocator.
 FLAT_MIB: Final = 2.0
 FLAT_SHARE: Final = 0.02
+# What an allocator may keep of models that have gone, as a share of the memory after the first.
+_KEPT_SHARE: Final = 0.1
 # The first part of a run is left out: caches and pools fill.
 _WARM_SHARE: Final = 0.25
 _SAMPLES: Final = 120
@@ -67,13 +69,14 @@ class Soaked(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Cycled(msgspec.Struct, frozen=True, kw_only=True):
-    """What loading and unloading has shown.
+    """What loading and unloading has shown; memory is that of the worker with nothing loaded.
 
     Attributes:
         cycles: How often.
-        before_mib: The worker's memory before the first.
-        first_mib: Median after the first tenth of them.
-        last_mib: Median after the last tenth.
+        before_mib: Before the first cycle.
+        first_mib: After the first.
+        last_mib: Median over the later half of them.
+        peak_mib: The most after any of them.
         loaded_mib: Median with the large model loaded.
         trend: Over the cycles, the slope per 100.
     """
@@ -82,8 +85,14 @@ class Cycled(msgspec.Struct, frozen=True, kw_only=True):
     before_mib: float
     first_mib: float
     last_mib: float
+    peak_mib: float
     loaded_mib: float
     trend: Trend
+
+    @property
+    def comes_back(self) -> bool:
+        """Whether later cycles leave no more behind than the first one."""
+        return self.last_mib <= self.first_mib * (1 + _KEPT_SHARE) + FLAT_MIB
 
 
 def soak(peer: Peer, seconds: int, connections: int, say: Callable[[str], None]) -> Soaked:
@@ -150,12 +159,26 @@ def cycles(peer: Peer, count: int, say: Callable[[str], None]) -> Cycled:
                 call(port, "candle.model.unload", id=model)
             unloaded.append((float(number), _mib(worker)))
             say(f"cycle {number + 1} of {count}: {unloaded[-1][1]:.0f} MiB")
-    tenth = max(1, count // 10)
+    return cycled(unloaded, before, loaded)
+
+
+def cycled(
+    unloaded: Sequence[tuple[float, float]], before_mib: float, loaded: Sequence[float]
+) -> Cycled:
+    """Return what the samples of cycles come to.
+
+    Args:
+        unloaded: Number of the cycle, and MiB with nothing loaded.
+        before_mib: MiB before the first.
+        loaded: MiB with the large model loaded.
+    """
+    after = [mib for _, mib in unloaded]
     return Cycled(
-        cycles=count,
-        before_mib=before,
-        first_mib=median(mib for _, mib in unloaded[:tenth]),
-        last_mib=median(mib for _, mib in unloaded[-tenth:]),
+        cycles=len(after),
+        before_mib=before_mib,
+        first_mib=after[0],
+        last_mib=median(after[len(after) // 2 :]),
+        peak_mib=max(after),
         loaded_mib=median(loaded),
         trend=trend("candle", unloaded, per=100),
     )

@@ -103,23 +103,24 @@ class Server:
 
 @contextmanager
 def nothing_left() -> Iterator[None]:
-    """Inside, orphans of servers become ours; left, for whatever reason, nothing runs on."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
-    before = signal.signal(signal.SIGTERM, _interrupt)
+    """Inside, orphans become ours; left, for whatever reason, nothing that was started runs on."""
+    there = set(psutil.Process().children(recursive=True))
+    _adopt_orphans(adopt=True)
+    asked = signal.signal(signal.SIGTERM, _interrupt)
     try:
         yield
     finally:
         # A second Ctrl-C must not cut this short.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        interrupted = signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        left = psutil.Process().children(recursive=True)
+        left = set(psutil.Process().children(recursive=True)) - there
         for one in left:
             with contextlib.suppress(psutil.Error):
                 one.kill()
         psutil.wait_procs(left, timeout=_STOP_S)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, before)
+        _adopt_orphans(adopt=False)
+        signal.signal(signal.SIGINT, interrupted)
+        signal.signal(signal.SIGTERM, asked)
 
 
 def free_ports(count: int) -> list[int]:
@@ -144,6 +145,12 @@ def _lives(process: psutil.Process) -> bool:
     with contextlib.suppress(psutil.Error):
         return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
     return False
+
+
+def _adopt_orphans(*, adopt: bool) -> None:
+    """Say whether processes whose parent has ended become children of this one; Linux only."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, int(adopt))
 
 
 def _interrupt(_number: int, _frame: object) -> None:

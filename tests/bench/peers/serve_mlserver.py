@@ -28,7 +28,7 @@ class Onnx(MLModel):
 
 
 async def _serve() -> None:
-    # In its own process: a worker process beside it was slower in every cell.
+    # Models run in the server's own process: there is no hop to a worker beside it.
     settings = Settings(
         host=HOST, http_port=port(), grpc_port=spare_port(), metrics_endpoint=None,
         parallel_workers=0, debug=False, load_models_at_startup=False,
