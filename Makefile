@@ -6,7 +6,7 @@ BIN    := .venv/bin
 PIP    := PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint docs clean
+.PHONY: help run test lint bench docs clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):[^#]*## /  \1	/p' $(MAKEFILE_LIST)
@@ -20,6 +20,9 @@ test: lint ## check and test everything
 lint: .venv/test.stamp ## check style and types
 	@$(BIN)/ruff check && $(BIN)/ruff format --check && $(BIN)/mypy
 	@$(BIN)/oxlint --deny-warnings --ignore-pattern '**/vendor/**' services/gateway/dashboard tests/gateway/dashboard
+
+bench: .venv/run.stamp ## measure bkg beside its peers; ARGS="--quick" is a first look
+	@exec $(BIN)/python -m tests.bench servers $(ARGS)
 
 docs: .venv/run.stamp ## make docs/subjects.md anew from the declarations
 	@$(BIN)/python -m bus.reference docs/subjects.md
