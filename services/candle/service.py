@@ -3,9 +3,7 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Final
 
@@ -14,7 +12,6 @@ import structlog
 from bus import messages as m
 from bus.errors import BusError, InvalidRequest, NobodyListens, NotFound, Unavailable, Unprocessable
 from bus.instance import Instance
-from bus.metrics import Series
 from bus.models import version_of
 from bus.probes import Route
 from bus.state import Bucket, Entry
@@ -28,11 +25,13 @@ from bus.subjects import (
     MODEL_WAKE,
 )
 from bus.tasks import beside
-from services.candle.batcher import Array, Batcher, Limits
+from bus.telemetry import allowed
+from services.candle.memory import Memory, Tenant
+from services.candle.metrics import series_of
+from services.candle.model import Model
 from services.candle.repository import Repository
-from services.candle.runtimes import open_model
-from services.candle.runtimes.base import ANY_LENGTH, DTYPES, Runtime, Tensors, TensorSpec
-from services.candle.statistics import Statistics
+from services.candle.settings import LIVE, MIB, CandleSettings, budget_bytes, threads_of
+from services.candle.version import Surroundings, Version
 
 SERVED: Final = (
     MODEL_LOAD,
@@ -44,48 +43,12 @@ SERVED: Final = (
     CANDLE_STATS,
 )
 TELL_S: Final = 1.0
-# Started when they are needed: one for each model that runs just now.
-MAX_THREADS: Final = 64
+# What is served is written down at every change, but no more often than this, and again before
+# its key expires.
+WRITE_S: Final = 0.2
+WRITE_AGAIN_S: Final = 10.0
 
 log = structlog.get_logger("candle.service")
-
-
-class CandleSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The plugin's settings.
-
-    Attributes:
-        models_path: Folder that `candle.model.load` takes files from; relative to the data
-            directory.
-        default_model: A file there that is served as `default` from the start.
-        telemetry_interval: Seconds between two telemetry snapshots.
-        max_batch_rows: Rows that are put together into one run.
-        max_waiting_rows: Rows that may wait for a model; more are refused.
-        threads: onnxruntime threads for each model.
-    """
-
-    models_path: str = "models"
-    default_model: str | None = None
-    telemetry_interval: Annotated[float, Meta(gt=0, le=3600)] = 10.0
-    max_batch_rows: Annotated[int, Meta(ge=1, le=65_536)] = 256
-    max_waiting_rows: Annotated[int, Meta(ge=1, le=1_048_576)] = 4_096
-    threads: Annotated[int, Meta(ge=1, le=64)] = 1
-
-
-@dataclass
-class _Serving:
-    """A model on its way to being served, being served, or failed."""
-
-    spec: m.ModelSpec
-    revision: int
-    replaces: "_Serving | None" = None
-    task: asyncio.Task[None] | None = None
-    runtime: Runtime | None = None
-    batcher: Batcher | None = None
-    statistics: Statistics | None = None
-    failure: BusError | None = None
-    settled: asyncio.Event = field(default_factory=asyncio.Event)
-    requests: int = 0
-    rows: int = 0
 
 
 class Candle:
@@ -121,8 +84,8 @@ class Candle:
         self._changed = asyncio.Event()
         self._failed: asyncio.Future[BaseException] = asyncio.get_running_loop().create_future()
         self._told = 0, 0
-        self._threads = ThreadPoolExecutor(MAX_THREADS, thread_name_prefix="candle-run")
-        instance.on_config(("max_batch_rows", "max_waiting_rows"), self._take_settings)
+        instance.series.append(lambda: series_of(self._versions()))
+        instance.on_config(LIVE, self._take_settings)
 
     async def run(self) -> None:
         """Serve until cancelled."""
@@ -139,8 +102,7 @@ class Candle:
             try:
                 await self._follow()
             finally:
-                await asyncio.gather(*(_end(serving) for serving in self._models.values()))
-                self._threads.shutdown(wait=False, cancel_futures=True)
+                await self._end()
 
     def _routes(self) -> tuple[Route, ...]:
         stats = partial(self._instance.answer_here, CANDLE_STATS)
@@ -192,94 +154,28 @@ class Candle:
         self._known_revision = max(self._known_revision, entry.revision)
         self._on_change()
 
-    async def _serve(self, serving: _Serving) -> None:
-        """Answer for one model until this task is cancelled: by unload, or at the end."""
-        spec = serving.spec
-        began = time.perf_counter()
-        try:
-            path = await self._repository.bring(spec)
-            runtime = await asyncio.to_thread(open_model, path, threads=self._settings.threads)
-            await asyncio.to_thread(runtime.warm_up)
-        except Exception as error:
-            serving.failure = error if isinstance(error, BusError) else Internal(str(error))
-            serving.settled.set()
-            log.exception("model.failed", model=spec.id, cause=serving.failure.message)
-            await _end(serving.replaces)
-            return
-        serving.runtime = runtime
-        serving.statistics = Statistics(spec.id)
-        batcher = Batcher(
-            partial(_forward, runtime),
-            joins=runtime.signature.batched,
-            limits=self._limits(),
-            name=f"model {spec.id!r}",
-            statistics=serving.statistics,
-            threads=self._threads,
-        )
-        serving.batcher = batcher
+    def _run(self, model: Model) -> None:
+        task = self._running[model] = asyncio.create_task(model.run())
 
-        async def run_model(request: m.RunModel) -> m.ModelOutput:
-            rows = as_rows(request.inputs, runtime)
-            started = time.perf_counter()
-            ran = await batcher.submit({runtime.signature.inputs[0].name: rows})
-            took_ms = 1e3 * (time.perf_counter() - started)
-            serving.requests += 1
-            serving.rows += len(rows)
-            log.debug("model.run", model=spec.id, rows=len(rows), execution_ms=took_ms)
-            return self._output(spec, ran.outputs, took_ms)
+        def ended(_task: asyncio.Task[None]) -> None:
+            del self._running[model]
+            if self._models.get(model.model) is model:
+                del self._models[model.model]
+            error = None if task.cancelled() else task.exception()
+            if error is not None and not self._failed.done():
+                self._failed.set_result(error)
+            self._on_change()
 
         task.add_done_callback(ended)
 
-    def _take_settings(self) -> None:
-        self._settings = self._instance.settings(CandleSettings)
-        for serving in self._models.values():
-            if serving.batcher:
-                serving.batcher.limit(self._limits())
+    async def _raise_failure(self) -> None:
+        raise await self._failed
 
-    def _limits(self) -> Limits:
-        return Limits(
-            max_rows=self._settings.max_batch_rows,
-            max_waiting_rows=self._settings.max_waiting_rows,
-        )
-
-    async def _load(self, request: m.LoadModel) -> m.LoadedModel:
-        """Check a file, have it served by every replica, and answer when this one does."""
-        path = self._repository.find(request.path)
-        # Opened here first: a file that is not sound never becomes desired state.
-        runtime = await asyncio.to_thread(open_model, path, threads=1)
-        spec = m.ModelSpec(
-            id=request.id,
-            path=request.path,
-            checksum=await self._repository.keep(path),
-            format=runtime.format,
-            loaded_at=m.now(),
-        )
-        serving = await self._until_known(spec.id, await self._repository.want(spec))
-        if serving is None:
-            raise Unavailable(f"another caller changed {request.id!r} meanwhile; try again")
-        await serving.settled.wait()
-        if serving.failure:
-            raise serving.failure
-        return _told(serving)
-
-    async def _unload(self, request: m.UnloadModel) -> m.UnloadedModel:
-        await self._repository.forget(request.id)
-        async with self._changed:
-            await self._changed.wait_for(lambda: request.id not in self._models)
-        return m.UnloadedModel(id=request.id)
-
-    async def _stats(self, _request: m.Empty) -> m.CandleStats:
-        models = [_told(s) for s in self._models.values() if s.runtime]
-        return m.CandleStats(
-            models=sorted(models, key=lambda model: model.id), instance=self._instance.id
-        )
-
-    async def _until_known(self, model: str, revision: int) -> _Serving | None:
-        """Return what became of a revision of the models' desired state."""
-        async with self._changed:
-            await self._changed.wait_for(lambda: self._known_revision >= revision)
-        serving = self._models.get(model)
-        return serving if serving and serving.revision >= revision else None
+    async def _end(self) -> None:
+        running = list(self._running.values())
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
 
     async def _load_default(self) -> None:
         path = self._settings.default_model
@@ -291,19 +187,45 @@ class Candle:
         except BusError as error:
             log.error("model.failed", model="default", cause=error.message)
 
-    def _output(self, spec: m.ModelSpec, outputs: Tensors, took_ms: float) -> m.ModelOutput:
-        first = next((value for value in outputs.values() if value.dtype.kind in "biuf"), None)
-        rows = np.empty((0, 0)) if first is None else _as_numbers(first)
-        if not np.isfinite(rows).all():
-            raise Unprocessable("the model gave values that are not finite; JSON has none")
-        is_all = len(outputs) == 1 and first is not None and first.ndim == 2
-        named = {} if is_all else {name: value.tolist() for name, value in outputs.items()}
-        return m.ModelOutput(
-            id=spec.id,
-            outputs=rows.tolist(),
-            execution_ms=took_ms,
-            named=named,
-            checksum=spec.checksum,
+    # --- What we are asked ------------------------------------------------------------------------
+
+    async def _load(self, request: m.LoadModel) -> m.LoadedModel:
+        """Have a model served by every replica, and answer when this one does."""
+        name, revision = await self._repository.add(request)
+        version = await self._served_as(request.id, name, revision)
+        return version.as_loaded(self._models[request.id].names(version))
+
+    async def _unload(self, request: m.UnloadModel) -> m.UnloadedModel:
+        revision = await self._repository.unwant(request.id, request.version)
+        await self._until(lambda: self._known_revision >= revision)
+        model = self._models.get(request.id)
+        if model is not None and model.spec is not None:
+            left = {v.version for v in model.spec.versions if not v.wanted}
+            await self._until(lambda: model.gone(left))
+        return m.UnloadedModel(id=request.id)
+
+    async def _alias(self, request: m.AliasModel) -> m.ModelAliases:
+        """Let a name stand for another version, and answer when it does so here."""
+        spec, revision = await self._repository.alias(request)
+        if meant := version_of(spec, request.alias):
+            await self._served_as(request.id, meant.version, revision)
+        return m.ModelAliases(id=spec.id, aliases=spec.aliases)
+
+    async def _wake(self, request: m.WakeModel) -> m.ServedModel:
+        model = self._models.get(request.id)
+        wanted = version_of(model.spec, request.version) if model and model.spec else None
+        if model is None or wanted is None or not wanted.wanted:
+            raise NotFound(f"there is no model {request.id!r} that should be served", field="id")
+        version = model.wake(wanted)
+        if version is None:
+            raise Unavailable(f"model {request.id!r} is about to be loaded", retry_after_s=1)
+        return version.told(model.names(version))
+
+    async def _stats(self, _request: m.Empty) -> m.CandleStats:
+        ready = [v for v in self._versions() if v.state == "ready"]
+        told = [v.as_loaded(self._models[v.model].names(v)) for v in ready]
+        return m.CandleStats(
+            models=sorted(told, key=lambda one: (one.id, one.version)),
             instance=self._instance.id,
             model_stats=[v.counted() for v in ready],
         )
@@ -385,10 +307,9 @@ class Candle:
     def _tell(self) -> None:
         """Put into telemetry what is loaded, what waits, and how large batches have been lately."""
         self._instance.counts["models_loaded"] = self._loaded()
-        batchers = [one.batcher for one in self._models.values() if one.batcher]
-        counted = [one.statistics for one in self._models.values() if one.statistics]
-        batches = sum(one.execution_count for one in counted)
-        rows = sum(one.inference_count for one in counted)
+        versions = [v for v in self._versions() if v.state == "ready"]
+        runs = sum(v.statistics.execution_count for v in versions)
+        rows = sum(v.statistics.inference_count for v in versions)
         gauges = self._instance.gauges
         gauges["rows_waiting"] = sum(v.rows_waiting for v in versions)
         gauges["models_bytes"] = sum(v.memory_bytes for v in versions)
@@ -425,136 +346,5 @@ class Candle:
             budget_bytes=self._memory.budget_bytes,
         )
 
-    def _series(self) -> list[Series]:
-        """Return what the versions have done, for Prometheus."""
-        done = [(v, v.counted()) for v in self._versions()]
-        by_version = [((one.name, one.version), one) for _, one in done]
-        failures = [
-            ((*key, cause), float(count))
-            for key, one in by_version
-            for cause, count in sorted(one.failures.items())
-        ]
-        # Of a batch each request waited for the whole run; here it counts once.
-        infer_s = [
-            (key, sum(batch.compute_infer.ns for batch in one.batch_stats) / 1e9)
-            for key, one in by_version
-        ]
-        labels = "model", "version"
-        return [
-            Series("model_requests", "Requests answered with outputs.", labels,
-                   [(key, one.inference_stats.success.count) for key, one in by_version]),
-            Series("model_failures", "Requests that failed, by cause.", (*labels, "cause"), failures),
-            Series("model_rows", "Rows that ran.", labels,
-                   [(key, one.inference_count) for key, one in by_version]),
-            Series("model_runs", "Runs; rows by runs is the mean size of a batch.", labels,
-                   [(key, one.execution_count) for key, one in by_version]),
-            Series("model_queue_seconds", "Time that requests waited, added up.", labels,
-                   [(key, one.inference_stats.queue.ns / 1e9) for key, one in by_version]),
-            Series("model_compute_seconds", "Time that runs took, added up.", labels, infer_s),
-            Series("model_rows_waiting", "Rows that wait.", labels,
-                   [(key, one.queue_rows) for key, one in by_version], counts=False),
-            Series("model_memory_bytes", "What loading it took.", labels,
-                   [((v.model, v.spec.version), v.memory_bytes) for v, _ in done], counts=False),
-            Series("model_ready", "Whether it answers.", labels,
-                   [((v.model, v.spec.version), v.state == "ready") for v, _ in done],
-                   counts=False),
-        ]  # fmt: skip
-
     def _loaded(self) -> int:
-        return sum(1 for serving in self._models.values() if serving.runtime)
-
-
-def as_rows(inputs: list[list[float]], runtime: Runtime) -> Array:
-    """Turn JSON rows into one array of shape ``[n, input_dim]`` of the type the model takes.
-
-    Raises:
-        InvalidRequest: The model does not take rows; there is no row; one has another length or
-            a value that does not fit; says which.
-    """
-    spec = _row_input(runtime)
-    if not inputs:
-        raise InvalidRequest("inputs: there is no row", field="inputs")
-    width = spec.shape[1] if spec.shape[1] > 0 else len(inputs[0])
-    for i, row in enumerate(inputs):
-        if len(row) != width:
-            raise InvalidRequest(
-                f"dimension mismatch: expected {width} columns, got {len(row)} in row {i}",
-                field=f"inputs[{i}]",
-            )
-    wide = np.asarray(inputs, np.float64)
-    with np.errstate(over="ignore", invalid="ignore"):
-        rows: Array = wide.astype(DTYPES[spec.datatype])
-        kept = np.isfinite(rows.astype(np.float64)) & (
-            (rows == wide) | np.issubdtype(rows.dtype, np.floating)
-        )
-    if not kept.all():
-        i, j = (int(at) for at in np.argwhere(~kept)[0])
-        raise InvalidRequest(
-            f"inputs[{i}][{j}]: {inputs[i][j]!r} is no {spec.datatype}, which the model takes",
-            field=f"inputs[{i}][{j}]",
-        )
-    return rows
-
-
-def _row_input(runtime: Runtime) -> TensorSpec:
-    """Return the only input of a model that takes rows of numbers."""
-    inputs = runtime.signature.inputs
-    if len(inputs) == 1 and len(inputs[0].shape) == 2 and inputs[0].datatype != "BYTES":
-        return inputs[0]
-    said = ", ".join(f"{spec.name} {spec.datatype}{list(spec.shape)}" for spec in inputs)
-    raise InvalidRequest(
-        f"candle.model.run takes models with one input of numbers in rows; this one takes {said}",
-        field="id",
-    )
-
-
-def _forward(runtime: Runtime, tensors: Tensors) -> Mapping[str, Array]:
-    """Run rows through a model: at once, or in steps where its first axis has a fixed length."""
-    spec = runtime.signature.inputs[0]
-    rows = tensors[spec.name]
-    step = len(rows) if spec.shape[0] == ANY_LENGTH else spec.shape[0]
-    if step == len(rows):
-        return runtime.run(tensors)
-    each = [runtime.run({spec.name: rows[at : at + step]}) for at in range(0, len(rows), step)]
-    return {
-        output: np.concatenate([np.atleast_1d(one[output]) for one in each]) for output in each[0]
-    }
-
-
-def _told(serving: _Serving) -> m.LoadedModel:
-    runtime, spec = serving.runtime, serving.spec
-    if runtime is None:
-        raise NotFound(f"there is no model {spec.id!r}", field="id")
-    signature = runtime.signature
-    return m.LoadedModel(
-        id=spec.id,
-        input_dim=signature.input_dim,
-        output_dim=signature.output_dim,
-        checksum=spec.checksum,
-        path=spec.path,
-        loaded_at=spec.loaded_at,
-        metadata=dict(runtime.metadata),
-        format=runtime.format,
-        inputs=[_tensor(tensor) for tensor in signature.inputs],
-        outputs=[_tensor(tensor) for tensor in signature.outputs],
-        requests=serving.requests,
-        rows=serving.rows,
-    )
-
-
-def _as_numbers(output: Array) -> npt.NDArray[np.float64]:
-    """Return an output as rows of numbers, whatever its rank: a scalar is one row of one."""
-    return output.reshape(len(output) if output.ndim else 1, -1).astype(np.float64)
-
-
-def _tensor(spec: TensorSpec) -> m.TensorInfo:
-    return m.TensorInfo(name=spec.name, datatype=spec.datatype, shape=list(spec.shape))
-
-
-async def _end(serving: _Serving | None) -> None:
-    """Stop serving a model, and what it had not yet replaced; its last request is answered then."""
-    while serving is not None:
-        if serving.task:
-            serving.task.cancel()
-            await asyncio.gather(serving.task, return_exceptions=True)
-        serving = serving.replaces
+        return len({version.model for version in self._versions() if version.state == "ready"})

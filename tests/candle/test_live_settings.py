@@ -39,18 +39,23 @@ async def test_limits_of_loaded_models_change_without_a_restart(client, worker, 
         await client.call(MODEL_LOAD, m.LoadModel(id="m", path=linear()))
         await want(client, max_batch_rows=1, max_waiting_rows=1)
         await until(lambda: candle._settings.max_waiting_rows == 1)
-        batcher = candle._models["m"].batcher
-        assert (batcher.limits.max_rows, batcher.limits.max_waiting_rows) == (1, 1)
+        limits = limits_of(candle, "m")
+        assert (limits.max_rows, limits.max_waiting_rows) == (1, 1)
         asked = (client.call(MODEL_RUN, m.RunModel(id="m", inputs=[[1, 2]])) for _ in range(50))
         done = await asyncio.gather(*asked, return_exceptions=True)
         assert all(isinstance(one, m.ModelOutput | Overloaded) for one in done)
         # A model that is loaded later has them too.
         await client.call(MODEL_LOAD, m.LoadModel(id="n", path=linear("n.json")))
-        assert candle._models["n"].batcher.limits.max_waiting_rows == 1
+        assert limits_of(candle, "n").max_waiting_rows == 1
+        # What a model's own configuration says comes before the plugin's settings.
+        own = m.LoadModel(id="n", config=m.ModelConfig(max_batch_rows=5, max_delay_ms=2))
+        await client.call(MODEL_LOAD, own)
+        limits = limits_of(candle, "n")
+        assert (limits.max_rows, limits.max_delay_s) == (5, 0.002)
 
 
 @pytest.mark.parametrize("rows", [1, 7])
 async def test_the_limits_of_the_settings_are_those_of_a_model(client, worker, linear, rows):
     async with worker(max_batch_rows=rows) as candle:
         await client.call(MODEL_LOAD, m.LoadModel(id="m", path=linear()))
-        assert candle._models["m"].batcher.limits.max_rows == rows
+        assert limits_of(candle, "m").max_rows == rows

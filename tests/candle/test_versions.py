@@ -205,8 +205,8 @@ async def test_a_file_can_come_with_the_request(client, worker):
         ask = m.LoadModel(id="m", path="sent.json", content=content)
         assert (await client.call(MODEL_LOAD, ask)).path == "sent.json"
         assert await infer(client) == (6, "1")
+        ask = m.LoadModel(id="m", path="sent.json", content=b"{}")
         with pytest.raises(Unprocessable, match="sent.json is no linear model"):
-            ask = m.LoadModel(id="m", path="sent.json", content=b"{}")
             await client.call(MODEL_LOAD, ask)
 
 
