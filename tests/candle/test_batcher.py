@@ -642,6 +642,14 @@ async def test_inputs_without_a_common_number_of_rows_are_refused_by_name(tensor
     assert doubler.batches == []
 
 
+@pytest.mark.parametrize(
+    "limits", [{"max_rows": 0}, {"max_waiting_rows": 0}, {"instances": 0}, {"max_delay_s": -1}]
+)
+def test_limits_under_which_nothing_could_run_are_refused(limits):
+    with pytest.raises(ValueError, match="must be at least 1"):
+        Limits(**limits)
+
+
 @given(st.integers(1, 99), st.lists(st.lists(st.integers(0, 3), max_size=2), min_size=1))
 def test_the_rows_of_a_request_are_the_length_of_axis_0(length, shapes):
     tensors = {str(i): np.empty((length, *shape)) for i, shape in enumerate(shapes)}
