@@ -66,6 +66,12 @@ class Limits:
     max_delay_s: float = 0.0
     instances: int = 1
 
+    def __post_init__(self) -> None:
+        if min(self.max_rows, self.max_waiting_rows, self.instances) < 1 or self.max_delay_s < 0:
+            raise ValueError(
+                f"{self}: rows and instances must be at least 1, the delay must not be negative"
+            )
+
 
 class Ran(NamedTuple):
     """A request's part of a run.
