@@ -13,6 +13,7 @@ import time
 from collections import OrderedDict
 from dataclasses import dataclass
 from enum import Enum
+from functools import lru_cache
 from pathlib import Path
 from typing import Final, Literal
 from urllib.parse import urlsplit
@@ -103,7 +104,7 @@ class Gate:
             return Caller("admin", "session")
         if self._no_auth:
             # Another site's name that resolves to this host (DNS rebinding) is no loopback name.
-            if not is_loopback(request.url.host or ""):
+            if not _leads_to_loopback(request.host):
                 raise NotAllowed(
                     "signing in is switched off, so only requests to a loopback name such as "
                     f"localhost are taken, not to {request.host[:100]!r}"
@@ -161,6 +162,8 @@ class Gate:
         response.del_cookie(_cookie(request), path="/", httponly=True, samesite="Strict")
 
     def _has_session(self, request: web.Request) -> bool:
+        if hdrs.COOKIE not in request.headers:
+            return False
         session = request.cookies.get(_cookie(request), "")
         used = self._sessions.pop(session, None)
         now = time.monotonic()
@@ -205,6 +208,15 @@ def is_loopback(host: str) -> bool:
         return True
     try:
         return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False
+
+
+@lru_cache(256)
+def _leads_to_loopback(host: str) -> bool:
+    """Tell whether a Host header names this machine only."""
+    try:
+        return is_loopback(urlsplit(f"//{host}").hostname or "")
     except ValueError:
         return False
 

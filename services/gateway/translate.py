@@ -87,6 +87,14 @@ async def read_body(request: web.Request, max_bytes: int) -> bytes:
     """
     if (announced := request.content_length or 0) > max_bytes:
         raise TooLarge(f"the body has {announced:,} bytes, allowed are {max_bytes:,}")
+    content = request.content
+    if content.is_eof() and content.exception() is None:
+        # All of it came with the headers, as small bodies do. The limit still holds: it may have
+        # been compressed.
+        whole: bytes = content.read_nowait()
+        if len(whole) > max_bytes:
+            raise TooLarge(f"the body has more than the {max_bytes:,} bytes allowed")
+        return whole
     body = bytearray()
     try:
         async with asyncio.timeout(BODY_PATIENCE_S):
