@@ -293,13 +293,15 @@ def test_an_orphan_in_a_session_of_its_own_is_ended_too(tmp_path):
     assert not psutil.pid_exists(int(log.read_text()))
 
 
-def test_what_ran_before_runs_on():
-    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]) as mine:
-        with nothing_left():
-            theirs = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-        assert theirs.wait(10) != 0
-        assert mine.poll() is None
-        mine.kill()
+def test_what_ran_before_runs_on(tmp_path):
+    sleeper = [sys.executable, "-c", "import time; time.sleep(600)"]
+    mine = Server(sleeper, tmp_path / "mine", {})
+    with nothing_left():
+        theirs = Server(sleeper, tmp_path / "theirs", {})
+        assert not theirs.ended
+    assert theirs.ended
+    assert not mine.ended
+    mine.stop()
 
 
 @NEEDS_WRK
