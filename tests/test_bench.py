@@ -393,6 +393,19 @@ def test_a_server_whose_answers_are_wrong_is_not_timed(tmp_path, monkeypatch):
     assert not found.windows
 
 
+def test_a_window_begins_when_the_server_has_done_what_was_left(tmp_path, monkeypatch):
+    # Longer looks than in earnest: on a loaded machine a busy process may get little for a moment.
+    monkeypatch.setattr(running, "_SETTLE_S", 1.0)
+    monkeypatch.setattr(running, "_IDLE_SHARE", 0.05)
+    busy = "import time\nend = time.monotonic() + 3\nwhile time.monotonic() < end: pass\n"
+    server = Server([sys.executable, "-c", f"{busy}print(1, flush=True)\ntime.sleep(600)"],
+                    tmp_path / "log", {})  # fmt: skip
+    wait_for(lambda: sum(server.cpu_s().values()) > 0.1)
+    running._settle(server)
+    assert server.log.read_text() == "1\n"
+    server.stop()
+
+
 def test_a_slowed_process_runs_again_afterwards():
     code = "import time\nwhile True: time.sleep(0.01)"
     with subprocess.Popen([sys.executable, "-c", code]) as one:
