@@ -293,13 +293,15 @@ def test_an_orphan_in_a_session_of_its_own_is_ended_too(tmp_path):
     assert not psutil.pid_exists(int(log.read_text()))
 
 
-def test_what_ran_before_runs_on():
-    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]) as mine:
-        with nothing_left():
-            theirs = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-        assert theirs.wait(10) != 0
-        assert mine.poll() is None
-        mine.kill()
+def test_what_ran_before_runs_on(tmp_path):
+    sleeper = [sys.executable, "-c", "import time; time.sleep(600)"]
+    mine = Server(sleeper, tmp_path / "mine", {})
+    with nothing_left():
+        theirs = Server(sleeper, tmp_path / "theirs", {})
+        assert not theirs.ended
+    assert theirs.ended
+    assert not mine.ended
+    mine.stop()
 
 
 @NEEDS_WRK
@@ -389,6 +391,19 @@ def test_a_server_whose_answers_are_wrong_is_not_timed(tmp_path, monkeypatch):
         measure(plan, found, print)
     assert "gave no right answer" in found.failures[0]
     assert not found.windows
+
+
+def test_a_window_begins_when_the_server_has_done_what_was_left(tmp_path, monkeypatch):
+    # Longer looks than in earnest: on a loaded machine a busy process may get little for a moment.
+    monkeypatch.setattr(running, "_SETTLE_S", 1.0)
+    monkeypatch.setattr(running, "_IDLE_SHARE", 0.05)
+    busy = "import time\nend = time.monotonic() + 3\nwhile time.monotonic() < end: pass\n"
+    server = Server([sys.executable, "-c", f"{busy}print(1, flush=True)\ntime.sleep(600)"],
+                    tmp_path / "log", {})  # fmt: skip
+    wait_for(lambda: sum(server.cpu_s().values()) > 0.1)
+    running._settle(server)
+    assert server.log.read_text() == "1\n"
+    server.stop()
 
 
 def test_a_slowed_process_runs_again_afterwards():

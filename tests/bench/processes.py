@@ -32,7 +32,9 @@ class Server:
     """
 
     def __init__(self, command: Sequence[str], log: Path, env: Mapping[str, str]) -> None:
-        log.parent.mkdir(parents=True, exist_ok=True)
+        # Some leave things behind where they stand.
+        folder = log.with_suffix(".folder")
+        folder.mkdir(parents=True, exist_ok=True)
         self.log = log
         self._seen: set[psutil.Process] = set()
         self.began = time.monotonic()
@@ -44,7 +46,7 @@ class Server:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                cwd=REPOSITORY,
+                cwd=folder,
                 env=kept | {"PYTHONPATH": str(REPOSITORY), "PYTHONUNBUFFERED": "1"} | dict(env),
                 start_new_session=True,
             )

@@ -61,7 +61,7 @@ def markdown(results: Results) -> str:
     said = (
         f"Measured {results.made_at[:10]} on {machine['cores']} cores ({machine['processor']}, "
         f"{machine['memory']}, {machine['system']}), Python {machine['python']}: "
-        f"{options['rounds']} rounds, windows of {options['seconds']} s."
+        f"rounds: {options['rounds']}, windows of {options['seconds']} s."
     )
     lines = [said, ""]
     for sheet in sheets(results):

@@ -22,6 +22,10 @@ from tests.bench.roster import BKG, CACHE, MODELS_DIR, PEERS, Peer
 START_S: Final = 60.0
 _ASK_S: Final = 60.0
 _POLL_S: Final = 0.02
+_SETTLE_S: Final = 0.2
+_SETTLE_MAX_S: Final = 20.0
+# Of one processor; some servers are never quite idle.
+_IDLE_SHARE: Final = 0.2
 
 
 class ServerFailed(Exception):
@@ -88,7 +92,12 @@ def wrong(peer: Peer, port: int, body: Body, wanted: Floats) -> str | None:
 def window(
     server: Server, port: int, body: Body, *, connections: int, seconds: int
 ) -> tuple[wrk.Load, float, float]:
-    """Load a server; return what wrk saw, the server's CPU seconds, and the share of others."""
+    """Load a server; return what wrk saw, the server's CPU seconds, and the share of others.
+
+    It is let finish first what an earlier window has left: wrk goes away in the middle of
+    requests, and a slow server works on for those that nobody waits for any more.
+    """
+    _settle(server)
     began, busy, cpu = time.monotonic(), busy_s(), server.cpu_s()
     ours = _own_cpu_s()
     load = wrk.load(body, port=port, connections=connections, seconds=seconds, folder=CACHE / "wrk")
@@ -189,6 +198,17 @@ def _until_right(peer: Peer, server: Server, port: int, body: Body, wanted: Floa
 def _refuse_ended(peer: Peer, server: Server) -> None:
     if server.ended:
         raise ServerFailed(f"{peer.title} ended while it started: {server.last_words()}")
+
+
+def _settle(server: Server) -> None:
+    """Wait until a server does next to nothing; a busy one is waited for only so long."""
+    until = time.monotonic() + _SETTLE_MAX_S
+    used = sum(server.cpu_s().values())
+    while time.monotonic() < until:
+        time.sleep(_SETTLE_S)
+        before, used = used, sum(server.cpu_s().values())
+        if used - before < _IDLE_SHARE * _SETTLE_S:
+            return
 
 
 def _is_ready(port: int) -> bool:
