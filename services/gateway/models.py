@@ -20,7 +20,9 @@ def wanted_version(at: Parts, model: str, name: str | None) -> tuple[ModelSpec, 
     spec = at.models.spec(model)
     if spec is None or not spec.versions:
         known = ", ".join(one.id for one in at.models.specs()[:20]) or "none"
-        raise NotFound(f"there is no model {model[:100]!r}; there are: {known}", field="model")
+        raise NotFound(
+            f"there is no model {model[:100]!r}, loaded or not; there are: {known}", field="model"
+        )
     version = version_of(spec, name)
     if version is None:
         known = ", ".join(one.version for one in spec.versions)

@@ -227,7 +227,7 @@ def test_the_best_classes_are_told_by_value_and_index(client, auth):
 @pytest.mark.parametrize(
     ("model", "name", "array", "says"),
     [
-        ("nobody", "x", ROW, "there is no model 'nobody'; there are: "),
+        ("nobody", "x", ROW, "there is no model 'nobody', loaded or not; there are: "),
         ("double", "x", ROW[:, :2], "'x'.*inputs"),
         ("double", "inputs", ROW, r"\[1, 3\].*\[-1, 2\]"),
         ("double", "inputs", ROW[:, :2].astype(np.float64), "FP64"),

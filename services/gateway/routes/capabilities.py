@@ -90,7 +90,10 @@ async def _why_nobody(at: Parts, name: str, subject: str) -> BusError:
         return _unknown(at, name)
     running = next((state for state in owners if _is_there(state)), None)
     if running and endpoint is MODEL_RUN:
-        return await why_no_model(at, name_of(subject.rpartition(".")[2]))
+        error = await why_no_model(at, name_of(subject.rpartition(".")[2]))
+        # In this body the model is called so.
+        error.field = "id" if error.field else None
+        return error
     if running and endpoint and endpoint.keys:
         return NotFound(
             f"no running instance of {running.name} has what {' and '.join(endpoint.keys)} "
