@@ -45,6 +45,7 @@ OUTSIDERS = {
 DEAF = (
     "services/supervisor/reconcile.py",
     "services/candle/batcher.py",
+    "services/candle/joining.py",
     "services/candle/runtimes",
     "services/rustyface/images.py",
     "services/rustyface/detection.py",

@@ -29,10 +29,10 @@ from bus.probes import Route
 from bus.state import Entry
 from bus.subjects import CANDLE_STATS, MODEL_LOAD, MODEL_RUN, MODEL_UNLOAD
 from bus.tasks import beside
-from services.candle.batcher import Array, Batcher, Limits
+from services.candle.batcher import Batcher, Limits
 from services.candle.repository import Repository
 from services.candle.runtimes import open_model
-from services.candle.runtimes.base import ANY_LENGTH, DTYPES, Runtime, Tensors, TensorSpec
+from services.candle.runtimes.base import ANY_LENGTH, DTYPES, Array, Runtime, Tensors, TensorSpec
 from services.candle.statistics import Statistics
 
 SERVED: Final = (MODEL_LOAD, MODEL_UNLOAD, MODEL_RUN, CANDLE_STATS)

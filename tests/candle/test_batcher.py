@@ -21,7 +21,8 @@ from bus.errors import (
     Unprocessable,
 )
 from bus.testing import until
-from services.candle.batcher import Batcher, Limits, NextBatch, apart, count_rows, next_batch
+from services.candle.batcher import Batcher, Limits
+from services.candle.joining import NextBatch, apart, count_rows, next_batch
 from services.candle.statistics import Statistics
 
 
