@@ -48,6 +48,7 @@ DEAF = (
     "services/candle/batcher.py",
     "services/candle/kserve.py",
     "services/candle/tensors.py",
+    "services/candle/joining.py",
     "services/candle/runtimes",
     "services/rustyface/images.py",
     "services/rustyface/detection.py",

@@ -15,27 +15,24 @@ import itertools
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
-import numpy as np
-import numpy.typing as npt
 import structlog
 
 from bus.errors import (
     BusError,
     DeadlineExceeded,
     Internal,
-    InvalidRequest,
     Overloaded,
     Unavailable,
 )
+from services.candle.joining import apart, count_rows, kind_of, next_batch, together
+from services.candle.runtimes.base import Tensors
 from services.candle.statistics import Statistics
 
-Array = npt.NDArray[Any]
-Tensors = Mapping[str, Array]
 Run = Callable[[Tensors], Tensors]
 
 # How long the end of `Batcher.run` waits for a run that goes on in its thread.
@@ -87,78 +84,6 @@ class Ran(NamedTuple):
     queue_ns: int
     compute_ns: int
     batch_rows: int
-
-
-class NextBatch(NamedTuple):
-    """What runs next: so many requests, with so many rows; whether more can join it."""
-
-    requests: int
-    rows: int
-    full: bool
-
-
-def next_batch(waiting: Iterable[tuple[int, Hashable]], max_rows: int) -> NextBatch:
-    """Return how many of the waiting requests, first come first, run together.
-
-    As many as follow each other with the kind of the first one and fit into `max_rows`; the first
-    one always, even if it alone is larger. Nobody overtakes, so nobody starves. A batch is full
-    when nothing that comes later could join it.
-
-    Args:
-        waiting: The number of rows and the kind of each request; what has the kind None runs
-            alone.
-        max_rows: Rows in one batch.
-    """
-    taken, total, first = 0, 0, None
-    for rows, kind in waiting:
-        if taken and (kind != first or kind is None or total + rows > max_rows):
-            return NextBatch(taken, total, full=True)
-        taken, total, first = taken + 1, total + rows, kind
-    return NextBatch(taken, total, full=taken > 0 and (first is None or total >= max_rows))
-
-
-def apart(outputs: Tensors, lengths: Sequence[int]) -> list[Tensors] | None:
-    """Return each request's own rows, or None if an output has not one row for each row asked."""
-    total = sum(lengths)
-    if any(v.ndim == 0 or len(v) != total for v in outputs.values()):
-        return None
-    shares: list[Tensors] = []
-    start = 0
-    for length in lengths:
-        end = start + length
-        shares.append({name: v[start:end] for name, v in outputs.items()})
-        start = end
-    return shares
-
-
-def count_rows(tensors: Tensors) -> int:
-    """Return how many rows a request has: the length of axis 0 of all its inputs.
-
-    Raises:
-        InvalidRequest: There is no input or no row, an input is a scalar, or the lengths differ.
-    """
-    rows: int | None = None
-    for name, array in tensors.items():
-        shape = array.shape
-        if not shape:
-            raise InvalidRequest(
-                f"input {name!r} is a scalar; axis 0 of every input is its rows", field=name
-            )
-        if rows is None:
-            rows = shape[0]
-        elif rows != shape[0]:
-            shapes = ", ".join(f"{one!r} {list(a.shape)}" for one, a in tensors.items())
-            raise InvalidRequest(
-                f"axis 0 is the rows and must be equally long in all inputs; they are {shapes}",
-                field=name,
-            )
-    if not rows:
-        raise InvalidRequest(
-            "the request has no inputs; there must be at least one"
-            if rows is None
-            else "the inputs have no rows; axis 0 must be at least 1 long"
-        )
-    return rows
 
 
 @dataclass(slots=True, eq=False)
@@ -332,7 +257,7 @@ class Batcher:
             if self._ended:
                 raise self._gone()
             if self._joins:
-                rows, kind = count_rows(tensors), _kind(tensors)
+                rows, kind = count_rows(tensors), kind_of(tensors)
             else:
                 rows, kind = 1, None
             if deadline_ns is not None and deadline_ns <= came_ns:
@@ -439,10 +364,7 @@ class Batcher:
                 shares = [self._run(asked[0].tensors)]
                 ran_ns = time.monotonic_ns()
             else:
-                joined = {
-                    name: np.concatenate([one.tensors[name] for one in asked])
-                    for name in asked[0].tensors
-                }
+                joined = together([one.tensors for one in asked])
                 joined_ns = ran_ns = time.monotonic_ns()
                 outputs = self._run(joined)
                 ran_ns = time.monotonic_ns()
@@ -546,11 +468,3 @@ class Batcher:
 
     def _gone(self) -> Unavailable:
         return Unavailable(f"{self._name} is being stopped here; try again", retry_after_s=1)
-
-
-def _kind(tensors: Tensors) -> Hashable:
-    """Return what requests must have in common to be joined without being converted."""
-    if len(tensors) == 1:
-        ((name, array),) = tensors.items()
-        return name, array.dtype, array.shape[1:]
-    return tuple((name, tensors[name].dtype, tensors[name].shape[1:]) for name in sorted(tensors))

@@ -21,7 +21,8 @@ from bus.errors import (
     Unprocessable,
 )
 from bus.testing import until
-from services.candle.batcher import Batcher, Limits, NextBatch, apart, count_rows, next_batch
+from services.candle.batcher import Batcher, Limits
+from services.candle.joining import NextBatch, apart, count_rows, next_batch
 from services.candle.statistics import Statistics
 
 
@@ -509,17 +510,19 @@ async def test_a_request_whose_deadline_has_passed_is_never_run():
 async def test_deadlines_of_those_who_have_gone_are_forgotten():
     doubler = Doubler()
     async with batching(doubler) as batcher:
-        for i in range(200):
-            await batcher.submit(rows(i), time.monotonic() + 300)
         first = await held(doubler, batcher)
+        # The next deadline is that of somebody who stays; theirs all come later.
+        stays = ask(batcher, 1, deadline=time.monotonic() + 200)
         for i in range(200):
             gone = ask(batcher, i, deadline=time.monotonic() + 300)
             await asyncio.sleep(0)
             gone.cancel()
             await asyncio.gather(gone, return_exceptions=True)
-        assert len(batcher._deadlines) <= 20
+        assert batcher.rows_waiting == 1
+        assert len(batcher._deadlines) <= 40
         doubler.go_on.set()
-        await first
+        await asyncio.gather(first, stays)
+        assert batcher._deadlines == []
 
 
 async def test_a_batch_that_is_not_full_waits_for_more_and_then_runs():

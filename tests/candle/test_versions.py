@@ -18,6 +18,7 @@ from bus.subjects import (
     MODEL_WAKE,
 )
 from bus.testing import until
+from services.candle import repository
 
 
 async def load(client, path=None, version=None, name="m", **config) -> m.LoadedModel:
@@ -330,10 +331,10 @@ async def test_a_replica_that_comes_later_serves_the_same_versions_and_aliases(
         assert await infer(client, "2") == (20, "2")
 
 
-async def test_a_hundred_versions_do_not_stay_for_ever(client, worker, linear):
+async def test_versions_that_nobody_wants_do_not_stay_for_ever(client, worker, linear, monkeypatch):
+    monkeypatch.setattr(repository, "VERSIONS_KEPT", 4)
     async with worker():
-        for factor in range(40):
+        for factor in range(7):
             await load(client, linear(weights=[factor, 1]))
         spec = (await client.store.models.get("m")).value
-        assert len(spec.versions) == 32
-        assert spec.versions[-1].version == "40"
+    assert [version.version for version in spec.versions] == ["4", "5", "6", "7"]

@@ -1,0 +1,94 @@
+"""Which requests run together, and how their rows are put together and taken apart. Pure."""
+
+from collections.abc import Hashable, Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from bus.errors import InvalidRequest
+from services.candle.runtimes.base import Tensors
+
+
+def count_rows(tensors: Tensors) -> int:
+    """Return how many rows a request has: the length of axis 0 of all its inputs.
+
+    Raises:
+        InvalidRequest: There is no input or no row, an input is a scalar, or the lengths differ.
+    """
+    rows: int | None = None
+    for name, array in tensors.items():
+        shape = array.shape
+        if not shape:
+            raise InvalidRequest(
+                f"input {name!r} is a scalar; axis 0 of every input is its rows", field=name
+            )
+        if rows is None:
+            rows = shape[0]
+        elif rows != shape[0]:
+            shapes = ", ".join(f"{one!r} {list(a.shape)}" for one, a in tensors.items())
+            raise InvalidRequest(
+                f"axis 0 is the rows and must be equally long in all inputs; they are {shapes}",
+                field=name,
+            )
+    if not rows:
+        raise InvalidRequest(
+            "the request has no inputs; there must be at least one"
+            if rows is None
+            else "the inputs have no rows; axis 0 must be at least 1 long"
+        )
+    return rows
+
+
+def kind_of(tensors: Tensors) -> Hashable:
+    """Return what requests must have in common to be joined without being converted."""
+    if len(tensors) == 1:
+        ((name, array),) = tensors.items()
+        return name, array.dtype, array.shape[1:]
+    return tuple((name, tensors[name].dtype, tensors[name].shape[1:]) for name in sorted(tensors))
+
+
+class NextBatch(NamedTuple):
+    """What runs next: so many requests, with so many rows; whether more can join it."""
+
+    requests: int
+    rows: int
+    full: bool
+
+
+def next_batch(waiting: Iterable[tuple[int, Hashable]], max_rows: int) -> NextBatch:
+    """Return how many of the waiting requests, first come first, run together.
+
+    As many as follow each other with the kind of the first one and fit into `max_rows`; the first
+    one always, even if it alone is larger. Nobody overtakes, so nobody starves. A batch is full
+    when nothing that comes later could join it.
+
+    Args:
+        waiting: The number of rows and the kind of each request; what has the kind None runs
+            alone.
+        max_rows: Rows in one batch.
+    """
+    taken, total, first = 0, 0, None
+    for rows, kind in waiting:
+        if taken and (kind != first or kind is None or total + rows > max_rows):
+            return NextBatch(taken, total, full=True)
+        taken, total, first = taken + 1, total + rows, kind
+    return NextBatch(taken, total, full=taken > 0 and (first is None or total >= max_rows))
+
+
+def together(requests: Sequence[Tensors]) -> Tensors:
+    """Return the inputs of requests of one kind as one, rows in the order of the requests."""
+    return {name: np.concatenate([one[name] for one in requests]) for name in requests[0]}
+
+
+def apart(outputs: Tensors, lengths: Sequence[int]) -> list[Tensors] | None:
+    """Return each request's own rows, or None if an output has not one row for each row asked."""
+    total = sum(lengths)
+    if any(v.ndim == 0 or len(v) != total for v in outputs.values()):
+        return None
+    shares: list[Tensors] = []
+    start = 0
+    for length in lengths:
+        end = start + length
+        shares.append({name: v[start:end] for name, v in outputs.items()})
+        start = end
+    return shares
