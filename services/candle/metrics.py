@@ -1,11 +1,16 @@
-"""What models have done and hold, as series for Prometheus."""
+"""What models have done and hold, as series for Prometheus and as gauges of telemetry."""
 
 from collections.abc import Callable, Sequence
 from typing import Final
 
 from bus.messages import ModelStatistics
 from bus.metrics import Series
+from bus.statistics import sum_statistics
 from services.candle.version import Version
+
+# In telemetry, which travels every few seconds: the models that were asked last.
+TOLD_MODELS: Final = 20
+PREFIX: Final = "model."
 
 _LABELS: Final = ("model", "version")
 
@@ -55,3 +60,25 @@ def series_of(versions: Sequence[Version]) -> list[Series]:
         for name, says, figure in _MEASURED
     ]
     return [*counted, failures, *measured]
+
+
+def gauges_of(versions: Sequence[Version]) -> dict[str, float]:
+    """Return what each model has done, all its versions together, under `model.<id>.<what>`.
+
+    Of the `TOLD_MODELS` that were asked last. Times are milliseconds, added up.
+    """
+    # A model that is met again goes to the end.
+    latest_last: dict[str, None] = {}
+    for version in sorted(versions, key=lambda v: v.used_at):
+        latest_last.pop(version.model, None)
+        latest_last[version.model] = None
+    gauges: dict[str, float] = {}
+    for model in [*latest_last][-TOLD_MODELS:]:
+        one = sum_statistics([v.counted() for v in versions if v.model == model])
+        stats, name = one.inference_stats, f"{PREFIX}{model}"
+        gauges[f"{name}.requests"] = stats.success.count
+        gauges[f"{name}.failures"] = stats.fail.count
+        gauges[f"{name}.queue_ms"] = round(stats.queue.ns / 1e6, 1)
+        gauges[f"{name}.compute_ms"] = round(stats.compute_infer.ns / 1e6, 1)
+        gauges[f"{name}.batch_rows"] = round(one.inference_count / max(1, one.execution_count), 2)
+    return gauges

@@ -27,7 +27,7 @@ from bus.subjects import (
 from bus.tasks import beside
 from bus.telemetry import allowed
 from services.candle.memory import Memory, Tenant
-from services.candle.metrics import series_of
+from services.candle.metrics import PREFIX, gauges_of, series_of
 from services.candle.model import Model
 from services.candle.repository import Repository
 from services.candle.settings import LIVE, MIB, CandleSettings, budget_bytes, threads_of
@@ -318,6 +318,9 @@ class Candle:
         if new_runs > 0 and new_rows > 0:
             gauges["batch_rows"] = round(new_rows / new_runs, 2)
         self._told = runs, rows
+        for name in [name for name in gauges if name.startswith(PREFIX)]:
+            del gauges[name]
+        gauges.update(gauges_of(versions))
 
     async def _keep_writing(self) -> None:
         """Keep what this instance serves written down, until the end."""

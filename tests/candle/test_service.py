@@ -116,6 +116,9 @@ async def test_telemetry_tells_how_large_batches_are_and_what_waits(client, work
         await until(lambda: "batch_rows" in gauges)
         assert (gauges["batch_rows"], gauges["rows_waiting"]) == (3, 0)
         assert candle._instance.counts["models_loaded"] == 1
+        assert (gauges["model.m.requests"], gauges["model.m.batch_rows"]) == (1, 3)
+        await client.call(MODEL_UNLOAD, m.UnloadModel(id="m"))
+        await until(lambda: "model.m.requests" not in gauges)
 
 
 async def test_a_new_file_under_the_same_name_takes_over(client, worker, linear):

@@ -66,7 +66,7 @@ async def test_a_configuration_is_shown_checked_changed_and_taken_back(
         )  # fmt: skip
         assert wrong.status == 1
         assert "error  settings has no 'max_batch_row'; did you mean 'max_batch_rows'?" in wrong.out
-        assert "settings.threads is 0; allowed is a whole number from 1 to 64" in wrong.out
+        assert "settings.threads is 0; allowed is a whole number from 1 to 256" in wrong.out
         refused = await bkg("plugins", "config", "candle", "--set", "threads=0")
         assert refused.status == 1
         assert "allowed is a whole number from 1 to 64" in refused.err
