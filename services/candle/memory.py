@@ -129,6 +129,11 @@ def give_back() -> None:
     gone, and with this nothing of it (measured over 60 loads and unloads of three models).
     """
     gc.collect()
+    trim()
+
+
+def trim() -> None:
+    """Give the system back what the allocator keeps of what is free already. Blocks."""
     if _TRIM is not None:
         _TRIM(0)
 

@@ -85,10 +85,11 @@ async def test_what_is_in_use_stays_whatever_the_limit(cache, source):
 
 
 def _hold(path: str, held, release) -> None:
-    descriptor = room._hold(Path(path))
+    hold = room._Hold(Path(path))
+    hold.take()
     held.set()
     release.wait(30)
-    os.close(descriptor)
+    hold.release()
 
 
 async def test_what_another_process_uses_stays_too(cache, source):
