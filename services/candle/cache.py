@@ -72,7 +72,7 @@ class Cache:
         path = self._folder / f"{digest}{suffix}"
         hold = _Hold(path)
         try:
-            # To its end: a load that is called off in between must not leave the file held for ever.
+            # To its end: a load that is called off in between must not leave the file held.
             await to_its_end(hold.take)
             if hold.taken and await to_its_end(sha256_of, path) != digest:
                 log.warning("artefact.broken", path=str(path))

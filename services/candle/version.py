@@ -321,7 +321,7 @@ class Version:
             self._become("loading")
             threads = around.threads(spec.config)
             provider = spec.config.provider or CPU
-            # To its end: called off in between, it takes memory until then, and nobody else may load.
+            # To its end: called off, it takes memory until then, and nobody else may load.
             runtime = await to_its_end(_opened, path, threads, provider)
             self.memory_bytes = max(grown(), spec.size_bytes)
         self.failure, self.threads, self._loaded = None, threads, self._started(runtime)

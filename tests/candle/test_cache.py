@@ -4,12 +4,14 @@ import asyncio
 import hashlib
 import multiprocessing
 import os
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
 from bus.errors import Unavailable, Unprocessable
+from bus.testing import until
 from services.candle import cache as room
 from services.candle.cache import Cache
 
@@ -139,3 +141,30 @@ async def test_an_artefact_that_is_stored_broken_is_never_used(client, tmp_path)
     with pytest.raises(Unprocessable, match="stored broken: 9 of 9 bytes"):
         await client.store.artefacts.fetch("0" * 64, tmp_path / "b.bin")
     assert [one.name for one in tmp_path.iterdir()] == ["a.bin"]
+
+
+async def test_an_artefact_whose_user_was_called_off_is_held_no_longer(cache, source, monkeypatch):
+    async with source.holding(cache, b"a" * 900) as path:
+        pass
+    begun, go_on = threading.Event(), threading.Event()
+    really = room.sha256_of
+
+    def slowly(path: Path) -> str:
+        begun.set()
+        assert go_on.wait(30)
+        return really(path)
+
+    monkeypatch.setattr(room, "sha256_of", slowly)
+
+    async def hold() -> None:
+        async with source.holding(cache, b"a" * 900):
+            await asyncio.Event().wait()
+
+    holding = asyncio.create_task(hold())
+    await until(begun.is_set)
+    holding.cancel()
+    go_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await holding
+    async with source.holding(cache, b"b" * 900):
+        assert not path.exists()
