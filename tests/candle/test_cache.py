@@ -147,14 +147,14 @@ async def test_an_artefact_whose_user_was_called_off_is_held_no_longer(cache, so
     async with source.holding(cache, b"a" * 900) as path:
         pass
     begun, go_on = threading.Event(), threading.Event()
-    really = room.sha256_of
+    really = room._Hold.take
 
-    def slowly(path: Path) -> str:
+    def slowly(hold: room._Hold) -> None:
         begun.set()
         assert go_on.wait(30)
-        return really(path)
+        really(hold)
 
-    monkeypatch.setattr(room, "sha256_of", slowly)
+    monkeypatch.setattr(room._Hold, "take", slowly)
 
     async def hold() -> None:
         async with source.holding(cache, b"a" * 900):
@@ -163,6 +163,7 @@ async def test_an_artefact_whose_user_was_called_off_is_held_no_longer(cache, so
     holding = asyncio.create_task(hold())
     await until(begun.is_set)
     holding.cancel()
+    await asyncio.sleep(0)
     go_on.set()
     with pytest.raises(asyncio.CancelledError):
         await holding

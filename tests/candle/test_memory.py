@@ -170,8 +170,11 @@ async def test_a_load_that_is_called_off_is_over_before_the_next_one_begins(
         await until(lambda: opening.begun == 1)
         unloading = asyncio.create_task(unload(client))
         other = asyncio.create_task(load(client, linear("o.json", bias=[1]), name="o"))
-        await until(lambda: "m" in here and here["m"].spec.versions[0].wanted is False)
+        await until(lambda: here["m"].spec.versions[0].wanted is False)
+        # The other one waits for its turn.
+        await until(lambda: candle._memory._loading._waiters)
         assert not unloading.done()
+        assert opening.begun == 1
         opening.go_on.set()
         await unloading
         await other
