@@ -28,10 +28,10 @@ from bus.errors import (
     error_from,
 )
 from bus.models import DEFAULT, LATEST, next_version, version_of
+from bus.process import give_back
 from bus.state import Changes, Store
 from bus.tasks import to_its_end
 from services.candle.cache import Cache, sha256_of
-from services.candle.memory import give_back
 from services.candle.runtimes import FORMATS, open_model
 from services.candle.runtimes.base import Signature
 

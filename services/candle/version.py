@@ -16,11 +16,12 @@ from bus import messages as m
 from bus.client import Answer
 from bus.errors import BusError, ErrorBody, Internal, NotFound, Unavailable, body_of
 from bus.instance import DRAIN_S, RawCall
+from bus.process import give_back, trim
 from bus.tasks import to_its_end
 from services.candle import rows
 from services.candle.batcher import Batcher, Limits
 from services.candle.kserve import HEADER_LENGTH, Codec
-from services.candle.memory import FACTOR, Memory, NoRoom, give_back, trim
+from services.candle.memory import FACTOR, Memory, NoRoom
 from services.candle.repository import Repository, tensors_of
 from services.candle.runtimes import open_model
 from services.candle.runtimes.base import CPU, Array, Runtime, Tensors

@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 
 from bus import messages as m
 from bus.errors import Unprocessable
+from bus.process import give_back
 from bus.subjects import MODEL_LOAD, MODEL_UNLOAD
 from bus.testing import until
 from services.candle import repository, version
-from services.candle.memory import Full, Memory, NoRoom, give_back, to_evict
+from services.candle.memory import Full, Memory, NoRoom, to_evict
 
 
 @dataclass

@@ -11,9 +11,9 @@ import pytest
 from onnx import AttributeProto, TensorProto, helper
 
 from bus.errors import BusError, InvalidRequest, Unprocessable
+from bus.process import give_back, trim
 from bus.telemetry import resident_bytes
 from services.candle import models
-from services.candle.memory import give_back, trim
 from services.candle.runtimes.onnx import Onnx
 
 FLOAT, INT64, STRING = TensorProto.FLOAT, TensorProto.INT64, TensorProto.STRING
