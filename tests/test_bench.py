@@ -242,9 +242,13 @@ def test_a_memory_that_jumps_at_first_and_then_stays_is_flat():
     assert not trend("candle", [(float(t), 50.0 + t) for t in range(100)], per=100).flat
 
 
-@pytest.mark.parametrize(("last", "comes_back"), [(150, True), (166, True), (600, False)])
-def test_memory_comes_back_when_later_cycles_leave_no_more_than_the_first(last, comes_back):
-    one = cycled([(0.0, 150.0), *((float(n), float(last)) for n in range(1, 20))], 45.0, [300.0])
+@pytest.mark.parametrize(
+    ("last", "files", "comes_back"),
+    [(150, 20, True), (166, 20, True), (600, 20, False), (150, 220, False)],
+)
+def test_memory_comes_back_when_later_cycles_leave_no_more_than_the_first(last, files, comes_back):
+    after = [(0.0, 150.0), *((float(n), float(last)) for n in range(1, 20))]
+    one = cycled(after, 45.0, [300.0], [20, files])
     assert one.comes_back is comes_back
 
 

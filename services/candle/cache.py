@@ -18,6 +18,7 @@ from typing import Final
 import structlog
 
 from bus.errors import Unavailable
+from bus.tasks import to_its_end
 
 PARTS_KEPT_S: Final = 3_600
 # Left free on the disk, beside what is fetched.
@@ -69,23 +70,24 @@ class Cache:
             BusError: What `fetch` raised.
         """
         path = self._folder / f"{digest}{suffix}"
-        held = await asyncio.to_thread(_hold, path)
-        if held is not None and await asyncio.to_thread(sha256_of, path) != digest:
-            log.warning("artefact.broken", path=str(path))
-            os.close(held)
-            path.unlink(missing_ok=True)
-            held = None
-        while held is None:
-            await asyncio.to_thread(self.make_room, size_bytes)
-            await fetch(path)
-            held = await asyncio.to_thread(_hold, path)
+        hold = _Hold(path)
         try:
+            # To its end: a load that is called off in between must not leave the file held.
+            await to_its_end(hold.take)
+            if hold.taken and await to_its_end(sha256_of, path) != digest:
+                log.warning("artefact.broken", path=str(path))
+                hold.release()
+                path.unlink(missing_ok=True)
+            while not hold.taken:
+                await asyncio.to_thread(self.make_room, size_bytes)
+                await fetch(path)
+                await to_its_end(hold.take)
             # The time of the last use is what `make_room` goes by.
             with contextlib.suppress(OSError):
                 os.utime(path)
             yield path
         finally:
-            os.close(held)
+            hold.release()
 
     def make_room(self, size_bytes: int) -> None:
         """Remove what was not used longest, until `size_bytes` more fit. Blocks.
@@ -121,18 +123,33 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _hold(path: Path) -> int | None:
-    """Return a descriptor that keeps a file from being removed; None if there is no such file."""
-    try:
-        held = os.open(path, os.O_RDONLY)
-    except FileNotFoundError:
-        return None
-    fcntl.flock(held, fcntl.LOCK_SH)
-    # Removed between the two: what we hold is no longer what the path names.
-    if os.fstat(held).st_nlink == 0:
-        os.close(held)
-        return None
-    return held
+class _Hold:
+    """Keeps a file from being removed while it is taken."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._held: int | None = None
+
+    @property
+    def taken(self) -> bool:
+        return self._held is not None
+
+    def take(self) -> None:
+        """Take the file, if there is one. Blocks."""
+        try:
+            self._held = os.open(self._path, os.O_RDONLY)
+        except FileNotFoundError:
+            return
+        fcntl.flock(self._held, fcntl.LOCK_SH)
+        # Removed between the two: what we hold is no longer what the path names.
+        if os.fstat(self._held).st_nlink == 0:
+            self.release()
+
+    def release(self) -> None:
+        """Let go of it; done twice, it is done."""
+        if self._held is not None:
+            os.close(self._held)
+            self._held = None
 
 
 def _remove_unused(path: Path) -> bool:

@@ -1,8 +1,6 @@
 """Who may be in memory: one load at a time, within a budget, the least recently used out first."""
 
 import asyncio
-import ctypes
-import gc
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -122,19 +120,5 @@ class Memory:
             yield lambda: max(0, resident_bytes() - before)
 
 
-def give_back() -> None:
-    """Give the system back what freed objects leave behind in the allocator. Blocks.
-
-    glibc keeps freed memory for itself: 245 MB stayed of a worker of 151 MB whose models were
-    gone, and with this nothing of it (measured over 60 loads and unloads of three models).
-    """
-    gc.collect()
-    if _TRIM is not None:
-        _TRIM(0)
-
-
 def _mb(size_bytes: float) -> str:
     return f"{size_bytes / 1e6:,.0f} MB"
-
-
-_TRIM: Final = getattr(ctypes.CDLL(None), "malloc_trim", None)

@@ -16,7 +16,7 @@ import structlog
 
 from bus import messages as m
 from bus.client import Answer
-from bus.errors import BusError
+from bus.errors import BusError, error_from
 from bus.instance import Instance, RawCall
 from bus.models import DEFAULT, names_of
 from bus.subjects import MODEL_INFER, MODEL_RUN
@@ -130,7 +130,7 @@ class Model:
         if version is None or self.spec is None:
             return None
         if version.failure:
-            raise version.failure
+            raise error_from(version.failure)
         names = [n for n, v in names_of(self.spec).items() if v.version == wanted.version]
         here = all(n in self._doors and self._doors[n].version is version for n in names)
         old = any(key not in self._wanted() for key in self._versions)

@@ -18,9 +18,19 @@ import msgspec
 import structlog
 
 from bus import messages as m
-from bus.errors import Conflict, InvalidRequest, NotFound, TooLarge
+from bus.errors import (
+    BusError,
+    Conflict,
+    InvalidRequest,
+    NotFound,
+    TooLarge,
+    body_of,
+    error_from,
+)
 from bus.models import DEFAULT, LATEST, next_version, version_of
+from bus.process import give_back
 from bus.state import Changes, Store
+from bus.tasks import to_its_end
 from services.candle.cache import Cache, sha256_of
 from services.candle.runtimes import FORMATS, open_model
 from services.candle.runtimes.base import Signature
@@ -49,6 +59,7 @@ class Repository:
         self.cache = cache
         self._store = store
         self._models_dir = models_dir
+        self._inspecting = asyncio.Lock()
 
     async def open(self) -> None:
         """Make the folders; a new models folder gets the sample models."""
@@ -206,23 +217,11 @@ class Repository:
         )
 
     async def _version_from(self, file: Path, path: str) -> m.ModelVersion:
-        runtime = await asyncio.to_thread(open_model, file, threads=1)
-        size_bytes = (await asyncio.to_thread(file.stat)).st_size
-        digest = await asyncio.to_thread(sha256_of, file)
-        await self._store.artefacts.put(digest, file)
-        inputs, outputs = tensors_of(runtime.signature)
-        return m.ModelVersion(
-            version="1",
-            path=path,
-            checksum=digest,
-            format=runtime.format,
-            added_at=m.now(),
-            wanted_at=m.now(),
-            size_bytes=size_bytes,
-            inputs=inputs,
-            outputs=outputs,
-            batched=runtime.signature.batched,
-        )
+        # One at a time: each takes the memory of a whole model, for which no room was made.
+        async with self._inspecting:
+            made = await to_its_end(_inspected, file, path)
+        await self._store.artefacts.put(made.checksum, file)
+        return made
 
     async def _want_again(self, request: m.LoadModel) -> tuple[str, int]:
         name = ""
@@ -271,6 +270,42 @@ class Repository:
                 (self._models_dir / name).open("wb") as copy,
             ):
                 shutil.copyfileobj(sample, copy)
+
+
+def _inspected(file: Path, path: str) -> m.ModelVersion:
+    """Return what a file is as a version; what opening it took is given back. Blocks.
+
+    Raises:
+        InvalidRequest: Its name names no format.
+        Unprocessable: It is not a sound model; says why.
+    """
+    made: m.ModelVersion | None = None
+    try:
+        made = _version_of(file, path)
+    except BusError as error:
+        # Not the error itself: it holds on to its frames, and they to the half-made model.
+        failure = body_of(error)
+    give_back()
+    if made is None:
+        raise error_from(failure)
+    return made
+
+
+def _version_of(file: Path, path: str) -> m.ModelVersion:
+    runtime = open_model(file, threads=1)
+    inputs, outputs = tensors_of(runtime.signature)
+    return m.ModelVersion(
+        version="1",
+        path=path,
+        checksum=sha256_of(file),
+        format=runtime.format,
+        added_at=m.now(),
+        wanted_at=m.now(),
+        size_bytes=file.stat().st_size,
+        inputs=inputs,
+        outputs=outputs,
+        batched=runtime.signature.batched,
+    )
 
 
 def tensors_of(signature: Signature) -> tuple[list[m.TensorInfo], list[m.TensorInfo]]:

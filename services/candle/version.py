@@ -7,18 +7,21 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from pathlib import Path
 from typing import Final
 
 import structlog
 
 from bus import messages as m
 from bus.client import Answer
-from bus.errors import BusError, Internal, NotFound, Unavailable
+from bus.errors import BusError, ErrorBody, Internal, NotFound, Unavailable, body_of
 from bus.instance import DRAIN_S, RawCall
+from bus.process import give_back, trim
+from bus.tasks import to_its_end
 from services.candle import rows
 from services.candle.batcher import Batcher, Limits
 from services.candle.kserve import HEADER_LENGTH, Codec
-from services.candle.memory import FACTOR, Memory, NoRoom, give_back
+from services.candle.memory import FACTOR, Memory, NoRoom
 from services.candle.repository import Repository, tensors_of
 from services.candle.runtimes import open_model
 from services.candle.runtimes.base import CPU, Array, Runtime, Tensors
@@ -84,7 +87,7 @@ class Version:
         self.state: m.ModelState = "queued"
         self.since = m.now()
         self.reason: str | None = None
-        self.failure: BusError | None = None
+        self.failure: ErrorBody | None = None
         self.memory_bytes = 0
         self.threads = 0
         self.used_at = time.monotonic()
@@ -283,7 +286,10 @@ class Version:
             try:
                 await self._load_once(may_evict=may_evict)
             except Exception as error:
-                self.failure = error if isinstance(error, BusError) else Internal(str(error))
+                # Not the error itself: it holds on to its frames, and they to the half-made model.
+                self.failure = body_of(
+                    error if isinstance(error, BusError) else Internal(str(error))
+                )
                 log.exception("model.failed", model=self.model, cause=self.failure.message)
                 self.memory_bytes = 0
                 await self._holding.aclose()
@@ -316,8 +322,8 @@ class Version:
             self._become("loading")
             threads = around.threads(spec.config)
             provider = spec.config.provider or CPU
-            runtime = await asyncio.to_thread(open_model, path, threads=threads, provider=provider)
-            await asyncio.to_thread(runtime.warm_up)
+            # To its end: called off, it takes memory until then, and nobody else may load.
+            runtime = await to_its_end(_opened, path, threads, provider)
             self.memory_bytes = max(grown(), spec.size_bytes)
         self.failure, self.threads, self._loaded = None, threads, self._started(runtime)
         self.used_at = time.monotonic()
@@ -382,6 +388,18 @@ class Version:
     def _become(self, state: m.ModelState, reason: str | None = None) -> None:
         self.state, self.reason, self.since = state, reason, m.now()
         self._around.changed()
+
+
+def _opened(path: Path, threads: int, provider: str) -> Runtime:
+    """Open a model and warm it up, and leave no more in memory than it takes. Blocks."""
+    try:
+        runtime = open_model(path, threads=threads, provider=provider)
+        runtime.warm_up()
+    finally:
+        # What parsing took is free now, but still in the allocator: it would be counted as the
+        # model's.
+        trim()
+    return runtime
 
 
 def _deadline(call: RawCall, timeout_us: int | None) -> float | None:

@@ -3,6 +3,8 @@
 import hashlib
 import importlib.util
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -11,6 +13,7 @@ import numpy as np
 import onnxruntime  # type: ignore[import-untyped]
 
 from bus.errors import Unavailable
+from bus.process import give_back
 
 CONVERTER: Final = 1
 """Goes up when `repaired` gives another graph; caches of before are then passed over."""
@@ -82,7 +85,14 @@ def load(net: Net, cache_dir: Path, models_dir: Path | None = None) -> Weights:
     Raises:
         Unavailable: The file is nowhere, or not the one that was published; says how to get it.
     """
-    path = find(net, models_dir)
+    try:
+        return _load(net, cache_dir, find(net, models_dir))
+    finally:
+        # Reading and repairing took several times what is kept of it.
+        give_back()
+
+
+def _load(net: Net, cache_dir: Path, path: Path) -> Weights:
     source = path.read_bytes()
     digest = hashlib.sha256(source).hexdigest()
     pinned = net.files[path.name]
@@ -92,17 +102,18 @@ def load(net: Net, cache_dir: Path, models_dir: Path | None = None) -> Weights:
             f"published is {pinned}; get them anew"
         )
     stem = f"{net.name}-{digest[:16]}-v{CONVERTER}"
-    model = _kept(cache_dir, stem)
-    if model is None:
+    if kept := _kept(cache_dir, stem):
+        return Weights(digest, open_session(kept))
+    try:
+        model = repaired(source)
+    except Exception as error:
+        # The file comes from outside: whatever onnx or the runtime dislikes, it is the file.
+        raise Unavailable(f"the weights in {path} cannot be used: {error}") from error
+    with _making(cache_dir, stem, model) as made:
         try:
-            model = repaired(source)
-            session = open_session(model)
+            return Weights(digest, open_session(made))
         except Exception as error:
-            # The file comes from outside: whatever onnx or the runtime dislikes, it is the file.
             raise Unavailable(f"the weights in {path} cannot be used: {error}") from error
-        _keep(cache_dir, stem, model)
-        return Weights(digest, session)
-    return Weights(digest, open_session(model))
 
 
 def find(net: Net, models_dir: Path | None = None) -> Path:
@@ -130,8 +141,11 @@ def find(net: Net, models_dir: Path | None = None) -> Path:
     )
 
 
-def open_session(model: bytes) -> Any:
+def open_session(model: Path | bytes) -> Any:
     """Open a net on one thread of its own caller.
+
+    From a path if it is to stay open: given bytes, the session keeps them, beside the weights that
+    it makes of them.
 
     Throughput comes from many callers side by side, since the runtime lets go of Python's lock:
     two threads inside gain half as much. Spinning is off because two nets that spin for the
@@ -222,7 +236,7 @@ def _with_free_sizes(value: Any, free: dict[int, str]) -> Any:
     )
 
 
-def _kept(cache_dir: Path, stem: str) -> bytes | None:
+def _kept(cache_dir: Path, stem: str) -> Path | None:
     """Return a repaired net from the cache if it is whole: its name says its own digest."""
     for path in cache_dir.glob(f"{stem}-*.onnx"):
         try:
@@ -230,16 +244,21 @@ def _kept(cache_dir: Path, stem: str) -> bytes | None:
         except FileNotFoundError:  # another replica found it broken just now
             continue
         if path.stem == f"{stem}-{hashlib.sha256(model).hexdigest()[:16]}":
-            return model
+            return path
         path.unlink(missing_ok=True)
     return None
 
 
-def _keep(cache_dir: Path, stem: str, model: bytes) -> None:
-    """Put a repaired net into the cache, whole or not at all, whoever else does so as well."""
+@contextmanager
+def _making(cache_dir: Path, stem: str, model: bytes) -> Iterator[Path]:
+    """Give a file with a repaired net; it goes into the cache if it could be used inside.
+
+    There it is whole or not at all, whoever else does so as well.
+    """
     cache_dir.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256(model).hexdigest()
     with tempfile.TemporaryDirectory(dir=cache_dir, prefix="making-") as apart:
         made = Path(apart) / "net.onnx"
         made.write_bytes(model)
+        yield made
         made.replace(cache_dir / f"{stem}-{digest[:16]}.onnx")

@@ -120,15 +120,21 @@ def soak(
 
 @app.command()
 def cycles(
-    count: Annotated[int, typer.Option(min=4, help="How often.")] = 200, route: Route = BKG
+    count: Annotated[int, typer.Option(min=4, help="How often.")] = 200,
+    route: Route = BKG,
+    *,
+    hostile: Annotated[
+        bool, typer.Option(help="With requests meanwhile, ever new versions, loads called off.")
+    ] = False,
 ) -> None:
     """Load and unload models of 41 MB and of 400 bytes, and see whether the memory comes back."""
     with nothing_left():
-        done = cycle(_route(route), count, _say)
+        done = cycle(_route(route), count, _say, hostile=hostile)
     _keep("cycles", done)
     figures = (done.before_mib, done.first_mib, done.last_mib, done.peak_mib, done.loaded_mib)
     _draw(
-        f"candle's memory over {done.cycles} cycles, MiB",
+        f"candle's memory over {done.cycles} cycles, MiB; "
+        f"open files {done.files_first}, then {done.files_last}",
         ("before", "after the first", "later half", "peak", "large model loaded", "comes back"),
         [(*(f"{mib:.0f}" for mib in figures), "yes" if done.comes_back else "NO")],
     )

@@ -1,8 +1,13 @@
 """Two looks at bkg's memory: under load for long, and while models come and go."""
 
+import contextlib
+import http.client
 import subprocess
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from statistics import median
 from typing import Final
 
@@ -11,11 +16,13 @@ import numpy as np
 import psutil
 
 from tests.bench import wrk
+from tests.bench.bodies import Body
 from tests.bench.models import BIG, example, expected, make_models
 from tests.bench.processes import Server
 from tests.bench.roster import BKG, CACHE, MODELS_DIR, Peer
 from tests.bench.running import (
     ServerFailed,
+    ask,
     call,
     fresh_bkg,
     load_into_bkg,
@@ -32,6 +39,11 @@ _KEPT_SHARE: Final = 0.1
 # The first part of a run is left out: caches and pools fill.
 _WARM_SHARE: Final = 0.25
 _SAMPLES: Final = 120
+# Connections come and go.
+_FILES_MORE: Final = 8
+_ASKERS: Final = 4
+# A load of the large model takes about so long.
+_LOAD_S: Final = 0.5
 _SMALL: Final = "tiny"
 
 
@@ -78,6 +90,8 @@ class Cycled(msgspec.Struct, frozen=True, kw_only=True):
         last_mib: Median over the later half of them.
         peak_mib: The most after any of them.
         loaded_mib: Median with the large model loaded.
+        files_first: Files that were open after the first.
+        files_last: After the last.
         trend: Over the cycles, the slope per 100.
     """
 
@@ -87,12 +101,16 @@ class Cycled(msgspec.Struct, frozen=True, kw_only=True):
     last_mib: float
     peak_mib: float
     loaded_mib: float
+    files_first: int
+    files_last: int
     trend: Trend
 
     @property
     def comes_back(self) -> bool:
         """Whether later cycles leave no more behind than the first one."""
-        return self.last_mib <= self.first_mib * (1 + _KEPT_SHARE) + FLAT_MIB
+        more_files = self.files_last - self.files_first
+        flat = self.last_mib <= self.first_mib * (1 + _KEPT_SHARE) + FLAT_MIB
+        return flat and more_files <= _FILES_MORE
 
 
 def soak(peer: Peer, seconds: int, connections: int, say: Callable[[str], None]) -> Soaked:
@@ -136,34 +154,86 @@ def soak(peer: Peer, seconds: int, connections: int, say: Callable[[str], None])
     )
 
 
-def cycles(peer: Peer, count: int, say: Callable[[str], None]) -> Cycled:
+def cycles(peer: Peer, count: int, say: Callable[[str], None], *, hostile: bool = False) -> Cycled:
     """Load and unload a large and a small model again and again, and watch the worker's memory.
+
+    Args:
+        peer: How bkg is asked.
+        count: How often.
+        say: Is told how far it is.
+        hostile: Ask all the time, take another version each time, and call off a load of the large
+            model in the middle.
 
     Raises:
         ServerFailed: A load, an answer or an unload failed.
     """
     make_models(MODELS_DIR)
     wanted = expected(MODELS_DIR, _SMALL)
+    body = peer.json(_SMALL, example(_SMALL))
     loaded: list[float] = []
     unloaded: list[tuple[float, float]] = []
-    with fresh_bkg() as (server, port):
+    files: list[int] = []
+    with ExitStack() as stack:
+        server, port = stack.enter_context(fresh_bkg())
+        if hostile:
+            stack.enter_context(_asking(port, body))
         worker = _worker(server)
         before = _mib(worker)
         for number in range(count):
-            load_model(port, BIG)
+            version = {"version": f"v{number}"} if hostile else {}
+            load_model(port, BIG, **version)
             loaded.append(_mib(worker))
-            load_model(port, _SMALL)
-            if why := wrong(peer, port, peer.json(_SMALL, example(_SMALL)), wanted):
+            load_model(port, _SMALL, **version)
+            if why := wrong(peer, port, body, wanted):
                 raise ServerFailed(f"in cycle {number}: {why}")
-            for model in (BIG, _SMALL):
-                call(port, "candle.model.unload", id=model)
+            call(port, "candle.model.unload", id=BIG)
+            if hostile:
+                _call_off(port, number / count)
+            call(port, "candle.model.unload", id=_SMALL)
             unloaded.append((float(number), _mib(worker)))
-            say(f"cycle {number + 1} of {count}: {unloaded[-1][1]:.0f} MiB")
-    return cycled(unloaded, before, loaded)
+            files.append(worker.num_fds())
+            say(f"cycle {number + 1} of {count}: {unloaded[-1][1]:.0f} MiB, {files[-1]} files")
+    return cycled(unloaded, before, loaded, files)
+
+
+@contextmanager
+def _asking(port: int, body: Body) -> Iterator[None]:
+    """Ask without a break while inside, whatever the answer."""
+    over = threading.Event()
+
+    def keep_asking() -> None:
+        while not over.is_set():
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                ask(port, body)
+
+    with ThreadPoolExecutor(_ASKERS) as askers:
+        for _ in range(_ASKERS):
+            askers.submit(keep_asking)
+        try:
+            yield
+        finally:
+            over.set()
+
+
+def _call_off(port: int, when: float) -> None:
+    """Load the large model anew, and unload it in the middle, at another moment each time."""
+    with ThreadPoolExecutor(1) as loader:
+        loading = loader.submit(call, port, "candle.model.load", id=BIG, path=f"{BIG}.onnx")
+        time.sleep(when * _LOAD_S)
+        while not loading.done():
+            # Not yet loaded, or called off just now: both are refusals.
+            with contextlib.suppress(ServerFailed):
+                call(port, "candle.model.unload", id=BIG)
+    with contextlib.suppress(ServerFailed):
+        loading.result()
+        call(port, "candle.model.unload", id=BIG)
 
 
 def cycled(
-    unloaded: Sequence[tuple[float, float]], before_mib: float, loaded: Sequence[float]
+    unloaded: Sequence[tuple[float, float]],
+    before_mib: float,
+    loaded: Sequence[float],
+    files: Sequence[int],
 ) -> Cycled:
     """Return what the samples of cycles come to.
 
@@ -171,6 +241,7 @@ def cycled(
         unloaded: Number of the cycle, and MiB with nothing loaded.
         before_mib: MiB before the first.
         loaded: MiB with the large model loaded.
+        files: Open files with nothing loaded.
     """
     after = [mib for _, mib in unloaded]
     return Cycled(
@@ -180,6 +251,8 @@ def cycled(
         last_mib=median(after[len(after) // 2 :]),
         peak_mib=max(after),
         loaded_mib=median(loaded),
+        files_first=files[0],
+        files_last=files[-1],
         trend=trend("candle", unloaded, per=100),
     )
 

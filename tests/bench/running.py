@@ -167,14 +167,14 @@ def post(port: int, path: str, payload: Mapping[str, Any]) -> dict[str, Any]:
     return answer
 
 
-def load_model(port: int, model: str) -> None:
+def load_model(port: int, model: str, **more: str) -> None:
     """Put a model into bkg's models folder, and have it served.
 
     Raises:
         ServerFailed: It was refused; says why.
     """
     shutil.copy(MODELS_DIR / f"{model}.onnx", bkg_dir() / "models")
-    call(port, "candle.model.load", id=model, path=f"{model}.onnx")
+    call(port, "candle.model.load", id=model, path=f"{model}.onnx", **more)
 
 
 def load_into_bkg(models: Sequence[str]) -> None:

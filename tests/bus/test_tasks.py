@@ -1,10 +1,13 @@
 """Work beside a body: owned, ended, and its errors handed on as they are."""
 
 import asyncio
+import threading
+import weakref
 
 import pytest
 
-from bus.tasks import beside
+from bus.tasks import beside, to_its_end
+from bus.testing import until
 
 
 async def forever() -> None:
@@ -65,3 +68,37 @@ async def test_work_that_loses_a_cancellation_is_cancelled_again():
 
     async with asyncio.timeout(5), beside(deaf()):
         await asyncio.sleep(0)
+
+
+async def test_work_that_is_called_off_goes_to_its_end_and_leaves_nothing_behind():
+    begun, go_on = threading.Event(), threading.Event()
+    made: list[weakref.ref[object]] = []
+
+    class Made:
+        pass
+
+    def work() -> Made:
+        begun.set()
+        assert go_on.wait(30)
+        one = Made()
+        made.append(weakref.ref(one))
+        return one
+
+    working = asyncio.create_task(to_its_end(work))
+    await until(begun.is_set)
+    for _ in range(3):
+        working.cancel()
+        await asyncio.sleep(0)
+    assert not working.done()
+    go_on.set()
+    with pytest.raises(asyncio.CancelledError) as ended:
+        await working
+    # Not even by the cancellation that came of it.
+    assert ended.value.__traceback__
+    await until(lambda: made[0]() is None)
+
+
+async def test_work_in_a_thread_gives_what_it_gives_and_raises_what_it_raises():
+    assert await to_its_end(divmod, 7, 2) == (3, 1)
+    with pytest.raises(ZeroDivisionError):
+        await to_its_end(divmod, 7, 0)

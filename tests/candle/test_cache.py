@@ -4,12 +4,14 @@ import asyncio
 import hashlib
 import multiprocessing
 import os
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
 from bus.errors import Unavailable, Unprocessable
+from bus.testing import until
 from services.candle import cache as room
 from services.candle.cache import Cache
 
@@ -85,10 +87,11 @@ async def test_what_is_in_use_stays_whatever_the_limit(cache, source):
 
 
 def _hold(path: str, held, release) -> None:
-    descriptor = room._hold(Path(path))
+    hold = room._Hold(Path(path))
+    hold.take()
     held.set()
     release.wait(30)
-    os.close(descriptor)
+    hold.release()
 
 
 async def test_what_another_process_uses_stays_too(cache, source):
@@ -138,3 +141,31 @@ async def test_an_artefact_that_is_stored_broken_is_never_used(client, tmp_path)
     with pytest.raises(Unprocessable, match="stored broken: 9 of 9 bytes"):
         await client.store.artefacts.fetch("0" * 64, tmp_path / "b.bin")
     assert [one.name for one in tmp_path.iterdir()] == ["a.bin"]
+
+
+async def test_an_artefact_whose_user_was_called_off_is_held_no_longer(cache, source, monkeypatch):
+    async with source.holding(cache, b"a" * 900) as path:
+        pass
+    begun, go_on = threading.Event(), threading.Event()
+    really = room._Hold.take
+
+    def slowly(hold: room._Hold) -> None:
+        begun.set()
+        assert go_on.wait(30)
+        really(hold)
+
+    monkeypatch.setattr(room._Hold, "take", slowly)
+
+    async def hold() -> None:
+        async with source.holding(cache, b"a" * 900):
+            await asyncio.Event().wait()
+
+    holding = asyncio.create_task(hold())
+    await until(begun.is_set)
+    holding.cancel()
+    await asyncio.sleep(0)
+    go_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await holding
+    async with source.holding(cache, b"b" * 900):
+        assert not path.exists()

@@ -1,13 +1,21 @@
-"""Who leaves memory so that another model fits."""
+"""Who leaves memory so that another model fits, and what leaves it is gone."""
 
 import asyncio
+import threading
+import weakref
 from dataclasses import dataclass
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.candle.memory import Full, Memory, NoRoom, give_back, to_evict
+from bus import messages as m
+from bus.errors import Unprocessable
+from bus.process import give_back
+from bus.subjects import MODEL_LOAD, MODEL_UNLOAD
+from bus.testing import until
+from services.candle import repository, version
+from services.candle.memory import Full, Memory, NoRoom, to_evict
 
 
 @dataclass
@@ -103,3 +111,115 @@ async def _never(_tenant: object) -> None:
 
 def test_giving_back_memory_works_on_this_platform():
     give_back()
+
+
+class Opening:
+    """Opens models for a worker, held up until told to go on, and knows which of them live."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.begun = 0
+        self.go_on = threading.Event()
+        self.most_at_once = 0
+        self._at_once = 0
+        self._opened: list[weakref.ref] = []
+        self._really = version.open_model
+        monkeypatch.setattr(version, "open_model", self._open)
+
+    @property
+    def living(self) -> int:
+        return sum(one() is not None for one in self._opened)
+
+    def _open(self, path, **options):
+        self.begun += 1
+        self._at_once += 1
+        self.most_at_once = max(self.most_at_once, self._at_once)
+        assert self.go_on.wait(30)
+        opened = self._really(path, **options)
+        self._opened.append(weakref.ref(opened))
+        self._at_once -= 1
+        return opened
+
+
+@pytest.fixture
+def opening(monkeypatch) -> Opening:
+    return Opening(monkeypatch)
+
+
+async def load(client, path: str, name: str = "m") -> m.LoadedModel:
+    return await client.call(MODEL_LOAD, m.LoadModel(id=name, path=path), timeout_s=30)
+
+
+async def unload(client, name: str = "m") -> None:
+    await client.call(MODEL_UNLOAD, m.UnloadModel(id=name), timeout_s=30)
+
+
+async def test_of_an_unloaded_model_nothing_is_left(client, worker, linear, opening):
+    opening.go_on.set()
+    async with worker():
+        await load(client, linear())
+        assert opening.living == 1
+        await unload(client)
+        assert opening.living == 0
+
+
+async def test_a_load_that_is_called_off_is_over_before_the_next_one_begins(
+    client, worker, linear, opening
+):
+    async with worker() as candle:
+        here = candle._models
+        loading = asyncio.create_task(load(client, linear()))
+        await until(lambda: opening.begun == 1)
+        unloading = asyncio.create_task(unload(client))
+        other = asyncio.create_task(load(client, linear("o.json", bias=[1]), name="o"))
+        await until(lambda: here["m"].spec.versions[0].wanted is False)
+        # The other one waits for its turn.
+        await until(lambda: candle._memory._loading._waiters)
+        assert not unloading.done()
+        assert opening.begun == 1
+        opening.go_on.set()
+        await unloading
+        await other
+        await asyncio.gather(loading, return_exceptions=True)
+        assert opening.most_at_once == 1
+        # The other one; of the first nothing is left.
+        await until(lambda: opening.living == 1)
+
+
+async def test_a_model_that_cannot_be_loaded_takes_no_memory(client, worker, linear, monkeypatch):
+    halves: list[weakref.ref] = []
+
+    class Half:
+        pass
+
+    def fail(_path, **_options):
+        half = Half()
+        halves.append(weakref.ref(half))
+        raise Unprocessable("the second half is missing")
+
+    monkeypatch.setattr(version, "open_model", fail)
+    async with worker() as candle:
+        with pytest.raises(Unprocessable, match="second half"):
+            await load(client, linear())
+        assert [one.state for one in candle._versions()] == ["failed"]
+        give_back()
+        assert halves[0]() is None
+
+
+async def test_files_are_looked_into_one_at_a_time(client, worker, linear, monkeypatch):
+    running, most = 0, 0
+    really = repository.open_model
+
+    def opened(path, **options):
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        # Long enough for the others to come, were they let in.
+        threading.Event().wait(0.05)
+        running -= 1
+        return really(path, **options)
+
+    monkeypatch.setattr(repository, "open_model", opened)
+    async with worker():
+        names = [f"m{i}" for i in range(4)]
+        await asyncio.gather(*(load(client, linear(f"{n}.json"), name=n) for n in names))
+    assert most == 1

@@ -11,6 +11,8 @@ import pytest
 from onnx import AttributeProto, TensorProto, helper
 
 from bus.errors import BusError, InvalidRequest, Unprocessable
+from bus.process import give_back, trim
+from bus.telemetry import resident_bytes
 from services.candle import models
 from services.candle.runtimes.onnx import Onnx
 
@@ -199,3 +201,30 @@ def test_the_runtimes_are_imported_without_onnxruntime():
         "sys.exit(bool({'onnx', 'onnxruntime'} & sys.modules.keys()))"
     )
     assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
+
+
+def test_a_model_takes_its_weights_once(tmp_path):
+    values = 16 * 1024**2
+    weights = helper.make_tensor("w", FLOAT, [values], bytes(4 * values), raw=True)
+    path = tmp_path / "big.onnx"
+    path.write_bytes(
+        model([op("Add", "x w")], [("x", FLOAT, ["n", 1])], [("y", FLOAT, ["n", values])],
+              weights=[weights])
+    )  # fmt: skip
+    del weights
+    Onnx.load(IRIS)
+    give_back()
+    before = resident_bytes()
+    loaded = Onnx.load(path)
+    trim()
+    took = resident_bytes() - before
+    assert loaded.signature.batched
+    assert took < 1.5 * path.stat().st_size
+
+
+def test_an_error_does_not_say_where_the_file_lies(tmp_path):
+    path = tmp_path / "failed: a b.onnx"
+    path.write_bytes(model([op("Nope")], [("x", FLOAT, ["n"])], [("y", FLOAT, ["n"])]))
+    with pytest.raises(Unprocessable, match="No Op registered for Nope") as refused:
+        Onnx.load(path)
+    assert str(tmp_path) not in refused.value.message

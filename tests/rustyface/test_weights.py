@@ -14,6 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from bus.errors import Unavailable
+from bus.telemetry import resident_bytes
 from services.rustyface import weights
 from services.rustyface.pipeline import Pipeline
 from services.rustyface.weights import SFACE, YUNET
@@ -155,3 +156,13 @@ def test_repairing_changes_no_value(axis: int):
     (ours,) = session.run(None, {"x": rows})
     (theirs,) = ReferenceEvaluator(model).run(None, {"x": rows, "stray": np.zeros(1)})
     assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-4)
+
+
+def test_a_net_takes_its_weights_once(tmp_path):
+    weights.load(YUNET, tmp_path)
+    before = resident_bytes()
+    # Made the first time, found in the cache the second time.
+    nets = [weights.load(SFACE, tmp_path) for _ in range(2)]
+    took = resident_bytes() - before
+    size = max(path.stat().st_size for path in tmp_path.glob("sface-*.onnx"))
+    assert took < 1.5 * size * len(nets)
