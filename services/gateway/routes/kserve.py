@@ -78,9 +78,8 @@ async def metadata(request: web.Request) -> web.Response:
 async def config(request: web.Request) -> web.Response:
     """Return how a model is run. 404 there is none."""
     at = request.app[PARTS]
-    plugin = at.view.get(MODEL_INFER.queue)
-    settings = plugin.config.settings if plugin and plugin.config else {}
-    return answer(protocol.configuration(*wanted_version(at, *_named(request)), settings))
+    found = wanted_version(at, *_named(request))
+    return answer(protocol.configuration(*found, _settings(at)))
 
 
 async def stats(request: web.Request) -> web.Response:
@@ -110,7 +109,7 @@ async def load(request: web.Request) -> web.Response:
     """
     asked = await _read(request, _Parameters)
     at = request.app[PARTS]
-    wanted = protocol.load_request(request.match_info["model"], asked.parameters)
+    wanted = protocol.load_request(request.match_info["model"], asked.parameters, _settings(at))
     loaded = await at.client.call(MODEL_LOAD, wanted, timeout_s=LOAD_S)
     # Whoever is told so and then asks whether it is ready hears nothing else.
     await at.models.until(lambda: at.models.ready(loaded.id, loaded.version), SEEN_S)
@@ -173,6 +172,12 @@ def _named(request: web.Request) -> tuple[str, str | None]:
     return request.match_info["model"], request.match_info.get("version")
 
 
+def _settings(at: Parts) -> dict[str, Any]:
+    """Return candle's settings, as far as they are set."""
+    plugin = at.view.get(MODEL_INFER.queue)
+    return plugin.config.settings if plugin and plugin.config else {}
+
+
 @lru_cache(4_096)
 def _subject(root: str, model: str, version: str | None) -> str:
     return MODEL_INFER.subject(root, model, *([version] if version else []))
@@ -192,7 +197,7 @@ async def _read(request: web.Request, kind: type[Any]) -> Any:
     body = await read_body(request, request.app[PARTS].client.max_payload)
     try:
         return msgspec.json.decode(body or b"{}", type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidRequest(f"the body cannot be read: {error}") from None
 
 
