@@ -9,6 +9,7 @@ from typing import Any, Final
 
 import msgspec
 
+from bus import codec
 from bus.errors import InvalidRequest
 from bus.messages import LoadModel, ModelConfig, ModelSpec, ModelVersion
 from bus.models import DEFAULT, LATEST, ModelsView, version_of
@@ -137,8 +138,8 @@ def load_request(
     request = {"id": model, "path": path, "version": version, "config": config, "content": content}
     given = {name: value for name, value in request.items() if value is not None}
     try:
-        return msgspec.convert(given, LoadModel)
-    except (msgspec.ValidationError, UnicodeError) as error:
+        return codec.convert(given, LoadModel)
+    except UnicodeError as error:
         raise InvalidRequest(f"parameters: {error}", field="parameters") from None
 
 

@@ -1,5 +1,6 @@
 """Models in Triton's words, there and back."""
 
+import contextlib
 import json
 from datetime import UTC, datetime
 
@@ -68,18 +69,14 @@ def read(said: object, settings: dict[str, object] | None = None) -> m.ModelConf
 
 @given(st.dictionaries(NAMES | st.text(), PLAIN | NEAR.map(json.dumps), max_size=3))
 def test_whatever_a_load_request_holds_it_is_read_or_refused(parameters):
-    try:
+    with contextlib.suppress(InvalidRequest):
         load_request("a", parameters)
-    except InvalidRequest as error:
-        assert error.message
 
 
 @given(st.dictionaries(WORDS, NEAR, max_size=5))
 def test_whatever_a_configuration_holds_it_is_read_or_refused(said):
-    try:
+    with contextlib.suppress(InvalidRequest):
         read(said)
-    except InvalidRequest as error:
-        assert error.message
 
 
 @pytest.mark.parametrize(
