@@ -112,6 +112,17 @@ class ModelsView:
         """Tell whether an instance serves a version."""
         return any(one.state == "ready" for _, one in self.served(model, version))
 
+    def answers(self, model: str, name: str) -> bool:
+        """Tell whether an instance answers to a version's name, or to an alias.
+
+        While another version is on its way, the old one answers to the names that they share.
+        """
+        return any(
+            one.id == model and one.state == "ready" and name in one.names
+            for instance in self._served.values()
+            for one in instance.models
+        )
+
     def _on_specs(self, changes: Changes[ModelSpec]) -> None:
         for entry in changes.entries:
             if entry.value is None:

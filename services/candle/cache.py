@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -17,12 +18,13 @@ from typing import Final
 
 import structlog
 
-from bus.errors import Unavailable
+from bus.errors import Unavailable, Unprocessable
 from bus.tasks import to_its_end
 
 PARTS_KEPT_S: Final = 3_600
 # Left free on the disk, beside what is fetched.
 ROOM_BYTES: Final = 64 * 1024**2
+_DIGEST: Final = re.compile(r"[0-9a-f]{64}")
 
 log = structlog.get_logger("candle.cache")
 
@@ -67,8 +69,12 @@ class Cache:
 
         Raises:
             Unavailable: The disk is full.
+            Unprocessable: The digest is none.
             BusError: What `fetch` raised.
         """
+        if not _DIGEST.fullmatch(digest):
+            # It becomes a path.
+            raise Unprocessable(f"{digest[:80]!r} is no SHA-256 in lower case hex")
         path = self._folder / f"{digest}{suffix}"
         hold = _Hold(path)
         try:

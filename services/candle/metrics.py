@@ -30,24 +30,30 @@ _COUNTED: Final[Sequence[tuple[str, str, Callable[[ModelStatistics], float]]]] =
         lambda m: sum(batch.compute_infer.ns for batch in m.batch_stats) / 1e9,
     ),
 )
-_MEASURED: Final[Sequence[tuple[str, str, Callable[[Version], float]]]] = (
-    ("rows_waiting", "Rows that wait.", lambda v: v.rows_waiting),
-    ("memory_bytes", "What loading it took.", lambda v: v.memory_bytes),
-    ("threads", "Threads of one run.", lambda v: v.threads),
-    ("ready", "Whether it answers.", lambda v: v.state == "ready"),
+_MEASURED: Final[Sequence[tuple[str, str, Callable[[Sequence[Version]], float]]]] = (
+    ("rows_waiting", "Rows that wait.", lambda vs: sum(v.rows_waiting for v in vs)),
+    ("memory_bytes", "What loading it took.", lambda vs: sum(v.memory_bytes for v in vs)),
+    ("threads", "Threads of one run.", lambda vs: max(v.threads for v in vs)),
+    ("ready", "Whether it answers.", lambda vs: any(v.state == "ready" for v in vs)),
 )
 
 
 def series_of(versions: Sequence[Version]) -> list[Series]:
-    """Return what these versions have done since they were loaded, and what they hold."""
-    done = [(v, (v.model, v.spec.version), v.counted()) for v in versions]
+    """Return what these versions have done since they were loaded, and what they hold.
+
+    A version can be here twice, when it is loaded anew beside itself: labels must not be.
+    """
+    here: dict[tuple[str, str], list[Version]] = {}
+    for version in versions:
+        here.setdefault((version.model, version.spec.version), []).append(version)
+    done = {key: sum_statistics([v.counted() for v in same]) for key, same in here.items()}
     counted = [
-        Series(f"model_{name}", says, _LABELS, [(key, figure(one)) for _, key, one in done])
+        Series(f"model_{name}", says, _LABELS, [(key, figure(one)) for key, one in done.items()])
         for name, says, figure in _COUNTED
     ]
     causes = [
         ((*key, cause), float(count))
-        for _, key, one in done
+        for key, one in done.items()
         for cause, count in sorted(one.failures.items())
     ]
     failures = Series(
@@ -55,7 +61,11 @@ def series_of(versions: Sequence[Version]) -> list[Series]:
     )
     measured = [
         Series(
-            f"model_{name}", says, _LABELS, [(key, figure(v)) for v, key, _ in done], counts=False
+            f"model_{name}",
+            says,
+            _LABELS,
+            [(key, figure(same)) for key, same in here.items()],
+            counts=False,
         )
         for name, says, figure in _MEASURED
     ]

@@ -16,7 +16,7 @@ import structlog
 
 from bus import messages as m
 from bus.client import Answer
-from bus.errors import BusError, error_from
+from bus.errors import BusError, Unavailable, error_from
 from bus.instance import Instance, RawCall
 from bus.models import DEFAULT, names_of
 from bus.subjects import MODEL_INFER, MODEL_RUN
@@ -110,6 +110,11 @@ class Model:
             self._evicted[key] = reason
             self.nudge()
 
+    def leaves(self, version: Version) -> bool:
+        """Tell whether a version is on its way out of memory."""
+        key = key_of(version.spec)
+        return key in self._evicted or key in self._leaving or key not in self._wanted()
+
     def wake(self, wanted: m.ModelVersion) -> Version | None:
         """Bring a version back that left memory; return it, in whatever state it is."""
         key = key_of(wanted)
@@ -129,8 +134,16 @@ class Model:
         version = self._versions.get(key_of(wanted))
         if version is None or self.spec is None:
             return None
-        if version.failure:
-            raise error_from(version.failure)
+        # Else it has another wish to follow yet, and its failure belongs to an older one.
+        if version.spec is wanted:
+            if version.failure:
+                raise error_from(version.failure)
+            if version.state == "cold" or key_of(wanted) in self._evicted:
+                raise Unavailable(
+                    f"{version.label} left memory as soon as it was loaded: "
+                    f"{self._evicted.get(key_of(wanted), 'others have the room')}",
+                    retry_after_s=1,
+                )
         names = [n for n, v in names_of(self.spec).items() if v.version == wanted.version]
         here = all(n in self._doors and self._doors[n].version is version for n in names)
         old = any(key not in self._wanted() for key in self._versions)
@@ -240,8 +253,12 @@ class Model:
             wanted = key in self._wanted()
             reason = self._evicted.get(key) if wanted else None
             await version.leave("cold" if wanted else "leaving", reason)
-            # Wanted again meanwhile: then it stays, and is loaded anew by the next step.
-            if key not in self._wanted():
+            again = self._wanted().get(key)
+            if again is not None and key not in self._evicted:
+                # Asked for while it left.
+                version.take(again)
+                version.begin(may_evict=self._may_evict)
+            elif again is None:
                 del self._versions[key]
                 self._evicted.pop(key, None)
                 log.info("model.unloaded", model=self.model, version=version.spec.version)

@@ -26,7 +26,7 @@ from bus.subjects import (
 )
 from bus.tasks import beside
 from bus.telemetry import allowed
-from services.candle.memory import Memory, Tenant
+from services.candle.memory import Full, Memory, Tenant, to_evict
 from services.candle.metrics import PREFIX, gauges_of, series_of
 from services.candle.model import Model
 from services.candle.repository import Repository
@@ -97,7 +97,12 @@ class Candle:
             self._instance.serving(MODEL_WAKE, self._wake),
             self._instance.serving(CANDLE_STATS, self._stats),
             self._instance.local_routes(*self._routes()),
-            beside(self._keep_telling(), self._keep_writing(), self._raise_failure()),
+            beside(
+                self._keep_telling(),
+                self._keep_writing(),
+                self._raise_failure(),
+                self._become_ready(),
+            ),
         ):
             try:
                 await self._follow()
@@ -137,10 +142,19 @@ class Candle:
                 self._apply(entry)
             if changes.caught_up and not self._caught_up:
                 self._caught_up = True
-                await self._until(lambda: all(one.settled for one in self._models.values()))
-                await self._load_default()
-                self._tell()
-                await self._instance.ready()
+                self._on_change()
+
+    async def _become_ready(self) -> None:
+        """Say that this instance is ready, once what is wanted is served, as far as it can be.
+
+        Beside `_follow`: what is wanted can change meanwhile.
+        """
+        await self._until(
+            lambda: self._caught_up and all(one.settled for one in self._models.values())
+        )
+        await self._load_default()
+        self._tell()
+        await self._instance.ready()
 
     def _apply(self, entry: Entry[m.ModelSpec]) -> None:
         name = entry.names[0]
@@ -164,6 +178,11 @@ class Candle:
             error = None if task.cancelled() else task.exception()
             if error is not None and not self._failed.done():
                 self._failed.set_result(error)
+            elif model.spec is not None and not task.cancelled():
+                # Wanted again after it had looked for the last time.
+                again = self._models[model.model] = Model(model.model, self._instance, self._around)
+                self._run(again)
+                again.want(model.spec, model.revision, may_evict=self._caught_up)
             self._on_change()
 
         task.add_done_callback(ended)
@@ -201,7 +220,12 @@ class Candle:
         model = self._models.get(request.id)
         if model is not None and model.spec is not None:
             left = {v.version for v in model.spec.versions if not v.wanted}
-            await self._until(lambda: model.gone(left))
+
+            def left_or_back() -> bool:
+                wanted = {v.version for v in model.spec.versions if v.wanted} if model.spec else ()
+                return model.gone(left.difference(wanted))
+
+            await self._until(left_or_back)
         return m.UnloadedModel(id=request.id)
 
     async def _alias(self, request: m.AliasModel) -> m.ModelAliases:
@@ -258,9 +282,15 @@ class Candle:
         return [version for version in self._versions() if version.memory_bytes]
 
     async def _evict(self, tenant: Tenant) -> None:
-        version = next(v for v in self._versions() if v is tenant)
-        self._models[version.model].cool(version, "made room for another model")
-        await self._until(lambda: not version.in_memory)
+        version = next((v for v in self._versions() if v is tenant), None)
+        if version is None:
+            # Gone, while another one was put out.
+            return
+        model = self._models[version.model]
+        model.cool(version, "made room for another model")
+        await self._until(lambda: not version.in_memory or not model.leaves(version))
+        if version.in_memory:
+            raise Unavailable(f"{version.label} was to make room, but was asked for again")
 
     def _budget(self) -> int:
         config = self._instance.config
@@ -277,6 +307,12 @@ class Candle:
     def _take_settings(self) -> None:
         self._settings = self._instance.settings(CandleSettings)
         self._memory.budget_bytes = self._budget()
+        leaving = to_evict(self._tenants(), 0, self._memory.budget_bytes)
+        for tenant in [] if isinstance(leaving, Full) else leaving:
+            for version in self._versions():
+                if version is tenant:
+                    reason = "memory_budget_mb leaves it no room"
+                    self._models[version.model].cool(version, reason)
         self._repository.cache.max_bytes = self._settings.cache_max_mb * MIB
         for version in self._versions():
             version.limit()

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 import msgspec
 
+from bus import codec
 from bus.errors import InvalidRequest
 from bus.messages import LoadModel, ModelConfig, ModelSpec, ModelVersion
 from bus.models import DEFAULT, LATEST, ModelsView, version_of
@@ -22,11 +23,15 @@ EXTENSIONS: Final = (
     "statistics",
 )
 MAX_BATCH_ROWS: Final = 256
+CPU: Final = "cpu"
 
 # Platform and backend, as Triton calls what executes a format.
 _PLATFORMS: Final[Mapping[str, tuple[str, str]]] = {
     "onnx": ("onnxruntime_onnx", "onnxruntime"),
     "linear": ("bkg_linear", "bkg_linear"),
+}
+_KINDS: Final[Mapping[str, Any]] = {
+    field.name: field.type for field in msgspec.structs.fields(ModelConfig)
 }
 _TYPES: Final[Mapping[str, str]] = {"BYTES": "TYPE_STRING"}
 _STATES: Final[Mapping[str, str]] = {
@@ -69,25 +74,21 @@ def configuration(
     """
     platform, backend = _PLATFORMS.get(version.format, (version.format, version.format))
     config = version.config
-    rows = config.max_batch_rows or settings.get("max_batch_rows", MAX_BATCH_ROWS)
-    delay_ms = config.max_delay_ms
-    if delay_ms is None:
-        delay_ms = settings.get("max_delay_ms", 0.0)
-    batching = {"dynamic_batching": {"max_queue_delay_microseconds": int(1e3 * delay_ms)}}
-    provider = config.provider or "cpu"
+    delay_us = _delay_us(config, settings)
+    batching = {"dynamic_batching": {"max_queue_delay_microseconds": delay_us}}
     return {
         "name": spec.id,
         "platform": platform,
         "backend": backend,
         "version_policy": {"specific": {"versions": [version.version]}},
-        "max_batch_size": rows if version.batched else 0,
+        "max_batch_size": _rows(config, settings) if version.batched else 0,
         "input": [_tensor(one, batched=version.batched) for one in version.inputs],
         "output": [_tensor(one, batched=version.batched) for one in version.outputs],
         **(batching if version.batched else {}),
         "instance_group": [
             {
                 "name": spec.id,
-                "kind": "KIND_CPU" if provider == "cpu" else "KIND_GPU",
+                "kind": _kind(config),
                 "count": config.instances or 1,
             }
         ],
@@ -110,8 +111,15 @@ def index(view: ModelsView, *, ready_only: bool) -> list[dict[str, Any]]:
     return found
 
 
-def load_request(model: str, parameters: Mapping[str, Any]) -> LoadModel:
+def load_request(
+    model: str, parameters: Mapping[str, Any], settings: Mapping[str, Any] | None = None
+) -> LoadModel:
     """Return a load request of the model repository extension as ours.
+
+    Args:
+        model: The model.
+        parameters: The request's.
+        settings: candle's: what they say anyway does not become the model's own.
 
     Raises:
         InvalidRequest: A parameter is not known, or has a value that it cannot have.
@@ -119,7 +127,7 @@ def load_request(model: str, parameters: Mapping[str, Any]) -> LoadModel:
     config, path, version, content = None, None, None, None
     for name, value in parameters.items():
         if name == "config":
-            config = _config_in(value)
+            config = _config_in(value, settings or {})
         elif name.startswith("file:") and content is None:
             path, version, content = _file_in(name.removeprefix("file:"), value)
         else:
@@ -130,8 +138,8 @@ def load_request(model: str, parameters: Mapping[str, Any]) -> LoadModel:
     request = {"id": model, "path": path, "version": version, "config": config, "content": content}
     given = {name: value for name, value in request.items() if value is not None}
     try:
-        return msgspec.convert(given, LoadModel)
-    except msgspec.ValidationError as error:
+        return codec.convert(given, LoadModel)
+    except UnicodeError as error:
         raise InvalidRequest(f"parameters: {error}", field="parameters") from None
 
 
@@ -158,14 +166,16 @@ def _tensor(tensor: Any, *, batched: bool) -> dict[str, Any]:
     }
 
 
-def _config_in(text: Any) -> dict[str, Any]:
+def _config_in(text: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Read what we know of Triton's model configuration; what does not concern us is passed over.
 
-    A client that sends back what `config` gave it means what it changed.
+    A client that sends back what `config` gave it means what it changed. So our own parameters are
+    the base, Triton's words go before them where they say something else, and what is so anyway is
+    not written down.
     """
     try:
         said = msgspec.json.decode(text, type=dict[str, Any])
-    except (msgspec.DecodeError, TypeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, TypeError, UnicodeError, RecursionError) as error:
         raise InvalidRequest(
             f"parameters.config must be a text that holds a JSON object: {error}",
             field="parameters.config",
@@ -173,24 +183,40 @@ def _config_in(text: Any) -> dict[str, Any]:
     config: dict[str, Any] = {}
     for name, one in _mapping(said, "parameters").items():
         value = one.get("string_value") if isinstance(one, dict) else None
-        if name in ModelConfig.__struct_fields__ and isinstance(value, str):
-            config[name] = msgspec.json.decode(value.lower()) if _is_plain(value) else value
-    if said.get("max_batch_size"):
-        config["max_batch_rows"] = said["max_batch_size"]
+        if name in _KINDS and isinstance(value, str):
+            config[name] = _value(name, value)
+    given = ModelConfig(**config)
+    if (rows := said.get("max_batch_size")) and rows != _rows(given, settings):
+        config["max_batch_rows"] = rows
     delay = _mapping(said, "dynamic_batching").get("max_queue_delay_microseconds")
-    if delay is not None:
+    if delay is not None and delay != _delay_us(given, settings):
         config["max_delay_ms"] = (
             _number(delay, "dynamic_batching.max_queue_delay_microseconds") / 1e3
         )
     groups = said.get("instance_group")
     group = groups[0] if isinstance(groups, list) and groups else {}
     if isinstance(group, dict):
-        # What is so anyway is not written down.
-        if group.get("count", 1) != 1:
+        if "count" in group and group["count"] != (given.instances or 1):
             config["instances"] = group["count"]
-        if group.get("kind") == "KIND_GPU":
-            config.setdefault("provider", "cuda")
+        if group.get("kind") == "KIND_GPU" and _kind(given) == "KIND_CPU":
+            config["provider"] = "cuda"
+        elif group.get("kind") == "KIND_CPU" and _kind(given) != "KIND_CPU":
+            config["provider"] = CPU
     return config
+
+
+def _rows(config: ModelConfig, settings: Mapping[str, Any]) -> int:
+    rows: int = config.max_batch_rows or settings.get("max_batch_rows", MAX_BATCH_ROWS)
+    return rows
+
+
+def _delay_us(config: ModelConfig, settings: Mapping[str, Any]) -> int:
+    delay_ms = config.max_delay_ms
+    return int(1e3 * (settings.get("max_delay_ms", 0.0) if delay_ms is None else delay_ms))
+
+
+def _kind(config: ModelConfig) -> str:
+    return "KIND_CPU" if (config.provider or CPU) == CPU else "KIND_GPU"
 
 
 def _file_in(path: str, content: Any) -> tuple[str, str | None, Any]:
@@ -215,12 +241,19 @@ def _mapping(said: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 def _number(value: Any, name: str) -> float:
     try:
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise InvalidRequest(
             f"parameters.config: {name} must be a number", field=f"parameters.config.{name}"
         ) from None
 
 
-def _is_plain(text: str) -> bool:
-    """Whether a text is a number or a truth value."""
-    return text.lower() in {"true", "false"} or text.replace(".", "", 1).isdecimal()
+def _value(name: str, text: str) -> Any:
+    """Return what a parameter's text stands for: all of them are texts in Triton's words."""
+    kind = _KINDS[name]
+    try:
+        return msgspec.convert(text, kind, strict=False)
+    except msgspec.ValidationError as error:
+        raise InvalidRequest(
+            f"parameters.config: parameters.{name} is {text[:100]!r}: {error}",
+            field=f"parameters.config.parameters.{name}",
+        ) from None

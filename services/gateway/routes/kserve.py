@@ -14,6 +14,7 @@ from bus.client import trace
 from bus.errors import InvalidRequest, NobodyListens, Overloaded
 from bus.instance import bkg_version
 from bus.messages import Empty, ModelStatistics, UnloadModel
+from bus.models import DEFAULT
 from bus.statistics import sum_statistics
 from bus.subjects import CANDLE_STATS, MODEL_INFER, MODEL_LOAD, MODEL_UNLOAD
 from services.gateway import protocol
@@ -22,6 +23,7 @@ from services.gateway.parts import PARTS, Parts
 from services.gateway.translate import TRACEPARENT, answer, read_body, timeout_of
 
 LENGTH: Final = "Inference-Header-Content-Length"
+NAME_MAX_CHARS: Final = 128
 RELAYING_MAX: Final = 1_024
 # What inference bodies may hold of the gateway's memory while their answers are waited for.
 RELAYING_MAX_BYTES: Final = 512 * 1024**2
@@ -65,7 +67,7 @@ async def model_ready(request: web.Request) -> web.Response:
     at = request.app[PARTS]
     model, name = _named(request)
     _, version = wanted_version(at, model, name)
-    if not (version.wanted and at.models.ready(model, version.version)):
+    if not (version.wanted and at.models.answers(model, name or DEFAULT)):
         raise await why_nobody(at, model, name)
     return answer({"name": model, "ready": True})
 
@@ -78,9 +80,8 @@ async def metadata(request: web.Request) -> web.Response:
 async def config(request: web.Request) -> web.Response:
     """Return how a model is run. 404 there is none."""
     at = request.app[PARTS]
-    plugin = at.view.get(MODEL_INFER.queue)
-    settings = plugin.config.settings if plugin and plugin.config else {}
-    return answer(protocol.configuration(*wanted_version(at, *_named(request)), settings))
+    found = wanted_version(at, *_named(request))
+    return answer(protocol.configuration(*found, _settings(at)))
 
 
 async def stats(request: web.Request) -> web.Response:
@@ -110,10 +111,10 @@ async def load(request: web.Request) -> web.Response:
     """
     asked = await _read(request, _Parameters)
     at = request.app[PARTS]
-    wanted = protocol.load_request(request.match_info["model"], asked.parameters)
+    wanted = protocol.load_request(request.match_info["model"], asked.parameters, _settings(at))
     loaded = await at.client.call(MODEL_LOAD, wanted, timeout_s=LOAD_S)
     # Whoever is told so and then asks whether it is ready hears nothing else.
-    await at.models.until(lambda: at.models.ready(loaded.id, loaded.version), SEEN_S)
+    await at.models.until(lambda: at.models.answers(loaded.id, loaded.version), SEEN_S)
     return answer(loaded)
 
 
@@ -135,17 +136,21 @@ async def infer(request: web.Request) -> web.Response:
     """
     at = request.app[PARTS]
     model, version = _named(request)
+    if max(len(model), len(version or "")) > NAME_MAX_CHARS:
+        # No name is that long. The broker hangs up on a subject beyond its 4 KiB.
+        raise await why_nobody(at, model, version)
     size = request.content_length or 0
     if at.relaying >= RELAYING_MAX or at.relaying_bytes + size > RELAYING_MAX_BYTES:
-        raise Overloaded(
-            f"this gateway waits for {at.relaying} answers already; {RELAYING_MAX}, and "
-            f"{RELAYING_MAX_BYTES >> 20} MiB of bodies, are allowed",
-            retry_after_s=1,
-        )
+        raise _too_many(at)
     at.relaying += 1
     at.relaying_bytes += size
     try:
         body = await read_body(request, at.client.max_payload)
+        # It may have come in pieces, or compressed: then nobody knew before how large it is.
+        at.relaying_bytes += len(body) - size
+        size = len(body)
+        if at.relaying_bytes > RELAYING_MAX_BYTES:
+            raise _too_many(at)
         headers = {}
         if length := request.headers.get(LENGTH):
             headers[LENGTH] = length
@@ -173,6 +178,20 @@ def _named(request: web.Request) -> tuple[str, str | None]:
     return request.match_info["model"], request.match_info.get("version")
 
 
+def _too_many(at: Parts) -> Overloaded:
+    return Overloaded(
+        f"this gateway waits for {at.relaying} answers already; {RELAYING_MAX}, and "
+        f"{RELAYING_MAX_BYTES >> 20} MiB of bodies, are allowed",
+        retry_after_s=1,
+    )
+
+
+def _settings(at: Parts) -> dict[str, Any]:
+    """Return candle's settings, as far as they are set."""
+    plugin = at.view.get(MODEL_INFER.queue)
+    return plugin.config.settings if plugin and plugin.config else {}
+
+
 @lru_cache(4_096)
 def _subject(root: str, model: str, version: str | None) -> str:
     return MODEL_INFER.subject(root, model, *([version] if version else []))
@@ -192,7 +211,7 @@ async def _read(request: web.Request, kind: type[Any]) -> Any:
     body = await read_body(request, request.app[PARTS].client.max_payload)
     try:
         return msgspec.json.decode(body or b"{}", type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidRequest(f"the body cannot be read: {error}") from None
 
 
