@@ -66,6 +66,13 @@ class _Slot:
     busy_until: float = 0.0
     packs: bool = False
 
+    def sent(self, now: float) -> None:
+        """Take note of one more request."""
+        if not self.in_flight:
+            self.progress_at = now
+        self.in_flight += 1
+        self.sent_at = now
+
     def expected_s(self, now: float) -> float:
         """Return how long one more answer takes; longer, when none has come for longer."""
         if not self.in_flight:
@@ -116,17 +123,13 @@ class Balance:
         if not again:
             if self._draw() * EXPLORE < 1:
                 return None
-            if len(found.slots) < 2 and not _worth_naming(found, now):
-                return None
+            if len(found.slots) < 2:
+                return _only_one(found, now)
         open_ = {name: slot for name, slot in found.slots.items() if slot.busy_until <= now}
         if not open_:
             return None
         name = self._best(open_, now)
-        slot = open_[name]
-        if not slot.in_flight:
-            slot.progress_at = now
-        slot.in_flight += 1
-        slot.sent_at = now
+        open_[name].sent(now)
         return name
 
     def packs(self, subject: str, slot: str) -> bool:
@@ -217,8 +220,11 @@ class Balance:
             found.slots[by] = _Slot(each_s, now, progress_at=now, sent_at=now, packs=packs)
 
 
-def _worth_naming(found: _Subject, now: float) -> bool:
-    """Tell whether the only slot that is known is to be asked by its name, for packs' sake."""
-    for slot in found.slots.values():
-        return slot.packs and not (slot.in_flight and now - slot.progress_at > SILENT_S)
-    return False
+def _only_one(found: _Subject, now: float) -> str | None:
+    """Return the only slot that is known, where packs for it are worth to name it."""
+    for name, slot in found.slots.items():
+        silent = slot.in_flight and now - slot.progress_at > SILENT_S
+        if slot.packs and not silent and slot.busy_until <= now:
+            slot.sent(now)
+            return name
+    return None

@@ -18,6 +18,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Final, Generic, TypeVar
 
+import msgspec
 import nats.errors
 import structlog
 from nats.aio.client import Client as Nats
@@ -72,8 +73,7 @@ class _NotThereError(Exception):
     """The slot that was asked is gone, or does not serve this any more."""
 
 
-@dataclass(frozen=True)
-class Answer:
+class Answer(msgspec.Struct, frozen=True):
     """A reply whose body was not decoded."""
 
     body: bytes

@@ -97,8 +97,7 @@ def bkg_version() -> str:
         return "0.0.0"
 
 
-@dataclass(frozen=True, slots=True)
-class RawCall:
+class RawCall(msgspec.Struct, frozen=True):
     """A request whose body was not decoded.
 
     Attributes:

@@ -232,7 +232,7 @@ class Asking:
         Returns:
             What to wait for, or None: it is nothing for a pack.
         """
-        if len(body) > ALONE_BYTES or not self._wire.sendable(alone, headers):
+        if len(body) > ALONE_BYTES or not self._wire.plain(headers):
             return None
         try:
             encoded = encode(PackedRequest(call, headers, body))

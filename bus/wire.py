@@ -14,9 +14,9 @@ import asyncio
 import inspect
 import re
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, Final
 
+import msgspec
 import structlog
 
 from bus.errors import TooLarge, Unavailable
@@ -32,8 +32,7 @@ PENDING_MAX_BYTES: Final = 512 * 1024 * 1024
 log = structlog.get_logger("bus.wire")
 
 
-@dataclass(frozen=True, slots=True)
-class Incoming:
+class Incoming(msgspec.Struct, frozen=True):
     """A message as it came in."""
 
     subject: str
@@ -101,9 +100,9 @@ class Wire:
                 connection for good.
         """
         nc = self._nc
-        if not self.short or not nc.is_connected or not self.sendable(subject, headers):
+        if not self.short or not nc.is_connected or not self.plain(headers):
             return False
-        if reply and not _SUBJECT.fullmatch(reply):
+        if not _SUBJECT.fullmatch(subject) or (reply and not _SUBJECT.fullmatch(reply)):
             return False
         lines = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
         block = f"NATS/1.0\r\n{lines}\r\n".encode()
@@ -133,13 +132,13 @@ class Wire:
             self._writing = True
             self._loop.call_soon(self._write)
 
-    def sendable(self, subject: str, headers: Mapping[str, str]) -> bool:
-        """Tell whether these can go the short way as they are."""
-        if not _SUBJECT.fullmatch(subject):
-            return False
+    def plain(self, headers: Mapping[str, str]) -> bool:
+        """Tell whether these headers can go as they are: each name and value one line."""
         values = "".join(headers.values())
         if "\n" in values or "\r" in values:
             return False
+        if self._names.issuperset(headers):
+            return True
         for name in headers:
             if name not in self._names:
                 if not _NAME.fullmatch(name) or len(self._names) >= _NAMES_MAX:
