@@ -18,6 +18,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Final, Generic, TypeVar
 
+import msgspec
 import nats.errors
 import structlog
 from nats.aio.client import Client as Nats
@@ -39,6 +40,7 @@ from bus.errors import (
     error_from_number,
 )
 from bus.messages import CancelCall, Message
+from bus.packs import Answering, Asked, Asking, NotSentError
 from bus.state import Store
 from bus.subjects import CANCEL, DEFAULT_ROOT, Endpoint, Feed, name_of, token
 from bus.tasks import beside
@@ -50,6 +52,8 @@ TIMEOUT_MS: Final = "Bkg-Timeout-Ms"
 TRACEPARENT: Final = "traceparent"
 # On an answer: the plugin and slot that can be asked for the same, `<plugin>.<slot>`.
 SLOT: Final = "Bkg-Slot"
+# Beside it: that it takes packs of requests, too.
+PACKS: Final = "Bkg-Packs"
 # On a refusal: this instance does not serve that, or no longer; whoever does may be asked.
 NOT_SERVED: Final = "Bkg-Not-Served"
 # Room that a message's headers may need beside its body.
@@ -69,8 +73,7 @@ class _NotThereError(Exception):
     """The slot that was asked is gone, or does not serve this any more."""
 
 
-@dataclass(frozen=True)
-class Answer:
+class Answer(msgspec.Struct, frozen=True):
     """A reply whose body was not decoded."""
 
     body: bytes
@@ -155,6 +158,7 @@ class Client:
         self._lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._wire = Wire(nc)
         self._replies = Replies(nc.new_inbox())
+        self._asking = Asking(self._wire, self._replies)
         self._calls = f"{root}.call."
         self._balance = Balance()
         # Only where the short way cannot be gone.
@@ -244,7 +248,8 @@ class Client:
         Where several instances are known to answer a subject, the one that is likely to be the
         quickest is asked (`bus.balance`), else the broker picks one. One that does not serve it
         any more says so, and the broker picks then. A busy one answers so at once; then one more
-        is asked.
+        is asked. What is sent to one instance in the same turn of the event loop shares a message
+        (`bus.packs`).
         """
         deadline = time.perf_counter() + timeout_s
         balanced = subject.startswith(self._calls)
@@ -339,6 +344,19 @@ class Client:
         self._check_size(body)
         await self._send(inbox, inbox, "", body, headers)
 
+    def answering(self, shared: Mapping[str, str]) -> Answering | None:
+        """Return what answers packs; None if none can be taken. For `bus.instance`."""
+        return Answering(self._wire, shared, self._post) if self._wire.short else None
+
+    def answer_now(self, inbox: str, body: bytes, headers: Mapping[str, str]) -> bool:
+        """Answer a request if it can be done at once; return whether it is.
+
+        Raises:
+            TooLarge: It is over the broker's limit.
+        """
+        self._check_size(body)
+        return self._wire.send(inbox, "", body, headers)
+
     async def listen(self, subject: str, queue: str, on_message: Any) -> Subscription:
         """Subscribe a callback that must not raise, called for one message after the other."""
         heard = await self._nc.subscribe(
@@ -380,11 +398,13 @@ class Client:
         """Ask one slot, or the group, and let the balance know what became of it."""
         outcome: Outcome = "dropped"
         by: str | None = None
+        packs = False
         began = time.perf_counter()
         try:
-            received = await self._exchange(self._to(subject, asked), body, headers, timeout_s)
+            received = await self._exchange(subject, asked, body, headers, timeout_s)
             found = received.headers
             by = found.get(SLOT)
+            packs = PACKS in found
             if ERROR_CODE in found:
                 error = _error_in(received.data, found)
                 if NOT_SERVED in found:
@@ -405,14 +425,21 @@ class Client:
         finally:
             if subject.startswith(self._calls):
                 now = time.perf_counter()
-                self._balance.ended(subject, asked, outcome, now, by=by, took_s=now - began)
+                self._balance.ended(
+                    subject, asked, outcome, now, by=by, took_s=now - began, packs=packs
+                )
 
     def _to(self, subject: str, asked: str | None) -> str:
         """Return where one slot hears what a subject means."""
         return f"{self.root}.inst.{asked}.call.{subject[len(self._calls) :]}" if asked else subject
 
     async def _exchange(
-        self, subject: str, body: bytes, headers: Mapping[str, str], timeout_s: float
+        self,
+        subject: str,
+        asked: str | None,
+        body: bytes,
+        headers: Mapping[str, str],
+        timeout_s: float,
     ) -> Incoming:
         """Send a request and return whatever comes back; TimeoutError if nothing does."""
         self._check_size(body)
@@ -421,15 +448,36 @@ class Client:
         sent = {TIMEOUT_MS: str(int(timeout_s * 1000)), **headers}
         if TRACEPARENT not in sent:
             sent[TRACEPARENT] = trace.get() or new_traceparent()
+        to = self._to(subject, asked)
+        if asked is not None and self._balance.packs(subject, asked):
+            if self._balance.only(subject):
+                # Alone, it may as well find another one.
+                to = subject
+            packs, call = f"{self.root}.inst.{asked}.pack", subject[len(self._calls) :]
+            if packed := self._asking.ask(packs, to, call, sent, body, timeout_s):
+                try:
+                    return await self._packed(packed)
+                except NotSentError:
+                    pass
         inbox, reply = self._replies.expect(timeout_s)
         try:
-            await self._send(subject, subject, inbox, body, sent)
+            await self._send(subject, to, inbox, body, sent)
             return await reply
         except (TimeoutError, asyncio.CancelledError):
             self._give_up(inbox)
             raise
         finally:
             self._replies.forget(inbox)
+
+    async def _packed(self, asked: Asked) -> Incoming:
+        try:
+            return await asked.reply
+        except (TimeoutError, asyncio.CancelledError):
+            if asked.inbox:
+                self._give_up(asked.inbox)
+            raise
+        finally:
+            self._replies.forget(asked.inbox)
 
     async def _send(
         self, named: str, subject: str, inbox: str, body: bytes, headers: Mapping[str, str]
@@ -443,15 +491,19 @@ class Client:
         if not self._nc.is_connected:
             return
         feed, body = CANCEL.subject(self.root), codec.encode(CancelCall(inbox=inbox))
-        if not self._wire.send(feed, "", body, {codec.CONTENT_TYPE: codec.JSON}):
-            telling = asyncio.create_task(self._tell(feed, body))
-            self._last_words.add(telling)
-            telling.add_done_callback(self._last_words.discard)
+        self._post(feed, body, {codec.CONTENT_TYPE: codec.JSON})
 
-    async def _tell(self, subject: str, body: bytes) -> None:
+    def _post(self, subject: str, body: bytes, headers: Mapping[str, str]) -> None:
+        """Send a message, at once or in a task; raises TooLarge as `Wire.send` does."""
+        if not self._wire.send(subject, "", body, headers):
+            posting = asyncio.create_task(self._posted(subject, body, headers))
+            self._last_words.add(posting)
+            posting.add_done_callback(self._last_words.discard)
+
+    async def _posted(self, subject: str, body: bytes, headers: Mapping[str, str]) -> None:
         with contextlib.suppress(nats.errors.Error, OSError, TimeoutError):
             async with asyncio.timeout(5):
-                await self._nc.publish(subject, body)
+                await self._nc.publish(subject, body, headers=dict(headers))
 
     async def _come_online(self, timeout_s: float) -> None:
         try:
@@ -563,7 +615,7 @@ async def connect(
     client = Client(nc, root)
     client._online.set()  # noqa: SLF001
     try:
-        await client._wire.take(client._replies.subject, "", client._replies.take)  # noqa: SLF001
+        await client._wire.take(client._replies.subject, "", client._asking.take)  # noqa: SLF001
         await client.barrier()
         await client.store.check()
         async with beside(client._watch(), _raise_when(lost)):  # noqa: SLF001

@@ -17,11 +17,10 @@ from collections.abc import (
     Awaitable,
     Callable,
     Coroutine,
-    Generator,
     Mapping,
     Sequence,
 )
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -36,6 +35,7 @@ from bus.client import (
     ERROR,
     ERROR_CODE,
     NOT_SERVED,
+    PACKS,
     SLOT,
     TIMEOUT_MS,
     TRACEPARENT,
@@ -48,16 +48,26 @@ from bus.errors import (
     Conflict,
     DeadlineExceeded,
     Internal,
+    InvalidRequest,
     NobodyListens,
     Overloaded,
     Unavailable,
     body_of,
 )
 from bus.metrics import Calls, Figures, Series
+from bus.packs import unpack
 from bus.probes import Facts, Probes, Route
 from bus.settings import Settings
 from bus.state import OBSERVED_TTL_S
-from bus.subjects import CANCEL, HEALTH, TELEMETRY, Endpoint, RawEndpoint, instance_calls
+from bus.subjects import (
+    CANCEL,
+    HEALTH,
+    TELEMETRY,
+    Endpoint,
+    RawEndpoint,
+    instance_calls,
+    instance_packs,
+)
 from bus.tasks import beside
 from bus.telemetry import Sampler
 from bus.wire import Incoming
@@ -87,8 +97,7 @@ def bkg_version() -> str:
         return "0.0.0"
 
 
-@dataclass(frozen=True, slots=True)
-class RawCall:
+class RawCall(msgspec.Struct, frozen=True):
     """A request whose body was not decoded.
 
     Attributes:
@@ -110,16 +119,17 @@ class _Served:
     subject: str
     work: Work
     handler: Handler | None = None
+    calls: Calls = field(default_factory=Calls)
     tasks: set[asyncio.Task[Any]] = field(default_factory=set)
     requests: int = 0
     errors: int = 0
     last_error: str = ""
     busy_ns: int = 0
 
-    def failed(self, calls: Calls, cause: str) -> None:
+    def failed(self, cause: str) -> None:
         """Count an error."""
         self.errors += 1
-        calls.errors += 1
+        self.calls.errors += 1
         self.last_error = cause
 
     @property
@@ -148,6 +158,44 @@ class _Served:
             "processing_time": self.busy_ns,
             "average_processing_time": self.busy_ns // self.requests if self.requests else 0,
         }
+
+
+class _Counting:
+    """Counts what happens inside, and names every error."""
+
+    __slots__ = ("_began", "_plugin", "_served")
+
+    def __init__(self, served: _Served, plugin: str) -> None:
+        self._served = served
+        self._plugin = plugin
+
+    def __enter__(self) -> None:
+        self._began = time.perf_counter_ns()
+        served = self._served
+        served.requests += 1
+        served.calls.requests += 1
+        served.calls.in_flight += 1
+
+    def __exit__(self, kind: object, error: BaseException | None, _traceback: object) -> None:
+        served = self._served
+        took_ns = time.perf_counter_ns() - self._began
+        served.busy_ns += took_ns
+        served.calls.busy_ns += took_ns
+        served.calls.in_flight -= 1
+        if error is None:
+            return
+        if isinstance(error, BusError):
+            served.failed(f"{error.code}: {error.message}")
+        elif isinstance(error, asyncio.CancelledError):
+            served.failed("cancelled: the caller has gone")
+        elif isinstance(error, Exception):
+            capability = served.endpoint.capability
+            log.error("request.failed", capability=capability, exc_info=error)
+            failure = Internal(
+                f"{capability} failed unexpectedly; the cause is in the log of {self._plugin}"
+            )
+            served.failed(f"{failure.code}: {failure.message}")
+            raise failure from None
 
 
 class Instance:
@@ -193,11 +241,15 @@ class Instance:
         # By capability: unlike what is served just now, these only ever grow.
         self._calls: dict[str, Calls] = {}
         self._probes = Probes(Facts(self._missing, self._about, self._metrics), client.max_payload)
-        self._in_flight: dict[asyncio.Task[Any], float] = {}
+        # Since when, for which endpoint, and where its answer goes; the oldest first.
+        self._in_flight: dict[asyncio.Task[Any], tuple[float, _Served, str]] = {}
         self._refusals: set[asyncio.Task[Any]] = set()
         self._who = {"Bkg-Instance": self.id}
         if listed:
             self._who[SLOT] = f"{self.plugin}.{self.slot}"
+        self._answering = client.answering(self._who) if listed else None
+        if self._answering:
+            self._who[PACKS] = "1"
         self._by_inbox: dict[str, asyncio.Task[Any]] = {}
         self._started = m.now()
         self._lag_ms = 0.0
@@ -302,6 +354,8 @@ class Instance:
 
     @asynccontextmanager
     async def _serving(self, served: _Served) -> AsyncGenerator[None]:
+        served.calls = self._calls.setdefault(served.endpoint.capability, served.calls)
+
         def taker(message: Incoming) -> None:
             # Another subject: a stream's consumer delivers here what its maker may not send here
             # (nats-server#8274).
@@ -342,12 +396,12 @@ class Instance:
         handler, full = served.handler, self._full()
 
         async def work() -> Any:
-            with self._counted(served):
+            with _Counting(served, self.plugin):
                 if full:
                     raise full
                 return await handler(request)
 
-        reply: Rep = await self._track(served.tasks, work())
+        reply: Rep = await self._track(served, work())
         return reply
 
     @asynccontextmanager
@@ -360,24 +414,46 @@ class Instance:
             yield
             return
         here = instance_calls(self._client.root, self.plugin, self.slot)
+        packs = instance_packs(self._client.root, self.plugin, self.slot)
 
         def taker(message: Incoming) -> None:
-            subject = f"{self._client.root}.call.{message.subject[len(here) - 1 :]}"
-            served = self._served.get(subject)
-            if served is not None:
-                self._accept(served, message)
-            elif message.reply:
-                error = NobodyListens(f"{subject} is not served by this instance", retry_after_s=2)
-                self._answering(self._refuse(message.reply, error, {NOT_SERVED: "1"}))
+            self._direct(f"{self._client.root}.call.{message.subject[len(here) - 1 :]}", message)
 
         # In a queue group, because a slot has two instances for a moment when it changes hands.
-        heard = await self._client.take(here, self.plugin, taker)
+        heard = [await self._client.take(here, self.plugin, taker)]
+        if self._answering:
+            heard.append(await self._client.take(packs, self.plugin, self._accept_pack))
         try:
             yield
         finally:
-            await self._client.stop_listening(heard)
+            for subscription in heard:
+                await self._client.stop_listening(subscription)
             if self._refusals:
                 await asyncio.wait(self._refusals, timeout=DRAIN_S)
+
+    def _direct(self, subject: str, message: Incoming) -> None:
+        """Take what this very instance is asked, or say that it does not serve that."""
+        served = self._served.get(subject)
+        if served is not None:
+            self._accept(served, message)
+        elif message.reply:
+            error = NobodyListens(f"{subject} is not served by this instance", retry_after_s=2)
+            self._refusing(self._refuse(message, error, {NOT_SERVED: "1"}))
+
+    def _accept_pack(self, message: Incoming) -> None:
+        """Take each request of a pack as if it had come alone."""
+        if not message.reply:
+            return
+        try:
+            parts = unpack(message, self._client.root)
+        except InvalidRequest as error:
+            self._refusing(self._refuse(message, error))
+            return
+        for part, wrong in parts:
+            if wrong:
+                self._refusing(self._refuse(part, wrong))
+            else:
+                self._direct(part.subject, part)
 
     def _accept(self, served: _Served, message: Incoming) -> None:
         # No reply subject: nobody asked.
@@ -385,12 +461,12 @@ class Instance:
             return
         # Seen here, not in the task: of a burst, as many are taken as there is room for.
         if full := self._full():
-            self._answering(self._answer(served, message, full))
+            self._refusing(self._answer(served, message, full))
             return
-        task = self._track(served.tasks, self._answer(served, message), message.reply)
+        task = self._track(served, self._answer(served, message), message.reply)
         self._by_inbox[message.reply] = task
 
-    def _answering(self, refusal: Coroutine[Any, Any, None]) -> None:
+    def _refusing(self, refusal: Coroutine[Any, Any, None]) -> None:
         """Have a refusal sent; it is not work that counts."""
         task = asyncio.create_task(refusal)
         self._refusals.add(task)
@@ -406,20 +482,19 @@ class Instance:
         )
 
     def _track(
-        self, tasks: set[asyncio.Task[Any]], work: Coroutine[Any, Any, S], inbox: str = ""
+        self, served: _Served, work: Coroutine[Any, Any, S], inbox: str = ""
     ) -> asyncio.Task[S]:
         task = asyncio.create_task(work)
-        tasks.add(task)
-        self._in_flight[task] = time.monotonic()
-
-        def forget(done: asyncio.Task[S]) -> None:
-            tasks.discard(done)
-            self._in_flight.pop(done, None)
-            if self._by_inbox.get(inbox) is done:
-                del self._by_inbox[inbox]
-
-        task.add_done_callback(forget)
+        served.tasks.add(task)
+        self._in_flight[task] = time.monotonic(), served, inbox
+        task.add_done_callback(self._forget)
         return task
+
+    def _forget(self, done: asyncio.Task[Any]) -> None:
+        _, served, inbox = self._in_flight.pop(done)
+        served.tasks.discard(done)
+        if self._by_inbox.get(inbox) is done:
+            del self._by_inbox[inbox]
 
     async def _follow_cancels(self) -> None:
         """Stop working on what nobody waits for any more."""
@@ -428,65 +503,42 @@ class Instance:
                 if task := self._by_inbox.get(cancel.payload.inbox):
                     task.cancel()
 
-    @contextmanager
-    def _counted(self, served: _Served) -> Generator[None]:
-        """Count what happens inside, and name every error."""
-        capability = served.endpoint.capability
-        calls = self._calls.setdefault(capability, Calls())
-        began = time.perf_counter_ns()
-        served.requests += 1
-        calls.requests += 1
-        calls.in_flight += 1
-        try:
-            yield
-        except BusError as error:
-            served.failed(calls, f"{error.code}: {error.message}")
-            raise
-        except asyncio.CancelledError:
-            served.failed(calls, "cancelled: the caller has gone")
-            raise
-        except Exception:
-            log.exception("request.failed", capability=capability)
-            failure = Internal(
-                f"{capability} failed unexpectedly; the cause is in the log of {self.plugin}"
-            )
-            served.failed(calls, f"{failure.code}: {failure.message}")
-            raise failure from None
-        finally:
-            took_ns = time.perf_counter_ns() - began
-            served.busy_ns += took_ns
-            calls.busy_ns += took_ns
-            calls.in_flight -= 1
-
     async def _answer(
         self, served: _Served, message: Incoming, full: Overloaded | None = None
     ) -> None:
         headers = message.headers
         trace.set(headers.get(TRACEPARENT))
         try:
-            with self._counted(served):
+            with _Counting(served, self.plugin):
                 if full:
                     raise full
                 answer = await served.work(message.data, headers)
-                told = {**answer.headers, **self._who}
-                await self._client.answer(message.reply, answer.body, told)
+                await self._reply(message, answer.body, answer.headers)
         except BusError as error:
-            await self._refuse(message.reply, error)
+            await self._refuse(message, error)
+
+    async def _reply(self, message: Incoming, body: bytes, headers: Mapping[str, str]) -> None:
+        if message.pack and self._answering:
+            # It says once for all of a pack who answers.
+            self._answering.answer(message.reply, message.pack, body, headers)
+            return
+        told = {**headers, **self._who}
+        if not self._client.answer_now(message.reply, body, told):
+            await self._client.answer(message.reply, body, told)
 
     async def _refuse(
-        self, inbox: str, error: BusError, more: Mapping[str, str] | None = None
+        self, message: Incoming, error: BusError, more: Mapping[str, str] | None = None
     ) -> None:
         headers = {
             codec.CONTENT_TYPE: codec.JSON,
             # A header is one line.
             ERROR: " ".join(error.message.split())[:500],
             ERROR_CODE: str(error.number),
-            **self._who,
             **(more or {}),
         }
         # The broker is away: the caller's own time-out tells it.
         with contextlib.suppress(BusError):
-            await self._client.answer(inbox, codec.encode(body_of(error)), headers)
+            await self._reply(message, codec.encode(body_of(error)), headers)
 
     async def _follow_config(self) -> None:
         """Take what can be taken live of every change of the plugin's configuration."""
@@ -612,8 +664,9 @@ class Instance:
                     await self._client.publish(HEALTH, beat, plugin=self.plugin, slot=self.slot)
 
     def _oldest_s(self) -> float:
-        oldest = min(self._in_flight.values(), default=None)
-        return round(time.monotonic() - oldest, 3) if oldest is not None else 0.0
+        for since, _, _ in self._in_flight.values():
+            return round(time.monotonic() - since, 3)
+        return 0.0
 
     def _missing(self) -> list[str]:
         """Return why this instance is not ready; nothing when it is."""

@@ -14,9 +14,9 @@ import asyncio
 import inspect
 import re
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, Final
 
+import msgspec
 import structlog
 
 from bus.errors import TooLarge, Unavailable
@@ -32,14 +32,15 @@ PENDING_MAX_BYTES: Final = 512 * 1024 * 1024
 log = structlog.get_logger("bus.wire")
 
 
-@dataclass(frozen=True, slots=True)
-class Incoming:
+class Incoming(msgspec.Struct, frozen=True):
     """A message as it came in."""
 
     subject: str
     reply: str
     data: bytes
     headers: Mapping[str, str]
+    # The reply subject of the pack that it came in.
+    pack: str = ""
 
 
 # Must not wait; should it raise, that is logged and the message is gone.
@@ -62,6 +63,7 @@ class Wire:
         self._takers: dict[int, Taker] = {}
         self._names: set[str] = set()
         self._writing = False
+        self._at_end: list[Callable[[], None]] = []
         self._loop = asyncio.get_running_loop()
         if self.short:
             self._process: Callable[..., Awaitable[None]] = nc._process_msg  # noqa: SLF001
@@ -98,11 +100,11 @@ class Wire:
                 connection for good.
         """
         nc = self._nc
-        if not self.short or not nc.is_connected or not self._sendable(subject, reply, headers):
+        if not self.short or not nc.is_connected or not self.plain(headers):
+            return False
+        if not _SUBJECT.fullmatch(subject) or (reply and not _SUBJECT.fullmatch(reply)):
             return False
         lines = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
-        if lines.count("\r") != len(headers) or lines.count("\n") != len(headers):
-            return False
         block = f"NATS/1.0\r\n{lines}\r\n".encode()
         size = len(block) + len(body)
         if size > nc._max_payload:  # noqa: SLF001
@@ -123,9 +125,20 @@ class Wire:
             self._loop.call_soon(self._write)
         return True
 
-    def _sendable(self, subject: str, reply: str, headers: Mapping[str, str]) -> bool:
-        if not _SUBJECT.fullmatch(subject) or (reply and not _SUBJECT.fullmatch(reply)):
+    def at_end(self, send: Callable[[], None]) -> None:
+        """Have something sent when this turn of the event loop ends; it must not raise."""
+        self._at_end.append(send)
+        if not self._writing:
+            self._writing = True
+            self._loop.call_soon(self._write)
+
+    def plain(self, headers: Mapping[str, str]) -> bool:
+        """Tell whether these headers can go as they are: each name and value one line."""
+        values = "".join(headers.values())
+        if "\n" in values or "\r" in values:
             return False
+        if self._names.issuperset(headers):
+            return True
         for name in headers:
             if name not in self._names:
                 if not _NAME.fullmatch(name) or len(self._names) >= _NAMES_MAX:
@@ -135,9 +148,16 @@ class Wire:
 
     def _write(self) -> None:
         """Write what waits; leave it where the connection is lost, nats-py sends it later."""
+        waiting, self._at_end = self._at_end, []
+        for send in waiting:
+            try:
+                send()
+            except Exception:
+                # Whatever else is waiting is written all the same.
+                log.exception("messages.lost")
         self._writing = False
         nc = self._nc
-        if not nc._pending or not nc.is_connected:  # noqa: SLF001
+        if not self.short or not nc._pending or not nc.is_connected:  # noqa: SLF001
             return
         transport = nc._transport._io_writer.transport  # noqa: SLF001
         if transport.is_closing():
@@ -147,8 +167,8 @@ class Wire:
             if not nc._flush_queue.full():  # noqa: SLF001
                 nc._flush_queue.put_nowait(self._loop.create_future())  # noqa: SLF001
             return
-        waiting, nc._pending, nc._pending_data_size = nc._pending, [], 0  # noqa: SLF001
-        transport.writelines(waiting)
+        lines, nc._pending, nc._pending_data_size = nc._pending, [], 0  # noqa: SLF001
+        transport.writelines(lines)
 
     async def _on_message(
         self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes | None
@@ -175,10 +195,13 @@ class Replies:
 
     Args:
         inbox: The subject below which replies come.
+
+    Attributes:
+        prefix: What every inbox begins with, the last dot included.
     """
 
     def __init__(self, inbox: str) -> None:
-        self._prefix = f"{inbox}."
+        self.prefix = f"{inbox}."
         self._loop = asyncio.get_running_loop()
         self._waiting: dict[str, tuple[asyncio.Future[Incoming], float]] = {}
         self._number = 0
@@ -187,23 +210,43 @@ class Replies:
     @property
     def subject(self) -> str:
         """What to subscribe to."""
-        return f"{self._prefix}*"
+        return f"{self.prefix}*"
 
     def expect(self, timeout_s: float) -> tuple[str, asyncio.Future[Incoming]]:
         """Return an inbox, and what will have its reply, or TimeoutError; `forget` it then."""
-        self._number += 1
-        inbox = f"{self._prefix}{self._number:x}"
+        inbox = self.inbox(self.reserve(1))
         reply: asyncio.Future[Incoming] = self._loop.create_future()
-        self._waiting[inbox] = reply, self._loop.time() + timeout_s
-        if self._sweeping is None:
-            self._sweeping = self._loop.call_later(SWEEP_S, self._sweep)
+        self.await_at(inbox, reply, self._loop.time() + timeout_s)
         return inbox, reply
 
-    def take(self, message: Incoming) -> None:
-        """Give a reply to who waits for it; nobody may, any more."""
-        waiting = self._waiting.get(message.subject)
-        if waiting is not None and not waiting[0].done():
+    def reserve(self, count: int) -> int:
+        """Return the first of so many numbers that no other inbox has."""
+        first = self._number + 1
+        self._number += count
+        return first
+
+    def inbox(self, number: int) -> str:
+        """Return the inbox with a number."""
+        return f"{self.prefix}{number:x}"
+
+    def await_at(self, inbox: str, reply: asyncio.Future[Incoming], deadline: float) -> None:
+        """Have a future get what comes to an inbox, or TimeoutError; `forget` it then."""
+        self._waiting[inbox] = reply, deadline
+        if self._sweeping is None:
+            self._sweeping = self._loop.call_later(SWEEP_S, self._sweep)
+
+    def take(self, message: Incoming) -> bool:
+        """Give a reply to who waits for it; return whether anybody does."""
+        return self.give(message.subject, message)
+
+    def give(self, inbox: str, message: Incoming) -> bool:
+        """Give a message to who waits at an inbox; return whether anybody does."""
+        waiting = self._waiting.get(inbox)
+        if waiting is None:
+            return False
+        if not waiting[0].done():
             waiting[0].set_result(message)
+        return True
 
     def forget(self, inbox: str) -> None:
         """Wait for a reply no longer."""

@@ -12,7 +12,7 @@ WINGS = ("cli", "supervisor", "candle", "rustyface", "gateway")
 FLOORS = (
     {"errors", "messages", "balance"},
     {"codec", "masking", "subjects", "tasks", "settings", "process", "redaction", "wire"},
-    {"log_search", "statistics"},
+    {"log_search", "statistics", "packs"},
     {"state"},
     {"client", "plugins", "models", "broker", "reference"},
     {"logs", "telemetry", "metrics", "probes"},
