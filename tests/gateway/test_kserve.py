@@ -354,7 +354,7 @@ async def test_a_small_body_that_inflates_beyond_the_limit_is_413(gate, path):
     bomb = gzip.compress(bytes(40_000_000), 9)
     # What is not read to its end ends the connection.
     headers = {"Content-Encoding": "gzip", "Connection": "close"}
-    for body, status in ((bomb, 413), (b"no gzip", 400), (bomb[:1_000], 400)):
+    for body, status in ((bomb, 413), (b"no gzip", 400)):
         async with gate.http.post(path, data=io.BytesIO(body), headers=headers) as response:
             assert response.status == status, await response.text()
     assert (gate.parts.relaying, gate.parts.relaying_bytes) == (0, 0)
