@@ -149,12 +149,13 @@ class Candle:
 
         Beside `_follow`: what is wanted can change meanwhile.
         """
-        await self._until(
-            lambda: self._caught_up and all(one.settled for one in self._models.values())
-        )
+        await self._until(lambda: self._caught_up and self._settled())
         await self._load_default()
         self._tell()
         await self._instance.ready()
+
+    def _settled(self) -> bool:
+        return all(one.settled for one in self._models.values())
 
     def _apply(self, entry: Entry[m.ModelSpec]) -> None:
         name = entry.names[0]
@@ -201,10 +202,11 @@ class Candle:
         if path is None or "default" in self._models:
             return
         try:
-            # Not awaited until served: the change comes round to `_follow`, which runs this.
-            await self._repository.add(m.LoadModel(id="default", path=path))
+            _, revision = await self._repository.add(m.LoadModel(id="default", path=path))
         except BusError as error:
             log.error("model.failed", model="default", cause=error.message)
+            return
+        await self._until(lambda: self._known_revision >= revision and self._settled())
 
     # --- What we are asked ------------------------------------------------------------------------
 

@@ -1,6 +1,7 @@
 """Why a model does not answer, and what the caller can do about it."""
 
 from typing import Any, Final
+from urllib.parse import quote
 
 from bus.errors import BusError, NotFound, Unavailable
 from bus.messages import ModelSpec, ModelVersion, ServedModel, ServedModels, WakeModel
@@ -42,7 +43,7 @@ async def why_nobody(at: Parts, model: str, name: str | None = None) -> BusError
     if not version.wanted:
         return NotFound(
             f"model {model!r} version {version.version!r} is in the repository, but not loaded; "
-            f"POST /v2/repository/models/{model}/load loads it",
+            f"POST /v2/repository/models/{quote(model, safe='')}/load loads it",
             field="model",
         )
     for instance, one in at.models.served(model, version.version):

@@ -311,12 +311,14 @@ async def test_what_is_late_is_refused_in_time_and_never_run(client, worker, lin
     async with worker() as candle:
         await load(client, linear())
         async with held(client, candle) as model:
+            ask = m.RunModel(id="m", inputs=[[1, 1]])
+            late = (
+                infer(client, timeout_s=0.3)
+                if way == "infer"
+                else client.call(MODEL_RUN, ask, timeout_s=0.3)
+            )
             with pytest.raises(DeadlineExceeded):
-                if way == "infer":
-                    await infer(client, timeout_s=0.3)
-                else:
-                    ask = m.RunModel(id="m", inputs=[[1, 1]])
-                    await client.call(MODEL_RUN, ask, timeout_s=0.3)
+                await late
             await until(lambda: version_of(candle).rows_waiting == 0)
         counted = version_of(candle).counted()
         assert (model.ran, counted.inference_count) == ([1], 1)
@@ -407,7 +409,7 @@ def served_by(candle) -> dict[tuple[str, str], str]:
 async def test_after_any_commands_at_once_replicas_serve_what_is_wanted_and_nothing_is_stuck(
     client, worker, linear, seed
 ):
-    draw = random.Random(seed)
+    draw = random.Random(seed)  # noqa: S311
     paths = [linear(f"{n}.json", weights=[n, n]) for n in range(1, 4)]
     names, versions = ["m", "n"], ["1", "2", "3", None]
     tasks_before = len(asyncio.all_tasks())
