@@ -13,7 +13,7 @@ from tests.bench import report, roster, wrk
 from tests.bench.balance import Shared
 from tests.bench.balance import balance as share
 from tests.bench.contest import KINDS, Plan, measure
-from tests.bench.memory import Trend
+from tests.bench.memory import Trend, rest
 from tests.bench.memory import cycles as cycle
 from tests.bench.memory import soak as keep_loaded
 from tests.bench.models import SHAPES
@@ -138,6 +138,19 @@ def cycles(
         ("before", "after the first", "later half", "peak", "large model loaded", "comes back"),
         [(*(f"{mib:.0f}" for mib in figures), "yes" if done.comes_back else "NO")],
     )
+
+
+@app.command()
+def idle(
+    seconds: Annotated[int, typer.Option(min=4, help="How long.")] = 30,
+) -> None:
+    """Start bkg without models, ask it nothing, and see what its processes use."""
+    with nothing_left():
+        found = rest(seconds)
+    _keep("idle", found)
+    rows = [(one.name, f"{one.mib:.1f}", f"{one.cpu:.2%}") for one in found]
+    total = ("together", f"{sum(o.mib for o in found):.1f}", f"{sum(o.cpu for o in found):.2%}")
+    _draw(f"idle for {seconds} s", ("process", "MiB", "of a processor"), [*rows, total])
 
 
 @app.command()

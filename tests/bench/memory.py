@@ -42,6 +42,8 @@ _SAMPLES: Final = 120
 # Connections come and go.
 _FILES_MORE: Final = 8
 _ASKERS: Final = 4
+# What a start leaves to do is done by then.
+_SETTLED_S: Final = 5.0
 # A load of the large model takes about so long.
 _LOAD_S: Final = 0.5
 _SMALL: Final = "tiny"
@@ -80,6 +82,20 @@ class Soaked(msgspec.Struct, frozen=True, kw_only=True):
     trends: list[Trend]
 
 
+class Rested(msgspec.Struct, frozen=True, kw_only=True):
+    """What bkg uses while nobody asks it.
+
+    Attributes:
+        name: Which process.
+        mib: Its memory at the end.
+        cpu: Its share of one processor.
+    """
+
+    name: str
+    mib: float
+    cpu: float
+
+
 class Cycled(msgspec.Struct, frozen=True, kw_only=True):
     """What loading and unloading has shown; memory is that of the worker with nothing loaded.
 
@@ -111,6 +127,28 @@ class Cycled(msgspec.Struct, frozen=True, kw_only=True):
         more_files = self.files_last - self.files_first
         flat = self.last_mib <= self.first_mib * (1 + _KEPT_SHARE) + FLAT_MIB
         return flat and more_files <= _FILES_MORE
+
+
+def rest(seconds: int) -> list[Rested]:
+    """Return what each process of a fresh bkg uses while nobody asks it, the largest first.
+
+    Raises:
+        ServerFailed: It did not start.
+    """
+    with fresh_bkg() as (server, _):
+        time.sleep(_SETTLED_S)
+        before, began = server.cpu_s(), time.monotonic()
+        time.sleep(seconds)
+        after, took_s = server.cpu_s(), time.monotonic() - began
+        found = [
+            Rested(
+                name=name_of(one),
+                mib=mib,
+                cpu=(after.get(one, 0.0) - before.get(one, 0.0)) / took_s,
+            )
+            for one, mib in server.memory_mib().items()
+        ]
+    return sorted(found, key=lambda one: -one.mib)
 
 
 def soak(peer: Peer, seconds: int, connections: int, say: Callable[[str], None]) -> Soaked:
