@@ -11,10 +11,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bus import instance, packs
-from bus.balance import SILENT_S, Balance
+from bus.balance import EXPLORE, SILENT_S, Balance
 from bus.broker import running_broker
 from bus.client import ERROR_CODE, PACKS, Answer, Client, connect
-from bus.errors import DeadlineExceeded, InvalidRequest, NobodyListens, NotFound, Overloaded
+from bus.errors import (
+    DeadlineExceeded,
+    InvalidRequest,
+    NobodyListens,
+    NotFound,
+    Overloaded,
+    TooLarge,
+)
 from bus.instance import RawCall, join
 from bus.packs import PackedReply, PackedRequest
 from bus.subjects import MODEL_INFER, instance_packs
@@ -102,6 +109,12 @@ def test_an_instance_that_takes_packs_no_longer_is_sent_none():
     one.ended("s", None, "answered", 1, by="candle.0", took_s=0.01, packs=False)
     assert not one.packs("s", "candle.0")
     assert one.choose("s", 1) is None
+
+
+def test_one_request_in_many_looks_for_others_than_the_only_one_that_is_known():
+    one = knowing_one(packs=True)
+    one._draw = lambda: 0.9 / EXPLORE
+    assert one.choose("s", 0) is None
 
 
 # --- Over the bus ---------------------------------------------------------------------------------
@@ -365,3 +378,31 @@ async def test_messages_of_others_are_answered_as_ever(echo):
     subject = MODEL_INFER.subject(echo.root, "m")
     reply = await echo.client._nc.request(subject, b"a", timeout=60)
     assert reply.data == b"a"
+
+
+async def test_what_cannot_be_sent_as_a_pack_goes_the_public_way(echo, monkeypatch):
+    monkeypatch.setattr(echo.client._wire, "send", lambda *_: False)
+    assert [a.body for a in await echo.ask(b"a", b"b")] == [b"a", b"b"]
+
+
+async def test_headers_of_more_than_a_line_cannot_be_packed(echo):
+    answers = await echo.ask(b"a", b"b", headers={"X-Said": "a\r\nX-More: b"})
+    assert echo.packed() == 0
+    for answer in answers:
+        assert "\n" not in answer.headers["X-Said"]
+
+
+async def test_a_broker_that_takes_less_than_a_pack_gets_the_answers_by_themselves(client):
+    sent: list[tuple[str, bytes]] = []
+
+    def post(subject: str, body: bytes, _headers: object) -> None:
+        if len(body) > 300:
+            raise TooLarge("more than this broker takes")
+        sent.append((subject, body))
+
+    answering = packs.Answering(client._wire, {}, post)
+    for number in (1, 2):
+        answering.answer(f"_I.{number}", "_I.1-2", b"x" * 200, {})
+    await until(lambda: len(sent) == 2)
+    told = [packs.read(body, PackedReply)[0].to for _, body in sent]
+    assert told == ["1", "2"]
