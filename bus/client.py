@@ -344,9 +344,14 @@ class Client:
         self._check_size(body)
         await self._send(inbox, inbox, "", body, headers)
 
-    def answering(self, shared: Mapping[str, str]) -> Answering | None:
-        """Return what answers packs; None if none can be taken. For `bus.instance`."""
-        return Answering(self._wire, shared, self._post) if self._wire.short else None
+    @property
+    def packs(self) -> bool:
+        """Whether packs can be taken: only the short way (`bus.wire`) has them."""
+        return self._wire.short
+
+    def answering(self, shared: Mapping[str, str]) -> Answering:
+        """Return what answers packs with these headers; for `bus.instance`."""
+        return Answering(self._wire, shared, self._post)
 
     def answer_now(self, inbox: str, body: bytes, headers: Mapping[str, str]) -> bool:
         """Answer a request if it can be done at once; return whether it is.

@@ -55,7 +55,7 @@ from bus.errors import (
     body_of,
 )
 from bus.metrics import Calls, Figures, Series
-from bus.packs import unpack
+from bus.packs import Answering, unpack
 from bus.probes import Facts, Probes, Route
 from bus.settings import Settings
 from bus.state import OBSERVED_TTL_S
@@ -247,9 +247,10 @@ class Instance:
         self._who = {"Bkg-Instance": self.id}
         if listed:
             self._who[SLOT] = f"{self.plugin}.{self.slot}"
-        self._answering = client.answering(self._who) if listed else None
-        if self._answering:
+        self._answering: Answering | None = None
+        if listed and client.packs:
             self._who[PACKS] = "1"
+            self._answering = client.answering(self._who)
         self._by_inbox: dict[str, asyncio.Task[Any]] = {}
         self._started = m.now()
         self._lag_ms = 0.0
