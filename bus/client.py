@@ -59,6 +59,9 @@ NOT_SERVED: Final = "Bkg-Not-Served"
 # Room that a message's headers may need beside its body.
 HEADER_ROOM_BYTES: Final = 16 * 1024
 FOLLOW_BUFFER: Final = 10_000
+# The broker ends a connection that sends a longer control line than 4 KiB; the inbox stands there
+# beside the subject.
+SUBJECT_MAX_CHARS: Final = 3_072
 
 # The W3C trace context of the request that is being worked on; log records carry its trace id.
 trace: ContextVar[str | None] = ContextVar("trace", default=None)
@@ -447,6 +450,11 @@ class Client:
         timeout_s: float,
     ) -> Incoming:
         """Send a request and return whatever comes back; TimeoutError if nothing does."""
+        if len(subject) > SUBJECT_MAX_CHARS:
+            raise InvalidRequest(
+                f"the subject has {len(subject):,} characters, at most {SUBJECT_MAX_CHARS:,} are "
+                "taken; a name in it is too long"
+            )
         self._check_size(body)
         if not self._online.is_set():
             await self._come_online(min(timeout_s, 2.0))

@@ -39,6 +39,7 @@ MAX_BYTES: Final = 2 * 1024**3
 SAMPLES: Final = ("linear-demo.json", "iris.onnx")
 # Versions that nobody wants any more are forgotten beyond this many of a model.
 VERSIONS_KEPT: Final = 32
+FILE_NAME_MAX_BYTES: Final = 200
 _TRIES: Final = 20
 
 log = structlog.get_logger("candle.repository")
@@ -109,7 +110,7 @@ class Repository:
             )
         if request.content is not None:
             with tempfile.TemporaryDirectory(prefix="bkg-") as folder:
-                path = Path(folder) / Path(request.path or "").name
+                path = Path(folder) / _file_name(request.path)
                 await asyncio.to_thread(path.write_bytes, request.content)
                 made = await self._version_from(path, request.path or "")
         else:
@@ -315,6 +316,22 @@ def tensors_of(signature: Signature) -> tuple[list[m.TensorInfo], list[m.TensorI
         for side in (signature.inputs, signature.outputs)
     )
     return inputs, outputs
+
+
+def _file_name(path: str | None) -> str:
+    """Return the name of a file that comes with a request.
+
+    Raises:
+        InvalidRequest: It can be none.
+    """
+    name = Path(path or "").name
+    if not name or name == ".." or "\0" in name or len(name.encode()) > FILE_NAME_MAX_BYTES:
+        raise InvalidRequest(
+            f"path: {(path or '')[:80]!r} does not end in a file's name, such as model.onnx, of at "
+            f"most {FILE_NAME_MAX_BYTES} bytes",
+            field="path",
+        )
+    return name
 
 
 def _with(

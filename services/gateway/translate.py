@@ -230,7 +230,9 @@ def translated(instance: Instance) -> Middleware:
         try:
             response = await handler(request)
         except BusError as error:
-            response = problem_of(error, kserve=_is_kserve(request))
+            response = refused = problem_of(error, kserve=_is_kserve(request))
+            if isinstance(error, TooLarge) and hdrs.CONTENT_ENCODING in request.headers:
+                await _answer_and_hang_up(request, refused)
         except web.HTTPException as error:
             if error.status < 400:
                 raise
@@ -245,6 +247,19 @@ def translated(instance: Instance) -> Middleware:
         return response
 
     return middleware
+
+
+async def _answer_and_hang_up(request: web.Request, response: web.Response) -> None:
+    """Send an answer and read no more of the request.
+
+    aiohttp would read on, and so go on inflating a small body that becomes gigabytes: for seconds
+    nobody else would be served.
+    """
+    response.force_close()
+    await response.prepare(request)
+    await response.write_eof()
+    if request.transport is not None:
+        request.transport.close()
 
 
 async def dress(request: web.Request, response: web.StreamResponse) -> None:

@@ -211,3 +211,10 @@ async def test_a_plain_client_calls_with_an_empty_body(client: Client, settings)
     ):
         reply = await client._nc.request(CANDLE_STATS.subject(client.root), b"", timeout=2)
     assert reply.data == b'{"models":[]}'
+
+
+async def test_a_subject_that_the_broker_would_hang_up_on_is_refused(client):
+    with pytest.raises(InvalidRequest, match="a name in it is too long"):
+        await client.relay(f"{client.root}.call.{'x' * 4_000}", b"")
+    await client.barrier()
+    assert client.connected

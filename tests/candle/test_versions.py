@@ -211,6 +211,15 @@ async def test_a_file_can_come_with_the_request(client, worker):
             await client.call(MODEL_LOAD, ask)
 
 
+@pytest.mark.parametrize("path", [None, "..", "a\0.json", f"{'x' * 300}.json"])
+async def test_a_file_that_comes_with_a_request_needs_a_name(client, worker, path):
+    body = json.dumps({"id": "m", "path": path, "content": "e30="}).encode()
+    async with worker():
+        with pytest.raises(InvalidRequest, match="path|not valid"):
+            await client.relay(MODEL_LOAD.subject(client.root), body)
+        assert await client.store.models.all() == []
+
+
 async def test_an_alias_is_no_name_for_a_version(client, worker, linear):
     async with worker():
         with pytest.raises(InvalidRequest, match="'latest' is an alias"):

@@ -352,11 +352,14 @@ async def test_a_deadline_is_kept_and_what_is_late_never_runs(gate, candle, line
 )
 async def test_a_small_body_that_inflates_beyond_the_limit_is_413(gate, path):
     bomb = gzip.compress(bytes(40_000_000), 9)
-    # What is not read to its end ends the connection.
-    headers = {"Content-Encoding": "gzip", "Connection": "close"}
-    for body, status in ((bomb, 413), (b"no gzip", 400)):
-        async with gate.http.post(path, data=io.BytesIO(body), headers=headers) as response:
-            assert response.status == status, await response.text()
+    headers = {"Content-Encoding": "gzip"}
+    async with gate.http.post(path, data=io.BytesIO(bomb), headers=headers) as response:
+        assert response.status == 413, await response.text()
+        # The rest is not even inflated: what is not read to its end ends the connection.
+        assert response.headers["Connection"] == "close"
+    headers["Connection"] = "close"
+    async with gate.http.post(path, data=io.BytesIO(b"no gzip"), headers=headers) as response:
+        assert response.status == 400, await response.text()
     assert (gate.parts.relaying, gate.parts.relaying_bytes) == (0, 0)
 
 
