@@ -269,7 +269,8 @@ print(child.pid, flush=True)
 """
 
 
-def test_a_stopped_server_leaves_none_of_its_processes(tmp_path):
+def test_a_stopped_server_leaves_none_of_its_processes(tmp_path, monkeypatch):
+    monkeypatch.setattr("tests.bench.processes._STOP_S", 1.0)
     ends = STUBBORN + "time.sleep(1000)\n"
     server = Server([sys.executable, "-c", ends], tmp_path / "log", {})
     wait_for(lambda: server.log.read_text().strip() and len(server.processes()) == 2)
