@@ -407,7 +407,7 @@ def test_a_window_begins_when_the_server_has_done_what_was_left(tmp_path, monkey
     server = Server([sys.executable, "-c", f"{busy}print(1, flush=True)\ntime.sleep(600)"],
                     tmp_path / "log", {})  # fmt: skip
     wait_for(lambda: sum(server.cpu_s().values()) > 0.1)
-    running._settle(server)
+    running.settle(server)
     assert server.log.read_text() == "1\n"
     server.stop()
 

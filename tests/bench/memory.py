@@ -27,6 +27,7 @@ from tests.bench.running import (
     fresh_bkg,
     load_into_bkg,
     load_model,
+    settle,
     started,
     wrong,
 )
@@ -42,8 +43,6 @@ _SAMPLES: Final = 120
 # Connections come and go.
 _FILES_MORE: Final = 8
 _ASKERS: Final = 4
-# What a start leaves to do is done by then.
-_SETTLED_S: Final = 5.0
 # A load of the large model takes about so long.
 _LOAD_S: Final = 0.5
 _SMALL: Final = "tiny"
@@ -136,7 +135,7 @@ def rest(seconds: int) -> list[Rested]:
         ServerFailed: It did not start.
     """
     with fresh_bkg() as (server, _):
-        time.sleep(_SETTLED_S)
+        settle(server)
         before, began = server.cpu_s(), time.monotonic()
         time.sleep(seconds)
         after, took_s = server.cpu_s(), time.monotonic() - began

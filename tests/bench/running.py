@@ -97,7 +97,7 @@ def window(
     It is let finish first what an earlier window has left: wrk goes away in the middle of
     requests, and a slow server works on for those that nobody waits for any more.
     """
-    _settle(server)
+    settle(server)
     began, busy, cpu = time.monotonic(), busy_s(), server.cpu_s()
     ours = _own_cpu_s()
     load = wrk.load(body, port=port, connections=connections, seconds=seconds, folder=CACHE / "wrk")
@@ -200,7 +200,7 @@ def _refuse_ended(peer: Peer, server: Server) -> None:
         raise ServerFailed(f"{peer.title} ended while it started: {server.last_words()}")
 
 
-def _settle(server: Server) -> None:
+def settle(server: Server) -> None:
     """Wait until a server does next to nothing; a busy one is waited for only so long."""
     until = time.monotonic() + _SETTLE_MAX_S
     used = sum(server.cpu_s().values())
