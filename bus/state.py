@@ -449,6 +449,8 @@ class Store:
         hosts: Hosts as their supervisors tell of them, by name.
         hosts_desired: What each host should be, by name; without an entry, one that takes replicas.
         models: The repository's models, and what of them should be served, by model id.
+        reports: What validation found, by artefact.
+        jobs: Work that outlives its request, by id; they leave a week after their end.
         served: What each instance of candle serves, by plugin and slot.
         galleries: The events of all galleries.
         artefacts: Model files by digest.
@@ -464,6 +466,8 @@ class Store:
         self.hosts = Bucket(nc, f"{root}-hosts", m.HostState, 1)
         self.hosts_desired = Bucket(nc, f"{root}-desired", m.HostDesired, 1, "host")
         self.models = Bucket(nc, f"{root}-models", m.ModelSpec, 1)
+        self.reports = Bucket(nc, f"{root}-models", m.ModelReport, 1, "report")
+        self.jobs = Bucket(nc, f"{root}-jobs", m.Job, 1)
         self.served = Bucket(nc, f"{root}-observed", m.ServedModels, 2, "models")
         self.galleries = Stream(nc, f"{root}-galleries")
         self.artefacts = Artefacts(nc, f"{root}-artefacts")
@@ -830,7 +834,13 @@ def _assets(root: str) -> list[dict[str, Any]]:
         *rings,
         galleries,
         _bucket(f"{root}-desired", "what each plugin should be", history=64),
-        _bucket(f"{root}-models", "models, and which of them candle should serve", history=8),
+        _bucket(
+            f"{root}-models",
+            "models, and which of them candle should serve",
+            history=8,
+            max_bytes=128 * MIB,
+        ),
+        _bucket(f"{root}-jobs", "jobs; keys expire", history=1, max_age=7 * 86_400 * NS),
         _bucket(
             f"{root}-hosts",
             "hosts that are there; keys expire",

@@ -237,6 +237,54 @@ MODEL_WAKE = Endpoint(
     m.ServedModel,
     "Bring a model that left memory back; answers with its state, at once.",
 )
+MODEL_ADD = Endpoint(
+    "candle.model.add",
+    CANDLE,
+    m.AddModel,
+    m.AddedModel,
+    "Make an artefact of the object store a version of a model, validated, not yet served.",
+)
+MODEL_VALIDATE = Endpoint(
+    "candle.model.validate", CANDLE, m.ValidateModel, m.ModelReport, "Validate a version again."
+)
+MODEL_DESCRIBE = Endpoint(
+    "candle.model.describe",
+    CANDLE,
+    m.DescribeModel,
+    m.ModelSpec,
+    "Change a model's description, labels and licence.",
+)
+MODEL_REMOVE = Endpoint(
+    "candle.model.remove",
+    CANDLE,
+    m.RemoveModel,
+    m.RemovedModel,
+    "Delete a model, or one version of it, with what only it needs.",
+)
+MODEL_GC = Endpoint(
+    "candle.model.gc",
+    CANDLE,
+    m.CollectGarbage,
+    m.CollectedGarbage,
+    "Delete artefacts that no version needs, and what broken uploads left.",
+)
+MODEL_IMPORT = Endpoint(
+    "candle.model.import",
+    CANDLE,
+    m.ImportModel,
+    m.Job,
+    "Fetch a model from elsewhere; answers with the job that does it, at once.",
+)
+JOB_CANCEL = Endpoint(
+    "candle.job.cancel", CANDLE, m.NameJob, m.Job, "End a job; one that has ended stays as it is."
+)
+JOB_RETRY = Endpoint(
+    "candle.job.retry",
+    CANDLE,
+    m.NameJob,
+    m.Job,
+    "Take up a job that failed or was cancelled, from where it was.",
+)
 CANDLE_STATS = Endpoint(
     "candle.stats", CANDLE, m.Empty, m.CandleStats, "The models that this instance serves."
 )
@@ -256,6 +304,8 @@ ENDPOINTS: tuple[Endpoint[m.Message, m.Message], ...] = (  # type: ignore[assign
     PLUGINS_CHECK, PLUGINS_SCALE, PLUGINS_HISTORY, PLUGINS_ROLLBACK,
     HOSTS_LIST, HOSTS_DRAIN, HOSTS_UNDRAIN,
     MODEL_RUN, MODEL_LOAD, MODEL_UNLOAD, MODEL_ALIAS, MODEL_WAKE, CANDLE_STATS,
+    MODEL_ADD, MODEL_VALIDATE, MODEL_DESCRIBE, MODEL_REMOVE, MODEL_GC,
+    MODEL_IMPORT, JOB_CANCEL, JOB_RETRY,
     FACES_ENCODE, FACES_SEARCH, DATASET_MANAGE,
 )  # fmt: skip
 # One subject per model, and per version of it; see `MODEL_RUN`.
@@ -310,6 +360,7 @@ EVENT = Feed(
     sent_by=("supervisor",),
     heard_by=("gateway", "operator"),
 )
+JOB = Feed("job.{job}", m.Job, heard_by=("gateway", "operator"))
 GALLERY_HEAD = Feed(
     "gallery.{gallery}.head", m.GalleryHead, sent_by=("rustyface",), heard_by=("rustyface",)
 )
@@ -342,5 +393,5 @@ def gallery_events(root: str) -> str:
 
 FEEDS = (
     LOG, LIVE_LOG, TELEMETRY, HOST_TELEMETRY, BROKER_TELEMETRY, LOG_LEVEL,
-    CANCEL, STATUS, HEALTH, EVENT, GALLERY_HEAD, GALLERY_ENTRY,
+    CANCEL, STATUS, HEALTH, EVENT, JOB, GALLERY_HEAD, GALLERY_ENTRY,
 )  # fmt: skip

@@ -25,7 +25,7 @@ PAYLOADS = sorted(
 
 def test_the_page_is_what_the_declarations_say():
     assert PAGE.read_text() == render(), (
-        "docs/subjects.md is not what bus/subjects.py, bus/messages.py and bus/state.py declare: "
+        "docs/subjects.md is not what bus/subjects.py, bus/messages/ and bus/state.py declare: "
         "run `make docs`, or `python -m bus.reference docs/subjects.md`, and commit it"
     )
 

@@ -1,0 +1,292 @@
+"""How artefacts come into the repository of models, are validated, described and removed."""
+
+from datetime import datetime
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta
+
+from bus.messages.base import Message, Name, VersionName
+from bus.messages.models import ModelSource, TensorInfo
+
+Digest = Annotated[
+    str,
+    Meta(pattern=r"\A[0-9a-f]{64}\Z", description="must be a SHA-256: 64 hex digits, lower case"),
+]
+Text = Annotated[str, Meta(max_length=4_096)]
+Labels = dict[
+    Annotated[str, Meta(min_length=1, max_length=63)], Annotated[str, Meta(max_length=255)]
+]
+
+
+class ModelProblem(Message, frozen=True):
+    """Something that is wrong with an artefact.
+
+    Attributes:
+        where: The field, node or tensor; empty for the whole file.
+        what: What was found, and what is allowed.
+    """
+
+    where: str
+    what: str
+
+
+class ModelReport(Message, frozen=True, omit_defaults=False):
+    """What the validation of an artefact found; bucket `models`, key `<digest>.report`.
+
+    Attributes:
+        checksum: The artefact, by its SHA-256.
+        sound: Whether it can be loaded.
+        validated_at: When that was found.
+        problems: Why it cannot; of many the first ones.
+        advice: What would make it better, for people.
+        format: `linear` or `onnx`.
+        size_bytes: Size of the artefact.
+        inputs: What it takes; an axis of -1 is free.
+        outputs: What it gives.
+        batched: Whether rows of several requests can run together.
+        opset: Version of the ONNX operator set.
+        producer: What made the file, as the file says.
+        operators: How often each operator occurs, the most frequent ones.
+        parameters: How many numbers it has learned.
+        peak_memory_bytes: The most that loading and running it took.
+        load_ms: How long loading took, in milliseconds.
+        run_ms: How long one run took on the sample, in milliseconds.
+        sample_shapes: The shapes that it was run with, by input.
+        runtime: What ran it, with its version.
+        confined: What the validating process was kept from: `memory`, `cpu`, `files`, `network`.
+    """
+
+    checksum: str
+    sound: bool
+    validated_at: datetime
+    problems: list[ModelProblem] = []
+    advice: list[str] = []
+    format: str = ""
+    size_bytes: int = 0
+    inputs: list[TensorInfo] = []
+    outputs: list[TensorInfo] = []
+    batched: bool = False
+    opset: int | None = None
+    producer: str | None = None
+    operators: dict[str, int] = {}
+    parameters: int | None = None
+    peak_memory_bytes: int | None = None
+    load_ms: float | None = None
+    run_ms: float | None = None
+    sample_shapes: dict[str, list[int]] = {}
+    runtime: str = ""
+    confined: list[str] = []
+
+
+class AddModel(Message, frozen=True):
+    """Asks for an artefact of the object store to become a version of a model, not yet served.
+
+    Attributes:
+        id: The model; made if there is none.
+        checksum: The artefact.
+        file_name: Names its format: `model.onnx`, `model.json`.
+        version: The version's name; the next number, if not given.
+        source: Where it came from.
+        description: What the model is; stays as it is if not given.
+        labels: The model's labels; stay as they are if not given.
+        licence: The model's licence; stays as it is if not given.
+    """
+
+    id: Name
+    checksum: Digest
+    file_name: Annotated[str, Meta(min_length=1, max_length=200)]
+    version: VersionName | None = None
+    source: ModelSource | None = None
+    description: Text | None = None
+    labels: Labels | None = None
+    licence: Annotated[str, Meta(max_length=255)] | None = None
+
+
+class AddedModel(Message, frozen=True, omit_defaults=False):
+    """A version that the repository has now.
+
+    Attributes:
+        id: The model.
+        version: The version.
+        checksum: Its artefact.
+        created: Whether it is new; the same bytes under the same version are there once.
+        report: What the validation found. A version that is not sound is kept, to be looked at,
+            but cannot be loaded.
+    """
+
+    id: str
+    version: str
+    checksum: str
+    created: bool
+    report: ModelReport
+
+
+class ValidateModel(Message, frozen=True):
+    """Asks for a version to be validated again.
+
+    Attributes:
+        id: The model.
+        version: A version or alias; `default` if not given.
+        sample: An inference request of the Open Inference Protocol, in JSON, to run instead of
+            zeros.
+    """
+
+    id: Name
+    version: VersionName | None = None
+    sample: dict[str, Any] | None = None
+
+
+class DescribeModel(Message, frozen=True):
+    """Asks for what people read about a model to be changed; what is not given stays.
+
+    Attributes:
+        id: The model.
+        description: What it is.
+        labels: All its labels.
+        licence: Under which it may be used.
+    """
+
+    id: Name
+    description: Text | None = None
+    labels: Labels | None = None
+    licence: Annotated[str, Meta(max_length=255)] | None = None
+
+
+class RemoveModel(Message, frozen=True):
+    """Asks for a model, or one version of it, to be deleted.
+
+    Attributes:
+        id: The model.
+        version: A version, by its own name; every one if not given.
+        force: Delete it although it is served, or an alias leads to it.
+        dry_run: Only say what would happen.
+    """
+
+    id: Name
+    version: VersionName | None = None
+    force: bool = False
+    dry_run: bool = False
+
+
+class RemovedModel(Message, frozen=True, omit_defaults=False):
+    """What was deleted, or would be.
+
+    Attributes:
+        id: The model.
+        versions: Its versions that left.
+        artefacts: The artefacts that left with them: those that no other version needs.
+        freed_bytes: What these took.
+        used_by: What still uses it: `served by candle.0 on HOST`, `alias default`.
+        dry_run: Whether nothing was done.
+    """
+
+    id: str
+    versions: list[str]
+    artefacts: list[str]
+    freed_bytes: int
+    used_by: list[str] = []
+    dry_run: bool = False
+
+
+class CollectGarbage(Message, frozen=True):
+    """Asks for artefacts that no version needs, and what broken uploads left, to be deleted."""
+
+    dry_run: bool = False
+
+
+class CollectedGarbage(Message, frozen=True, omit_defaults=False):
+    """What was deleted, or would be: artefacts, reports and unfinished uploads."""
+
+    artefacts: list[str]
+    uploads: list[str]
+    freed_bytes: int
+    dry_run: bool = False
+
+
+# --- Jobs -----------------------------------------------------------------------------------------
+
+JobState = Literal["queued", "running", "done", "failed", "cancelled"]
+
+
+class ImportModel(Message, frozen=True):
+    """Asks for a model to be fetched from elsewhere; answered with the job that does it.
+
+    Attributes:
+        id: The model.
+        url: `https://`, `http://` or `hf://owner/repo/file@revision`.
+        version: The version's name; the next number, if not given.
+        sha256: What the bytes must come to.
+        load: Whether it is served when it has come and is sound.
+        by: Who asks.
+        key: The caller's idempotency key: asked again with it, the first job is the answer.
+    """
+
+    id: Name
+    url: Annotated[str, Meta(min_length=1, max_length=2_048)]
+    version: VersionName | None = None
+    sha256: Digest | None = None
+    load: bool = False
+    by: Annotated[str, Meta(max_length=255)] | None = None
+    key: Annotated[str, Meta(min_length=1, max_length=255)] | None = None
+
+
+class NameJob(Message, frozen=True):
+    """Names a job."""
+
+    job: Annotated[str, Meta(pattern=r"\A[a-z0-9]{1,40}\Z", description="must be the id of a job")]
+
+
+class Job(Message, frozen=True, omit_defaults=False):
+    """Work that outlives its request; bucket `jobs`, key `<job>`, and told of on `job.<job>`.
+
+    Attributes:
+        job: Its id.
+        kind: `import`.
+        state: How far it is.
+        request: What was asked, without passwords.
+        created_at: When.
+        updated_at: When this was written.
+        started_at: When the present try began.
+        ended_at: When it came to an end.
+        instance: Who does it; whoever lets `lease_until` pass has lost it.
+        host: Where.
+        lease_until: How long nobody else takes it up.
+        tries: How often it was begun.
+        retry_at: When it is tried again.
+        stage: `fetching`, `storing`, `validating` or `loading`.
+        bytes: What has come.
+        total_bytes: What should come, where that is known.
+        bytes_per_s: How fast, lately.
+        eta_s: Seconds until all of it is there, where that can be told.
+        cancelling: Whether somebody wants it to end.
+        error: Why it failed, or why the last try did.
+        result: What it led to.
+    """
+
+    job: str
+    request: ImportModel
+    created_at: datetime
+    updated_at: datetime
+    kind: Literal["import"] = "import"
+    state: JobState = "queued"
+    started_at: datetime | None = None
+    ended_at: datetime | None = None
+    instance: str | None = None
+    host: str | None = None
+    lease_until: datetime | None = None
+    tries: int = 0
+    retry_at: datetime | None = None
+    stage: Literal["fetching", "storing", "validating", "loading"] | None = None
+    bytes: int = 0
+    total_bytes: int | None = None
+    bytes_per_s: float | None = None
+    eta_s: float | None = None
+    cancelling: bool = False
+    error: str | None = None
+    result: AddedModel | None = None
+
+
+class JobList(Message, frozen=True, omit_defaults=False):
+    """Jobs, the newest first."""
+
+    jobs: list[Job]
