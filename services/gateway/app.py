@@ -9,7 +9,7 @@ from typing import Final
 
 import structlog
 from aiohttp import web
-from aiohttp.typedefs import Handler, Middleware
+from aiohttp.typedefs import Handler
 
 from bus.client import Client
 from bus.errors import InvalidRequest, Unavailable
@@ -177,13 +177,15 @@ async def gateway(
 
 def make_app(parts: Parts) -> web.Application:
     """Return the application: every route, behind the translation of errors and the gate."""
-    asks: dict[web.AbstractRoute, Access] = {}
-    app = web.Application(middlewares=[translated(parts.instance), _guarded(parts.gate, asks)])
+    app = web.Application()
     app[PARTS] = parts
     for method, path, handler, needs in ROUTES:
         streams = handler in {live.socket, live.log_stream}
+        guarded = translated(parts.instance, _guarded(parts.gate, needs, handler))
         for one in ("GET", "HEAD") if method == "GET" and not streams else (method,):
-            asks[app.router.add_route(one, path, handler)] = needs
+            app.router.add_route(one, path, guarded)
+    # What is not there is told to everybody.
+    app.router.add_route("*", "/{path:.*}", translated(parts.instance, _nothing_here))
     app.on_response_prepare.append(dress)
     app.on_shutdown.append(_close_connections)
     return app
@@ -216,18 +218,25 @@ async def listening(app: web.Application, host: str, port: int) -> AsyncGenerato
         await runner.cleanup()
 
 
-def _guarded(gate: Gate, asks: Mapping[web.AbstractRoute, Access]) -> Middleware:
-    """Return the middleware that admits a request to its route."""
+def _guarded(gate: Gate, needs: Access, handler: Handler) -> Handler:
+    """Return a handler that the gate stands before."""
 
-    @web.middleware
-    async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
-        match = request.match_info
-        # What is not there (404, 405) is told to everybody.
-        if match.http_exception is None:
-            gate.admit(request, asks.get(match.route, Access.ADMIN))
+    async def handle(request: web.Request) -> web.StreamResponse:
+        gate.admit(request, needs)
         return await handler(request)
 
-    return middleware
+    return handle
+
+
+async def _nothing_here(request: web.Request) -> web.StreamResponse:
+    """Say that there is no such address, or that it does not take this method."""
+    allowed: set[str] = set()
+    for resource in request.app.router.resources():
+        if resource is not request.match_info.route.resource:
+            allowed |= (await resource.resolve(request))[1]
+    if allowed:
+        raise web.HTTPMethodNotAllowed(request.method, allowed)
+    raise web.HTTPNotFound
 
 
 async def _close_connections(app: web.Application) -> None:

@@ -8,14 +8,17 @@ import asyncio
 import math
 import random
 import re
+import time
 from collections.abc import Mapping
+from email.utils import formatdate
+from functools import lru_cache
 from http import HTTPStatus
 from typing import Any, Final, TypeVar
 
 import msgspec
 import structlog
-from aiohttp import hdrs, web
-from aiohttp.typedefs import Handler, Middleware
+from aiohttp import HttpVersion11, hdrs, web
+from aiohttp.typedefs import Handler
 
 from bus import codec
 from bus.client import Answer, new_traceparent, trace
@@ -33,6 +36,8 @@ RESPOND_ASYNC: Final = "respond-async"
 # Bodies that are no capability's payload: a configuration, a key.
 BODY_MAX_BYTES: Final = 1024 * 1024
 BODY_PATIENCE_S: Final = 60.0
+# A relayed answer beyond this waits for the client to take it, as aiohttp's responses do.
+WHOLE_MAX_BYTES: Final = 64 * 1024
 
 _ID_GIVEN: Final = web.RequestKey("id", str)
 
@@ -216,13 +221,16 @@ def problem_of(error: BusError, *, kserve: bool = False) -> web.Response:
     )
 
 
-def translated(instance: Instance) -> Middleware:
-    """Return the outermost middleware: ids in, errors out, and both counted."""
-    counts = instance.gauges
-    counts.update(http_requests=0, http_errors=0)
+def translated(instance: Instance, handler: Handler) -> Handler:
+    """Return a handler that has its ids, and whose errors leave as answers; both are counted.
 
-    @web.middleware
-    async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+    Not a middleware: aiohttp's chain of them costs a request several coroutines more.
+    """
+    counts = instance.gauges
+    counts.setdefault("http_requests", 0)
+    counts.setdefault("http_errors", 0)
+
+    async def handle(request: web.Request) -> web.StreamResponse:
         counts["http_requests"] += 1
         request[_ID_GIVEN] = _request_id(request)
         trace.set(_traceparent(request))
@@ -246,7 +254,65 @@ def translated(instance: Instance) -> Middleware:
             counts["http_errors"] += 1
         return response
 
-    return middleware
+    return handle
+
+
+class Relayed(web.Response):
+    """An answer of the bus with status 200, passed on as it is.
+
+    Where nothing about it is special, it is written in one piece, with a head put together here:
+    what aiohttp does for any response costs more than all else that we do for a request.
+
+    Args:
+        body: The body.
+        headers: Those of its headers that are for the client, each in one line.
+    """
+
+    def __init__(self, body: bytes, headers: dict[str, str]) -> None:
+        super().__init__(body=body, headers=headers)
+        self._relayed = body, headers
+        self._written = False
+
+    async def prepare(self, request: web.BaseRequest) -> Any:
+        """Begin to answer; where it can be done in one piece, end, too."""
+        body, headers = self._relayed
+        transport = request.transport
+        if (
+            len(body) > WHOLE_MAX_BYTES
+            or transport is None
+            or transport.is_closing()
+            or not request.keep_alive
+            or request.version != HttpVersion11
+            or request.method == hdrs.METH_HEAD
+            or self.compression
+        ):
+            return await super().prepare(request)
+        lines = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
+        if not lines.count("\n") == lines.count("\r") == len(headers):
+            # No worker may write headers of its own making into an answer: aiohttp refuses it.
+            return await super().prepare(request)
+        head = (
+            f"HTTP/1.1 200 OK\r\n{lines}{REQUEST_ID}: {request[_ID_GIVEN]}\r\n"
+            f"Content-Length: {len(body)}\r\nDate: {_date(int(time.time()))}\r\n"
+        )
+        transport.write(b"".join((head.encode(), _EVERYWHERE_ENCODED, body)))
+        self._written = True
+        return None
+
+    async def write_eof(self, data: bytes = b"") -> None:
+        """End the answer."""
+        if not self._written:
+            await super().write_eof(data)
+
+    @property
+    def prepared(self) -> bool:
+        """Whether answering has begun."""
+        return self._written or super().prepared
+
+    @property
+    def keep_alive(self) -> bool | None:
+        """Whether the connection stays open."""
+        return self._written or super().keep_alive
 
 
 async def _answer_and_hang_up(request: web.Request, response: web.Response) -> None:
@@ -266,7 +332,7 @@ async def dress(request: web.Request, response: web.StreamResponse) -> None:
     """Give every response the headers that protect our pages and answers; runs before each."""
     for name, value in _EVERYWHERE.items():
         response.headers.setdefault(name, value)
-    response.headers[hdrs.SERVER] = "bkg"
+    response.headers[hdrs.SERVER] = _SERVER
     if request_id := request.get(_ID_GIVEN):
         response.headers[REQUEST_ID] = request_id
 
@@ -283,6 +349,11 @@ _EVERYWHERE: Final = {
     "Permissions-Policy": "camera=(self), microphone=(), geolocation=()",
     "Cache-Control": "no-store",
 }
+_SERVER: Final = "bkg"
+_EVERYWHERE_ENCODED: Final = (
+    "".join([f"{name}: {value}\r\n" for name, value in _EVERYWHERE.items()])
+    + f"{hdrs.SERVER}: {_SERVER}\r\n\r\n"
+).encode()
 _PRINTABLE = re.compile(r"[\x21-\x7e][\x20-\x7e]{0,199}")
 _ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 # W3C Trace Context, version 00.
@@ -310,6 +381,12 @@ def _problem_of_http(request: web.Request, error: web.HTTPException) -> web.Resp
 def _is_kserve(request: web.Request) -> bool:
     """Tell whether a path belongs to the Open Inference Protocol."""
     return request.path == "/v2" or request.path.startswith("/v2/")
+
+
+@lru_cache(1)
+def _date(second: int) -> str:
+    """Return a second of Unix time as HTTP has it."""
+    return formatdate(second, usegmt=True)
 
 
 def _sentence(message: str) -> str:

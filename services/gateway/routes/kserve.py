@@ -20,7 +20,7 @@ from bus.subjects import CANDLE_STATS, MODEL_INFER, MODEL_LOAD, MODEL_UNLOAD
 from services.gateway import protocol
 from services.gateway.models import wanted_version, why_nobody
 from services.gateway.parts import PARTS, Parts
-from services.gateway.translate import TRACEPARENT, answer, read_body, timeout_of
+from services.gateway.translate import TRACEPARENT, Relayed, answer, read_body, timeout_of
 
 LENGTH: Final = "Inference-Header-Content-Length"
 NAME_MAX_CHARS: Final = 128
@@ -168,7 +168,7 @@ async def infer(request: web.Request) -> web.Response:
     finally:
         at.relaying -= 1
         at.relaying_bytes -= size
-    response = web.Response(body=relayed.body, headers=_shown(relayed.headers))
+    response = Relayed(relayed.body, _shown(relayed.headers))
     if len(relayed.body) >= COMPRESS_MIN_BYTES and hdrs.ACCEPT_ENCODING in request.headers:
         response.enable_compression()
     return response
