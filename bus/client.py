@@ -40,7 +40,7 @@ from bus.errors import (
     error_from_number,
 )
 from bus.messages import CancelCall, Message
-from bus.packs import Answering, Asked, Asking, NotSentError
+from bus.packs import Answering, Asking, NotSentError
 from bus.state import Store
 from bus.subjects import CANCEL, DEFAULT_ROOT, Endpoint, Feed, name_of, token
 from bus.tasks import beside
@@ -469,9 +469,15 @@ class Client:
             packs, call = f"{self.root}.inst.{asked}.pack", subject[len(self._calls) :]
             if packed := self._asking.ask(packs, to, call, sent, body, timeout_s):
                 try:
-                    return await self._packed(packed)
+                    return await packed.reply
                 except NotSentError:
                     pass
+                except (TimeoutError, asyncio.CancelledError):
+                    if packed.inbox:
+                        self._give_up(packed.inbox)
+                    raise
+                finally:
+                    self._replies.forget(packed.inbox)
         inbox, reply = self._replies.expect(timeout_s)
         try:
             await self._send(subject, to, inbox, body, sent)
@@ -481,16 +487,6 @@ class Client:
             raise
         finally:
             self._replies.forget(inbox)
-
-    async def _packed(self, asked: Asked) -> Incoming:
-        try:
-            return await asked.reply
-        except (TimeoutError, asyncio.CancelledError):
-            if asked.inbox:
-                self._give_up(asked.inbox)
-            raise
-        finally:
-            self._replies.forget(asked.inbox)
 
     async def _send(
         self, named: str, subject: str, inbox: str, body: bytes, headers: Mapping[str, str]

@@ -90,8 +90,6 @@ async def read_body(request: web.Request, max_bytes: int) -> bytes:
         InvalidRequest: It is cut off, or not encoded as it says.
         DeadlineExceeded: It did not come within `BODY_PATIENCE_S`.
     """
-    if (announced := request.content_length or 0) > max_bytes:
-        raise TooLarge(f"the body has {announced:,} bytes, allowed are {max_bytes:,}")
     content = request.content
     if content.is_eof() and content.exception() is None:
         # All of it came with the headers, as small bodies do. The limit still holds: it may have
@@ -100,6 +98,8 @@ async def read_body(request: web.Request, max_bytes: int) -> bytes:
         if len(whole) > max_bytes:
             raise TooLarge(f"the body has more than the {max_bytes:,} bytes allowed")
         return whole
+    if (announced := request.content_length or 0) > max_bytes:
+        raise TooLarge(f"the body has {announced:,} bytes, allowed are {max_bytes:,}")
     body = bytearray()
     try:
         async with asyncio.timeout(BODY_PATIENCE_S):

@@ -3,6 +3,7 @@
 Bodies of inference pass through as they are: tensors are read where they are needed, at the worker.
 """
 
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, Final
 
@@ -23,6 +24,10 @@ from services.gateway.parts import PARTS, Parts
 from services.gateway.translate import TRACEPARENT, Relayed, answer, read_body, timeout_of
 
 LENGTH: Final = "Inference-Header-Content-Length"
+# What it is, and who gave it.
+SHOWN: Final = (
+    hdrs.CONTENT_TYPE, LENGTH, "Bkg-Model-Version", "Bkg-Model-Digest", "Bkg-Instance",
+)  # fmt: skip
 NAME_MAX_CHARS: Final = 128
 RELAYING_MAX: Final = 1_024
 # What inference bodies may hold of the gateway's memory while their answers are waited for.
@@ -136,10 +141,11 @@ async def infer(request: web.Request) -> web.Response:
     """
     at = request.app[PARTS]
     model, version = _named(request)
-    if max(len(model), len(version or "")) > NAME_MAX_CHARS:
+    if len(model) > NAME_MAX_CHARS or (version and len(version) > NAME_MAX_CHARS):
         # No name is that long. The broker hangs up on a subject beyond its 4 KiB.
         raise await why_nobody(at, model, version)
-    size = request.content_length or 0
+    # What came with the headers is here, and known, already.
+    size = 0 if request.content.is_eof() else request.content_length or 0
     if at.relaying >= RELAYING_MAX or at.relaying_bytes + size > RELAYING_MAX_BYTES:
         raise _too_many(at)
     at.relaying += 1
@@ -197,13 +203,9 @@ def _subject(root: str, model: str, version: str | None) -> str:
     return MODEL_INFER.subject(root, model, *([version] if version else []))
 
 
-def _shown(headers: Any) -> dict[str, str]:
-    """Return what of an answer's headers is for the client: what it is, and who gave it."""
-    return {
-        name: value
-        for name, value in headers.items()
-        if name in {hdrs.CONTENT_TYPE, LENGTH} or name.startswith("Bkg-")
-    }
+def _shown(headers: Mapping[str, str]) -> dict[str, str]:
+    """Return what of an answer's headers is for the client."""
+    return {name: headers[name] for name in SHOWN if name in headers}
 
 
 async def _read(request: web.Request, kind: type[Any]) -> Any:
