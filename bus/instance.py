@@ -57,6 +57,7 @@ from bus.errors import (
 from bus.metrics import Calls, Figures, Series
 from bus.packs import Answering, unpack
 from bus.probes import Facts, Probes, Route
+from bus.process import settle
 from bus.settings import Settings
 from bus.state import OBSERVED_TTL_S
 from bus.subjects import (
@@ -293,6 +294,7 @@ class Instance:
     async def ready(self) -> None:
         """Tell everybody that this instance can do its work."""
         await self._become("running")
+        settle()
         port = self._registration.port
         log.info("instance.ready", slot=self.slot, pid=os.getpid(), port=port)
 
