@@ -74,7 +74,9 @@ def _not_ready(instance: ServedModels, one: ServedModel) -> Unavailable:
     what = f"model {one.id!r} version {one.version!r}"
     match one.state:
         case "ready":
-            said, again_s = f"{what} is loaded, but no instance of candle answers just now", 1
+            # The last that it said of itself.
+            details["state"] = "unreachable"
+            said, again_s = f"{what} was loaded on {instance.host}, which does not answer", 1
         case "failed" | "cold":
             said, again_s = f"{what} is {one.state} on {instance.host}: {one.reason}", 30
         case "leaving":
