@@ -55,6 +55,8 @@ BLOCK_BYTES: Final = MIB
 BLOCK_S: Final = 0.5
 # Left free on the disk, beside what is fetched.
 ROOM_BYTES: Final = 64 * MIB
+# What a job that failed has left waits so long for somebody to try again.
+KEPT_S: Final = 86_400
 # The rate is that of about the last seconds, and told only when there is enough to tell it from.
 RATE_S: Final = 5.0
 RATE_FIRST_S: Final = 2.0
@@ -218,6 +220,13 @@ class Downloads:
         part = self._folder / f"{name}.part"
         for path in (part, _mark_of(part)):
             path.unlink(missing_ok=True)
+
+    def tidy(self, live: Collection[str]) -> None:
+        """Remove what nobody has touched for a day, but for these names. Blocks."""
+        for path in self._folder.glob("*"):
+            with contextlib.suppress(OSError):
+                if path.stem not in live and path.stat().st_mtime < time.time() - KEPT_S:
+                    path.unlink()
 
     async def _fetch(
         self, part: "_Part", wanted: Wanted, limits: Limits, told: Callable[[Progress], None]

@@ -400,7 +400,7 @@ class Names(AbstractResolver):
     def __init__(self, *addresses: str) -> None:
         self.addresses = addresses
 
-    async def resolve(self, host, port=0, _family=socket.AF_INET):
+    async def resolve(self, host, port=0, family=socket.AF_INET):  # noqa: ARG002
         return [
             {"hostname": host, "host": address, "port": port, "family": socket.AF_INET,
              "proto": 6, "flags": socket.AI_NUMERICHOST}
