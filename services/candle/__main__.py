@@ -32,8 +32,7 @@ async def main() -> None:
         models_dir = settings.data_dir / wanted.models_path
         cache = Cache(settings.cache_dir / "artefacts", wanted.cache_max_mb * MIB)
         repository = Repository(client.store, models_dir, cache)
-        parts_dir = settings.cache_dir / "imports"
-        async with taking_in(client, instance, repository, parts_dir, models_dir):
+        async with taking_in(client, instance, repository, settings.cache_dir, models_dir):
             await Candle(instance, repository, wanted, client.store.served).run()
 
 
