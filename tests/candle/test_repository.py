@@ -380,7 +380,7 @@ async def test_a_dry_run_says_what_would_go_and_who_uses_it_and_does_nothing(cli
         added = await add(GOOD)
         await load(client)
         await client.call(MODEL_ALIAS, m.AliasModel(id="m", alias="stable", version="1"))
-        await until(lambda: _is_served(client))
+        await until(lambda: _is_served(client, 0))
         planned = await remove(client, dry_run=True)
         assert planned == m.RemovedModel(
             id="m",
@@ -394,9 +394,11 @@ async def test_a_dry_run_says_what_would_go_and_who_uses_it_and_does_nothing(cli
         assert await client.store.artefacts.size(added.checksum) == len(GOOD)
 
 
-async def _is_served(client) -> bool:
-    entry = await client.store.served.get("candle", 0)
-    return bool(entry and any(one.state == "ready" for one in entry.value.models))
+async def _is_served(client, *slots: int) -> bool:
+    served = [await client.store.served.get("candle", slot) for slot in slots]
+    return all(
+        entry and any(one.state == "ready" for one in entry.value.models) for entry in served
+    )
 
 
 async def test_what_is_used_is_removed_only_by_force_which_ends_its_use_first(client, worker, add):
@@ -405,6 +407,7 @@ async def test_what_is_used_is_removed_only_by_force_which_ends_its_use_first(cl
         await add(OTHER)
         await load(client, "1")
         await client.call(MODEL_ALIAS, m.AliasModel(id="m", alias="stable", version="1"))
+        await until(lambda: _is_served(client, 0, 1))
         with pytest.raises(Conflict, match=r"in use: .*alias stable.*remove it with force") as told:
             await remove(client, version="1")
         assert "alias stable" in told.value.reasons
