@@ -7,13 +7,13 @@ from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 
 import msgspec
-from aiohttp.abc import AbstractResolver
 from yarl import URL
 
 from bus import messages as m
+from bus.errors import BusError, Unprocessable
 from services.candle import hub
 from services.candle.downloads import Downloads, Fetched, Limits, Progress, Wanted
-from services.candle.jobs import Told, UnsoundError
+from services.candle.jobs import KeptError, Told
 from services.candle.outside import Rules, name_in, parsed, rules_from, shown, trusted
 from services.candle.repository import Repository
 from services.candle.runtimes import FORMATS
@@ -30,7 +30,6 @@ class Imports:
         repository: Where they go.
         settings: The plugin's settings, as they are now.
         load: Has a version served, and returns when it is.
-        resolver: Turns names into addresses; the system's, if not given.
     """
 
     def __init__(
@@ -39,14 +38,11 @@ class Imports:
         repository: Repository,
         settings: Callable[[], CandleSettings],
         load: Load,
-        *,
-        resolver: AbstractResolver | None = None,
     ) -> None:
         self._folder = folder
         self._repository = repository
         self._settings = settings
         self._load = load
-        self._resolver = resolver
 
     def check(self) -> None:
         """Look at the settings.
@@ -79,7 +75,7 @@ class Imports:
         """Do an import, going on from what an earlier try on this host has left.
 
         Raises:
-            UnsoundError: It came, and is no sound model.
+            KeptError: It came, but is no sound model or cannot be loaded.
             BusError: It did not come, or could not be stored or loaded.
         """
         request, settings = job.request, self._settings()
@@ -95,17 +91,21 @@ class Imports:
         await self._repository.store.artefacts.put(fetched.checksum, fetched.path)
         told("validating", None)
         added = await self._repository.enter(_as_added(request, fetched))
-        await asyncio.to_thread(downloads.discard, job.job)
         if not added.report.sound:
+            await asyncio.to_thread(downloads.discard, job.job)
             problem = added.report.problems[0].what if added.report.problems else "it cannot be run"
-            raise UnsoundError(
+            why = Unprocessable(
                 f"{fetched.file_name} came, and is no sound model: {problem}; it is kept as "
-                f"version {added.version}",
-                added,
+                f"version {added.version}"
             )
+            raise KeptError(why, added)
         if request.load:
             told("loading", None)
-            await self._load(m.LoadModel(id=added.id, version=added.version))
+            try:
+                await self._load(m.LoadModel(id=added.id, version=added.version))
+            except BusError as error:
+                raise KeptError(error, added) from None
+        await asyncio.to_thread(downloads.discard, job.job)
         return added
 
     async def tidy(self, live: set[str]) -> None:
@@ -113,12 +113,8 @@ class Imports:
         await asyncio.to_thread(self._downloads(self._settings()).tidy, live)
 
     def _downloads(self, settings: CandleSettings) -> Downloads:
-        return Downloads(
-            self._folder,
-            rules_of(settings),
-            ca_file=settings.import_ca_file,
-            resolver=self._resolver,
-        )
+        rules = rules_of(settings)
+        return Downloads(self._folder, rules, ca_file=settings.import_ca_file)
 
 
 def rules_of(settings: CandleSettings) -> Rules:

@@ -4,8 +4,6 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from aiohttp.abc import AbstractResolver
-
 from bus import messages as m
 from bus.client import Client
 from bus.instance import Instance
@@ -24,8 +22,6 @@ async def taking_in(
     repository: Repository,
     cache_dir: Path,
     models_dir: Path,
-    *,
-    resolver: AbstractResolver | None = None,
 ) -> AsyncGenerator[Jobs]:
     """Do jobs and watch the models folder while inside.
 
@@ -35,7 +31,6 @@ async def taking_in(
         repository: Where models go.
         cache_dir: Where what is being fetched lies, in a folder of its own.
         models_dir: The models folder.
-        resolver: Turns names into addresses; the system's, if not given.
 
     Raises:
         InvalidRequest: A setting cannot be meant; names it.
@@ -47,7 +42,7 @@ async def taking_in(
     async def load(request: m.LoadModel) -> None:
         await instance.answer_here(MODEL_LOAD, request)
 
-    imports = Imports(cache_dir / "imports", repository, settings, load, resolver=resolver)
+    imports = Imports(cache_dir / "imports", repository, settings, load)
     imports.check()
     instance.on_config(LIVE_IMPORTS, imports.check)
     jobs = Jobs(client, instance, imports, lambda: settings().import_jobs)

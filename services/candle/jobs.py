@@ -53,14 +53,12 @@ Told = Callable[[Stage, Progress | None], None]
 log = structlog.get_logger("candle.jobs")
 
 
-class UnsoundError(BusError):
-    """What has come is no sound model; it is kept as `added`, to be looked at."""
+class KeptError(Exception):
+    """It came, but is no sound model or cannot be loaded; it is kept as `added`."""
 
-    code = "unprocessable"
-    number = 422
-
-    def __init__(self, message: str, added: m.AddedModel) -> None:
-        super().__init__(message)
+    def __init__(self, cause: BusError, added: m.AddedModel) -> None:
+        super().__init__(cause.message)
+        self.cause = cause
         self.added = added
 
 
@@ -329,10 +327,11 @@ class Jobs:
                     held, lambda job: ended(renewed_by(job, held, m.now()), "cancelled", m.now())
                 )
                 log.info("job.cancelled", job=name)
-            except BusError as error:
-                failure, added = error, error.added if isinstance(error, UnsoundError) else None
+            except (KeptError, BusError) as error:
+                failure = error.cause if isinstance(error, KeptError) else error
+                added = error.added if isinstance(error, KeptError) else None
                 await self._write(held, lambda job: after(job, failure, added, held, m.now()))
-                log.warning("job.failed", job=name, state=held.job.state, cause=error.message)
+                log.warning("job.failed", job=name, state=held.job.state, cause=failure.message)
             except Exception as error:
                 # Ours, and not what the job is about: said in the log with its traceback.
                 log.exception("job.broken", job=name)
@@ -342,9 +341,7 @@ class Jobs:
                 done = result
                 await self._write(
                     held,
-                    lambda job: ended(
-                        renewed_by(job, held, m.now()), "done", m.now(), result=done
-                    ),
+                    lambda job: ended(renewed_by(job, held, m.now()), "done", m.now(), result=done),
                 )
                 self._secrets.pop(name, None)
                 log.info("job.done", job=name, version=result.version)

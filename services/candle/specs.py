@@ -61,7 +61,18 @@ def loaded(
             source=present.source or made.source,
         )
         return replaced(spec, made), made.version
-    made = msgspec.structs.replace(made, version=next_version(spec))
+    # What the watched folder has entered, and nobody ever served, is not there twice.
+    known = [
+        v
+        for v in spec.versions
+        if v.checksum == made.checksum and not v.wanted and v.wanted_at is None
+    ]
+    if known:
+        made = msgspec.structs.replace(
+            made, version=known[-1].version, added_at=known[-1].added_at, source=known[-1].source
+        )
+    else:
+        made = msgspec.structs.replace(made, version=next_version(spec))
     others = [msgspec.structs.replace(v, wanted=False) for v in spec.versions]
     aliases = {name: v for name, v in spec.aliases.items() if name != DEFAULT}
     spec = msgspec.structs.replace(spec, versions=others, aliases=aliases)

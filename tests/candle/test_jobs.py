@@ -31,6 +31,7 @@ from bus.errors import (
     Unprocessable,
 )
 from bus.instance import join
+from bus.masking import masked_settings
 from bus.subjects import JOB, JOB_CANCEL, JOB_RETRY, MODEL_IMPORT, MODEL_RUN
 from bus.testing import until
 from services.candle import jobs as jobs_module
@@ -57,10 +58,10 @@ from services.candle.settings import CandleSettings
 REPOSITORY = Path(__file__).parents[2]
 
 
-def model(weights=(1, 1), padding: int = 0) -> bytes:
+def model(weights=(1, 1), padding: int = 0, outputs: int = 1) -> bytes:
     """Return a linear model that takes two numbers, as large as wanted."""
     metadata = {"padding": "x" * padding}
-    content = {"input_dim": 2, "output_dim": 1, "weights": weights, "bias": [0]}
+    content = {"input_dim": 2, "output_dim": outputs, "weights": weights, "bias": [0] * outputs}
     return json.dumps({**content, "metadata": metadata}).encode()
 
 
@@ -113,7 +114,9 @@ def importer(client, settings, models_dir):
             )
             folder = models_dir.parent / host
             repository = Repository(own.store, models_dir, Cache(folder / "artefacts", 1 << 30))
-            candle = Candle(instance, repository, instance.settings(CandleSettings), own.store.served)
+            candle = Candle(
+                instance, repository, instance.settings(CandleSettings), own.store.served
+            )
 
             async def work() -> None:
                 async with taking_in(own, instance, repository, folder, models_dir):
@@ -207,6 +210,18 @@ async def test_a_model_that_is_not_sound_fails_and_is_kept_to_be_looked_at(
     assert not failed.result.report.sound
     (version,) = (await client.store.models.get("m")).value.versions
     assert (version.sound, version.wanted) == (False, False)
+
+
+async def test_a_model_that_cannot_be_loaded_fails_and_is_kept(
+    client, importer, source, monkeypatch
+):
+    monkeypatch.setattr(jobs_module, "FAILURES_MAX", 1)
+    source.content = model(weights=[1] * 2_000_000, outputs=1_000_000)
+    async with importer(memory_budget_mb=1):
+        failed = await ended_as(client, await ask(client, source, load=True), "failed")
+    assert "budget" in failed.error
+    assert failed.result.report.sound
+    assert len((await client.store.models.get("m")).value.versions) == 1
 
 
 async def test_a_version_that_has_other_bytes_is_left_as_it_is(client, importer, source):
@@ -328,8 +343,6 @@ async def test_credentials_of_the_settings_are_shown_to_their_host(client, impor
 
 
 async def test_secrets_are_told_from_other_settings():
-    from bus.masking import masked_settings
-
     settings = {"hf_token": "a", "import_credentials": {"b.org": "c"}, "import_jobs": 2}
     told = masked_settings(settings, codec.schema(CandleSettings))
     assert told == {
@@ -339,9 +352,7 @@ async def test_secrets_are_told_from_other_settings():
     }
 
 
-async def test_a_password_that_went_with_its_worker_ends_the_job(
-    client, importer, source, hurried
-):
+async def test_a_password_that_went_with_its_worker_ends_the_job(client, importer, source, hurried):
     async with importer(import_jobs=0):
         url = source.url.with_user("ann").with_password("geheim")
         job = await ask(client, source, url=str(url))
@@ -510,7 +521,9 @@ def holds(job: m.Job) -> None:
     assert job.state != "failed" or job.error
 
 
-@given(st.lists(st.sampled_from(["take", "die", "fail", "gone", "cancel", "back", "again", "done"])))
+@given(
+    st.lists(st.sampled_from(["take", "die", "fail", "gone", "cancel", "back", "again", "done"]))
+)
 def test_whatever_happens_to_a_job_it_stays_whole(steps):
     job, now = FRESH, NOW
     for step in steps:
