@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import msgspec
 import numpy as np
@@ -63,7 +63,7 @@ class Request(msgspec.Struct, frozen=True):
     parent: int
     memory_bytes: int
     cpu_s: int
-    sample: msgspec.Raw | None = None
+    sample: dict[str, Any] | None = None
 
 
 class Refused(msgspec.Struct, frozen=True):
@@ -299,7 +299,8 @@ def _run(
 
         try:
             # Inputs that come as JSON only; binary ones would stand behind it.
-            tensors = dict(Codec(model.signature, request.name, "").read(request.sample).tensors)
+            body = codec.encode(request.sample)
+            tensors = dict(Codec(model.signature, request.name, "").read(body).tensors)
         except InvalidRequest as error:
             found.refused = Refused(error.message, error.field)
             return

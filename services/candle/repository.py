@@ -18,22 +18,14 @@ import msgspec
 import structlog
 
 from bus import messages as m
-from bus.errors import (
-    BusError,
-    Conflict,
-    InvalidRequest,
-    NotFound,
-    TooLarge,
-    body_of,
-    error_from,
-)
+from bus.errors import Conflict, InvalidRequest, NotFound, TooLarge, Unprocessable
 from bus.models import DEFAULT, LATEST, next_version, version_of
-from bus.process import give_back
 from bus.state import Changes, Store
 from bus.tasks import to_its_end
 from services.candle.cache import Cache, sha256_of
-from services.candle.runtimes import FORMATS, open_model
+from services.candle.runtimes import FORMATS
 from services.candle.runtimes.base import Signature
+from services.candle.validation import validate
 
 MAX_BYTES: Final = 2 * 1024**3
 SAMPLES: Final = ("linear-demo.json", "iris.onnx")
@@ -218,11 +210,24 @@ class Repository:
         )
 
     async def _version_from(self, file: Path, path: str) -> m.ModelVersion:
+        if Path(path).suffix.lower() not in FORMATS:
+            raise InvalidRequest(
+                f"{path!r}: the format is told by the suffix; served are {', '.join(FORMATS)}",
+                field="path",
+            )
+        checksum = await to_its_end(sha256_of, file)
+        report = await self._validated(file, Path(path).name, checksum)
+        if not report.sound:
+            raise unsound(report)
+        await self._store.artefacts.put(checksum, file)
+        await self._store.reports.put(report, checksum)
+        return _version_of(report, path)
+
+    async def _validated(self, file: Path, name: str, checksum: str) -> m.ModelReport:
+        """Return what a file is; every artefact comes through here before it can be loaded."""
         # One at a time: each takes the memory of a whole model, for which no room was made.
         async with self._inspecting:
-            made = await to_its_end(_inspected, file, path)
-        await self._store.artefacts.put(made.checksum, file)
-        return made
+            return await validate(file, name=name, checksum=checksum)
 
     async def _want_again(self, request: m.LoadModel) -> tuple[str, int]:
         name = ""
@@ -273,39 +278,28 @@ class Repository:
                 shutil.copyfileobj(sample, copy)
 
 
-def _inspected(file: Path, path: str) -> m.ModelVersion:
-    """Return what a file is as a version; what opening it took is given back. Blocks.
-
-    Raises:
-        InvalidRequest: Its name names no format.
-        Unprocessable: It is not a sound model; says why.
-    """
-    made: m.ModelVersion | None = None
-    try:
-        made = _version_of(file, path)
-    except BusError as error:
-        # Not the error itself: it holds on to its frames, and they to the half-made model.
-        failure = body_of(error)
-    give_back()
-    if made is None:
-        raise error_from(failure)
-    return made
+def unsound(report: m.ModelReport) -> Unprocessable:
+    """Return the error for an artefact that cannot be loaded, with everything that is wrong."""
+    first = report.problems[0]
+    said = [problem.what for problem in report.problems]
+    return Unprocessable(
+        first.what, field=first.where or None, reasons=said if len(said) > 1 else None
+    )
 
 
-def _version_of(file: Path, path: str) -> m.ModelVersion:
-    runtime = open_model(file, threads=1)
-    inputs, outputs = tensors_of(runtime.signature)
+def _version_of(report: m.ModelReport, path: str) -> m.ModelVersion:
     return m.ModelVersion(
         version="1",
         path=path,
-        checksum=sha256_of(file),
-        format=runtime.format,
+        checksum=report.checksum,
+        format=report.format,
         added_at=m.now(),
         wanted_at=m.now(),
-        size_bytes=file.stat().st_size,
-        inputs=inputs,
-        outputs=outputs,
-        batched=runtime.signature.batched,
+        size_bytes=report.size_bytes,
+        inputs=report.inputs,
+        outputs=report.outputs,
+        batched=report.batched,
+        sound=True,
     )
 
 

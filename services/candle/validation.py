@@ -22,6 +22,7 @@ import structlog
 from bus import codec
 from bus import messages as m
 from bus.errors import InvalidRequest, Unavailable
+from bus.process import in_words
 from bus.tasks import beside, to_its_end
 from bus.telemetry import allowed
 from services.candle.cache import sha256_of
@@ -119,7 +120,7 @@ async def validate(
         parent=os.getpid(),
         memory_bytes=memory_bytes,
         cpu_s=cpu_s,
-        sample=None if sample is None else msgspec.Raw(codec.encode(dict(sample))),
+        sample=None if sample is None else dict(sample),
     )
     began = time.monotonic()
     run = _Inspection(memory_bytes + _RUNTIME_BYTES, wall_s)
@@ -211,6 +212,15 @@ class _Inspection:
             with contextlib.suppress(InvalidRequest):
                 self.found = codec.decode(line, Found)
                 break
+        if self.found.stage == "starting":
+            # The file has not been touched.
+            said = self._said.decode(errors="replace").strip()
+            log.error("validation.failed", status=self._status, said=said)
+            raise Unavailable(
+                "the process that validates came to nothing before it read the file: "
+                f"{readable(said.splitlines()[-1] if said else in_words(self._status))}",
+                retry_after_s=5,
+            )
         if self._why is None and -self._status in _FROM_OUTSIDE:
             raise Unavailable(
                 "the process that validates was ended from outside "

@@ -124,9 +124,12 @@ def _messages(message: Any, leaf: type) -> Iterator[Any]:
         yield here
         if isinstance(here, leaf):
             continue
+        inside: list[Any] = []
         for described, value in here.ListFields():
             if described.message_type is not None:
-                waiting.extend([value] if hasattr(value, "ListFields") else value)
+                inside.extend([value] if hasattr(value, "ListFields") else value)
+        # So that they come in the order of the file.
+        waiting.extend(reversed(inside))
 
 
 def _external(tensors: Iterable[Any], kind: Any) -> Iterator[Fault]:
