@@ -19,7 +19,7 @@ import numpy as np
 
 from bus import codec
 from bus import messages as m
-from bus.errors import InvalidRequest, Unprocessable
+from bus.errors import InvalidRequest, Unavailable, Unprocessable
 from services.candle.confine import confine, end_with, peak_bytes, resident_bytes_of
 from services.candle.runtimes import FORMATS, linear
 from services.candle.runtimes.base import (
@@ -74,16 +74,18 @@ class Refused(msgspec.Struct, frozen=True):
 
 
 class Found(msgspec.Struct):
-    """What is known so far; the fields are those of a `ModelReport`, and three more.
+    """What is known so far; the fields are those of a `ModelReport`, and four more.
 
     Attributes:
         stage: What begins now.
         refused: Why the sample was not run.
+        unreadable: Why the file could not be read, which says nothing about it.
         out_of_memory: Whether a stage ended because it may take no more memory.
     """
 
     stage: Stage = "starting"
     refused: Refused | None = None
+    unreadable: str | None = None
     out_of_memory: bool = False
     problems: list[m.ModelProblem] = []
     advice: list[str] = []
@@ -148,7 +150,6 @@ def main() -> None:
         return
     if suffix == ".onnx":
         # Before the limits, so that they are for the artefact alone.
-        import onnx.checker  # noqa: PLC0415
         import onnxruntime as ort  # type: ignore[import-untyped] # noqa: PLC0415
 
         found.runtime = f"onnxruntime {ort.__version__}"
@@ -158,6 +159,8 @@ def main() -> None:
         look(request, found, tell)
     except MemoryError:
         found.out_of_memory = True
+    except Unavailable as error:
+        found.unreadable = error.message
     except Unprocessable as error:
         # Only its kind says whether the file is wrong, or takes too much.
         if _OUT_OF_MEMORY.search(error.message):
@@ -165,6 +168,9 @@ def main() -> None:
         else:
             found.fault(error.message, error.field or "")
     found.peak_memory_bytes = max(0, peak_bytes() - before)
+    # Protobuf says of a file for which it gets no more memory that it cannot be parsed.
+    if found.stage == "reading" and found.peak_memory_bytes > request.memory_bytes * 3 // 4:
+        found.problems, found.out_of_memory = [], True
     if found.out_of_memory:
         # Told without another stage: it is the present one that took too much.
         tell(found.stage)
@@ -229,7 +235,8 @@ def _content(request: Request, max_bytes: int) -> bytes:
     """Return what the file holds.
 
     Raises:
-        Unprocessable: It is too large for its format, or cannot be read.
+        Unprocessable: It is too large for its format.
+        Unavailable: It cannot be read.
     """
     path = Path(request.path)
     try:
@@ -240,9 +247,7 @@ def _content(request: Request, max_bytes: int) -> bytes:
             )
         return path.read_bytes()
     except OSError as error:
-        raise Unprocessable(
-            f"{request.name} cannot be read: {error.strerror or error}"
-        ) from None
+        raise Unavailable(f"{request.name} cannot be read: {error.strerror or error}") from None
 
 
 def _opened(model: Runtime, began: float, found: Found) -> None:
@@ -277,9 +282,7 @@ def _advice(signature: Signature) -> list[str]:
     return advice
 
 
-def _run(
-    model: Runtime, request: Request, found: Found, tell: Callable[[Stage], None]
-) -> None:
+def _run(model: Runtime, request: Request, found: Found, tell: Callable[[Stage], None]) -> None:
     """Run a model once, on the sample or on zeros.
 
     Some sound models refuse zeros: an index into nothing, a text that must be a date. So that is

@@ -109,13 +109,13 @@ async def validate(
             outside: nothing is known about the file.
     """
     try:
-        size_bytes = file.stat().st_size
-        checksum = checksum or await to_its_end(sha256_of, file)
+        size_bytes = (await asyncio.to_thread(file.stat)).st_size
+        digest = checksum or await to_its_end(sha256_of, file)
     except OSError as error:
         raise Unavailable(f"{name} cannot be read: {error.strerror or error}") from None
     memory_bytes, cpu_s, wall_s = limits.of(size_bytes)
     request = Request(
-        path=str(file.absolute()),
+        path=str(file),
         name=name,
         parent=os.getpid(),
         memory_bytes=memory_bytes,
@@ -123,17 +123,19 @@ async def validate(
         sample=None if sample is None else dict(sample),
     )
     began = time.monotonic()
-    run = _Inspection(memory_bytes + _RUNTIME_BYTES, wall_s)
-    await run.run(codec.encode(request))
-    found = run.found
+    inspection = _Inspection(memory_bytes + _RUNTIME_BYTES, wall_s)
+    await inspection.run(codec.encode(request))
+    found = inspection.found
+    if found.unreadable is not None:
+        raise Unavailable(found.unreadable)
     if found.refused is not None:
         where = f"sample.{found.refused.field}" if found.refused.field else "sample"
         raise InvalidRequest(f"the sample does not fit: {found.refused.message}", field=where)
-    if what := run.failure(request, wall_s):
+    if what := inspection.failure(request, wall_s):
         # The first one: it is what ended everything.
         found.problems.insert(0, m.ModelProblem(where="", what=readable(f"{name}: {what}")))
     report = m.ModelReport(
-        checksum=checksum,
+        checksum=digest,
         sound=not found.problems,
         validated_at=m.now(),
         size_bytes=size_bytes,
@@ -142,7 +144,7 @@ async def validate(
     log.info(
         "model.validated",
         file=name,
-        checksum=checksum,
+        checksum=digest,
         sound=report.sound,
         problem=report.problems[0].what if report.problems else None,
         took_s=round(time.monotonic() - began, 3),

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from bus import codec
+from bus import messages as m
 from bus.errors import BusError, InvalidRequest, Unavailable, Unprocessable
 from bus.subjects import MODEL_LOAD
-from bus import messages as m
 from bus.telemetry import resident_bytes
 from services.candle import models
 from services.candle.runtimes.linear import Linear, faults_of
@@ -303,10 +303,11 @@ def test_a_linear_file_says_what_is_wrong_and_where(content, expected):
 def test_fields_that_mean_nothing_are_advice():
     faults, advice = faults_of(linear(wieghts=[1], metadata={"by": "me"}), "m.json")
     assert faults == []
-    assert advice == [
+    (said,) = advice
+    assert said == (
         "the field 'wieghts' means nothing here and is passed over; known are input_dim, "
         "output_dim, weights, bias, metadata"
-    ]
+    )
     assert "metadata" in faults_of(linear(), "m.json")[1][0]
 
 

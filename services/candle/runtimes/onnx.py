@@ -48,12 +48,14 @@ _CPP_PLACE: Final = re.compile(r"\S+\.(?:cc|h|cpp):\d+ (?:.*? was false\. ?)?")
 # What onnxruntime says in many words, or in none that help.
 _IN_WORDS: Final = (
     (
-        re.compile(r"Opset (\d+) is under development.*?for domain (\S+) is till opset (\d+)", re.S),
+        re.compile(
+            r"Opset (\d+) is under development.*?for domain (\S+) is till opset (\d+)", re.DOTALL
+        ),
         r"opset \1 of \2 is newer than onnxruntime here takes; export it with opset \3 or lower",
     ),
     (
         re.compile(r"Unsupported model IR version: (\d+), max supported IR version: (\d+)"),
-        r"its IR version \1 is newer than onnxruntime here takes, which is \2; save it with that one",
+        r"its IR version \1 is newer than onnxruntime here takes; save it with \2 or lower",
     ),
     (
         re.compile(r"Fatal error: (\S*?):?([^\s:(]+)\(-?\d+\) is not a registered function/op"),
