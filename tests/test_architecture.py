@@ -30,7 +30,7 @@ OUTSIDERS = {
     },
     "re2": {"bus/log_search.py"},
     "msgpack": {"bus/codec.py"},
-    "onnx": {"services/candle/runtimes/onnx.py", "services/candle/models/make.py",
+    "onnx": {"services/candle/runtimes/onnx_file.py", "services/candle/models/make.py",
              "services/rustyface/weights.py"},
     "onnxruntime": {"services/candle/runtimes/onnx.py", "services/rustyface/weights.py"},
     "numpy": {"services/candle", "services/rustyface"},

@@ -24,8 +24,8 @@ from bus.state import Changes, Store
 from bus.tasks import to_its_end
 from services.candle import specs
 from services.candle.cache import Cache, sha256_of
-from services.candle.inspection import inspected
 from services.candle.runtimes import FORMATS
+from services.candle.validation import validate
 
 MAX_BYTES: Final = 2 * 1024**3
 SAMPLES: Final = ("linear-demo.json", "iris.onnx")
@@ -267,7 +267,7 @@ class Repository:
         """
         # One at a time: each takes the memory of a whole model, for which no room was made.
         async with self._inspecting:
-            return await to_its_end(inspected, file, name, checksum, sample)
+            return await validate(file, name=name, checksum=checksum, sample=sample)
 
     async def _known_report(self, checksum: str, format_name: str) -> m.ModelReport | None:
         """Return what a validation of the artefact in this format has found already."""
@@ -287,7 +287,7 @@ class Repository:
         checksum = await to_its_end(sha256_of, file)
         report = await self._validated(file, file.name, checksum)
         if not report.sound:
-            raise Unprocessable(specs.problem_of(report) or "", field="path")
+            raise unsound(report)
         await self.store.artefacts.put(checksum, file)
         await self.store.reports.put(report, checksum)
         return _version(report, path, format_name, m.ModelSource(kind=kind, file_name=path))
@@ -411,6 +411,17 @@ class Repository:
                 (self._models_dir / name).open("wb") as copy,
             ):
                 shutil.copyfileobj(sample, copy)
+
+
+def unsound(report: m.ModelReport) -> Unprocessable:
+    """Return the error for an artefact that cannot be loaded, with everything that is wrong."""
+    said = [problem.what for problem in report.problems]
+    where = report.problems[0].where if report.problems else ""
+    return Unprocessable(
+        specs.problem_of(report) or "",
+        field=where or None,
+        reasons=said if len(said) > 1 else None,
+    )
 
 
 def _version(
