@@ -110,7 +110,8 @@ async def validate(
     """
     try:
         size_bytes = (await asyncio.to_thread(file.stat)).st_size
-        digest = checksum or await to_its_end(sha256_of, file)
+        if checksum is None:
+            checksum = await to_its_end(sha256_of, file)
     except OSError as error:
         raise Unavailable(f"{name} cannot be read: {error.strerror or error}") from None
     memory_bytes, cpu_s, wall_s = limits.of(size_bytes)
@@ -135,7 +136,7 @@ async def validate(
         # The first one: it is what ended everything.
         found.problems.insert(0, m.ModelProblem(where="", what=readable(f"{name}: {what}")))
     report = m.ModelReport(
-        checksum=digest,
+        checksum=checksum,
         sound=not found.problems,
         validated_at=m.now(),
         size_bytes=size_bytes,
@@ -144,7 +145,7 @@ async def validate(
     log.info(
         "model.validated",
         file=name,
-        checksum=digest,
+        checksum=checksum,
         sound=report.sound,
         problem=report.problems[0].what if report.problems else None,
         took_s=round(time.monotonic() - began, 3),
