@@ -4,15 +4,19 @@ A model comes from anywhere, and what opens it is C++ that was never meant for e
 is read, checked, opened and run once by a process that has no network, may change no file and has
 limits on memory and time (`confine.py`); what it does there is in `inspection.py`. Here is the
 worker's side: it starts that process, watches it, and makes a report of whatever comes of it.
+
+`python -m services.candle.validation FILE` does the same without a worker.
 """
 
+import argparse
 import asyncio
 import contextlib
+import logging
 import os
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -21,8 +25,8 @@ import structlog
 
 from bus import codec
 from bus import messages as m
-from bus.errors import InvalidRequest, Unavailable
-from bus.process import in_words
+from bus.errors import InvalidRequest, NotFound, Unavailable
+from bus.process import in_words, run
 from bus.tasks import beside, to_its_end
 from bus.telemetry import allowed
 from services.candle.cache import sha256_of
@@ -298,3 +302,47 @@ async def _last(stream: asyncio.StreamReader | None) -> bytes:
     while block := await stream.read(65_536):
         said = (said + block)[-_MAX_SAID_BYTES:]
     return said
+
+
+def main() -> int:
+    """Validate a file from the command line; return 0 if it is sound, and 1 otherwise."""
+    parser = argparse.ArgumentParser(
+        prog="python -m services.candle.validation", description="Say whether a model is sound."
+    )
+    parser.add_argument("file", type=Path, help="a model, .onnx or .json")
+    parser.add_argument("--sample", type=Path, help="an inference request in JSON to run it on")
+    parser.add_argument("--json", action="store_true", help="print the whole report")
+    asked = parser.parse_args()
+    # Whoever reads stdout wants the report alone.
+    structlog.configure(
+        wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
+    sound = False
+
+    async def work() -> None:
+        nonlocal sound
+        sample = None
+        if asked.sample is not None:
+            try:
+                sample = codec.decode(asked.sample.read_bytes(), dict[str, Any])
+            except OSError as error:
+                raise NotFound(f"{asked.sample} cannot be read: {error.strerror}") from None
+        report = await validate(asked.file, name=asked.file.name, sample=sample)
+        sound = report.sound
+        lines = [codec.encode(report).decode()] if asked.json else list(_as_text(report))
+        sys.stdout.write("\n".join(lines) + "\n")
+
+    return run(work) or int(not sound)
+
+
+def _as_text(report: m.ModelReport) -> Iterator[str]:
+    yield "sound" if report.sound else "not sound"
+    for problem in report.problems:
+        yield f"problem: {problem.what}"
+    for advice in report.advice:
+        yield f"advice: {advice}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
