@@ -151,7 +151,7 @@ def main() -> None:
     if suffix == ".onnx":
         # Before the limits, so that they are for the artefact alone.
         found.runtime = _onnxruntime()
-    found.confined = confine(request.memory_bytes, request.cpu_s)
+    found.confined = confine(request.memory_bytes, request.cpu_s, Path(request.path))
     before = resident_bytes_of(os.getpid()) or peak_bytes()
     try:
         look(request, found, tell)

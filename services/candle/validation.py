@@ -71,7 +71,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
         memory_bytes: Memory on top of the runtime's own: 1 GiB and four times the file, but at
             most three quarters of what this process may use.
         cpu_s: Processor time, in whole seconds: 60, and one for every 8 MiB.
-        wall_s: Time, in seconds: three times `cpu_s`.
+        wall_s: Time, in seconds: five times `cpu_s`, for others may want the processor, too.
     """
 
     memory_bytes: int | None = None
@@ -83,7 +83,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
         most = 3 * allowed()[1] // 4
         memory_bytes = self.memory_bytes or min((1 << 30) + 4 * size_bytes, most)
         cpu_s = self.cpu_s or 60 + size_bytes // (8 * _MIB)
-        return memory_bytes, cpu_s, self.wall_s or 3.0 * cpu_s
+        return memory_bytes, cpu_s, self.wall_s or 5.0 * cpu_s
 
 
 async def validate(
@@ -247,12 +247,13 @@ class _Inspection:
         if self._why == "output":
             return f"it made the process that validates say more than {_MAX_OUTPUT_BYTES:,} bytes"
         if self._status < 0:
-            number = signal.Signals(-self._status)
+            number = -self._status
             if number == signal.SIGXCPU:
                 return f"it took more than {request.cpu_s} s of processor time {at}"
             if number == signal.SIGKILL:
                 return f"it was killed (SIGKILL) {at}, as a host does that runs out of memory"
-            return f"the runtime crashed on it ({number.name}) {at}"
+            names = {known.value: known.name for known in signal.Signals}
+            return f"the runtime crashed on it ({names.get(number, number)}) {at}"
         if self._status or self.found.stage != "done":
             log.error("validation.failed", status=self._status, said=said)
             last = said.strip().rpartition("\n")[2] or f"status {self._status}"
