@@ -53,7 +53,8 @@ class ModelReport(Message, frozen=True, omit_defaults=False):
         run_ms: How long one run took on the sample, in milliseconds.
         sample_shapes: The shapes that it was run with, by input.
         runtime: What ran it, with its version.
-        confined: What the validating process was kept from: `memory`, `cpu`, `files`, `network`.
+        confined: What the validating process was kept from: `memory`, `cpu`, `files`, `network`,
+            and `reading` other files.
     """
 
     checksum: str

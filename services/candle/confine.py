@@ -44,6 +44,21 @@ _NUMBER_AT: Final = 0
 _ARCH_AT: Final = 4
 _ARGUMENTS_AT: Final = 16
 
+# linux/landlock.h; the numbers of its calls are the same everywhere.
+_LANDLOCK_CREATE_RULESET: Final = 444
+_LANDLOCK_ADD_RULE: Final = 445
+_LANDLOCK_RESTRICT_SELF: Final = 446
+_PATH_BENEATH: Final = 1
+_READ_FILE: Final = 1 << 2
+_READ_FOLDER: Final = 1 << 3
+# Libraries, and what they ask the system about itself. Not all of /proc: others' environments lie
+# there.
+_SYSTEM: Final = (
+    "/usr", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/localtime", "/dev/null", "/dev/urandom",
+    "/proc/self", "/proc/cpuinfo", "/proc/meminfo", "/proc/stat", "/proc/sys/vm",
+    "/sys/devices/system", "/sys/fs/cgroup",
+)  # fmt: skip
+
 _CLONE_THREAD: Final = 0x00010000
 _WRITING: Final = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
@@ -101,19 +116,21 @@ def end_with(parent: int) -> None:
         os._exit(1)
 
 
-def confine(memory_bytes: int, cpu_s: int) -> list[str]:
+def confine(memory_bytes: int, cpu_s: int, file: Path) -> list[str]:
     """Limit this process from here on; return what it is kept from.
 
-    No call for the network, no change to a file, no other process, no core dump, and memory and
-    processor time up to a limit. What the process has open stays open.
+    No call for the network, no change to a file, no look into others than the interpreter's and
+    the system's, no other process, no core dump, and memory and processor time up to a limit. What
+    the process has open stays open. To be called while it has one thread.
 
     Args:
         memory_bytes: What it may take on top of what it has now.
         cpu_s: Processor time that it may use from its start, in seconds. At the limit comes
             SIGXCPU, and SIGKILL two seconds later.
+        file: The one file beside them that it may read.
 
     Returns:
-        Of `memory`, `cpu`, `files` and `network` those that took hold.
+        Of `memory`, `cpu`, `files` (changing them), `network` and `reading` those that took hold.
     """
     if _LINUX:
         # The kernel's choice when memory runs out is then this process and not the worker.
@@ -132,6 +149,8 @@ def confine(memory_bytes: int, cpu_s: int) -> list[str]:
         confined.append("cpu")
     if _filter_calls():
         confined += ["files", "network"] if no_writing else ["network"]
+    if _limit_reading([*_readable(), file]):
+        confined.append("reading")
     return confined
 
 
@@ -191,6 +210,46 @@ def _prctl(option: int, value: int) -> bool:
     return int(_LIBC.prctl(option, ctypes.c_ulong(value), *[ctypes.c_ulong(0)] * 3)) == 0
 
 
+def _readable() -> list[Path]:
+    """Return what the interpreter, its packages and the system's libraries lie in."""
+    libraries = os.environ.get("LD_LIBRARY_PATH", "").split(os.pathsep)
+    own = [sys.prefix, sys.base_prefix, *sys.path, *libraries]
+    return [Path(place) for place in (*_SYSTEM, *own) if place]
+
+
+def _limit_reading(places: list[Path]) -> bool:
+    """Let this process read what lies in some places, and nothing else; return whether it holds.
+
+    By Landlock, which the kernel has had since 5.13, if it is switched on.
+    """
+    if not _LINUX:
+        return False
+    handled = ctypes.create_string_buffer(struct.pack("<Q", _READ_FILE | _READ_FOLDER), 8)
+    rules = _call(_LANDLOCK_CREATE_RULESET, ctypes.byref(handled), 8, 0)
+    if rules < 0:
+        return False
+    try:
+        for place in places:
+            try:
+                at = os.open(place, os.O_PATH | os.O_CLOEXEC)
+            except OSError:
+                continue
+            try:
+                allowed = _READ_FILE | (_READ_FOLDER if place.is_dir() else 0)
+                rule = ctypes.create_string_buffer(struct.pack("<Qi", allowed, at), 12)
+                _call(_LANDLOCK_ADD_RULE, rules, _PATH_BENEATH, ctypes.byref(rule), 0)
+            finally:
+                os.close(at)
+        return _prctl(_PR_SET_NO_NEW_PRIVS, 1) and _call(_LANDLOCK_RESTRICT_SELF, rules, 0) == 0
+    finally:
+        os.close(rules)
+
+
+def _call(number: int, *arguments: object) -> int:
+    plain = [ctypes.c_long(a) if isinstance(a, int) else a for a in arguments]
+    return int(_LIBC.syscall(ctypes.c_long(number), *plain))
+
+
 class _Program(ctypes.Structure):
     _fields_ = (("length", ctypes.c_ushort), ("filter", ctypes.c_void_p))
 
@@ -206,13 +265,8 @@ def _filter_calls() -> bool:
     if not _prctl(_PR_SET_NO_NEW_PRIVS, 1):
         return False
     by_call = 317 if arch == _AUDIT_ARCH["x86_64"] else 277
-    set_for_all_threads = _LIBC.syscall(
-        ctypes.c_long(by_call),
-        ctypes.c_long(_SECCOMP_SET_MODE_FILTER),
-        ctypes.c_long(_SECCOMP_FILTER_FLAG_TSYNC),
-        ctypes.byref(program),
-    )
-    return int(set_for_all_threads) == 0
+    for_all_threads = _SECCOMP_FILTER_FLAG_TSYNC
+    return _call(by_call, _SECCOMP_SET_MODE_FILTER, for_all_threads, ctypes.byref(program)) == 0
 
 
 def _filter(arch: int, pid: int) -> list[bytes]:

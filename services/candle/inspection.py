@@ -150,10 +150,8 @@ def main() -> None:
         return
     if suffix == ".onnx":
         # Before the limits, so that they are for the artefact alone.
-        import onnxruntime as ort  # type: ignore[import-untyped] # noqa: PLC0415
-
-        found.runtime = f"onnxruntime {ort.__version__}"
-    found.confined = confine(request.memory_bytes, request.cpu_s)
+        found.runtime = _onnxruntime()
+    found.confined = confine(request.memory_bytes, request.cpu_s, Path(request.path))
     before = resident_bytes_of(os.getpid()) or peak_bytes()
     try:
         look(request, found, tell)
@@ -176,6 +174,14 @@ def main() -> None:
         tell(found.stage)
         return
     tell("done")
+
+
+def _onnxruntime() -> str:
+    """Import what ONNX files need, and return what runs them."""
+    from services.candle.runtimes import onnx, onnx_file  # noqa: PLC0415 - not for linear models
+
+    onnx_file.import_libraries()
+    return onnx.import_libraries()
 
 
 def _look_at_linear(request: Request, found: Found, tell: Callable[[Stage], None]) -> None:

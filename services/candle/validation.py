@@ -4,15 +4,19 @@ A model comes from anywhere, and what opens it is C++ that was never meant for e
 is read, checked, opened and run once by a process that has no network, may change no file and has
 limits on memory and time (`confine.py`); what it does there is in `inspection.py`. Here is the
 worker's side: it starts that process, watches it, and makes a report of whatever comes of it.
+
+`python -m services.candle.validation FILE` does the same without a worker.
 """
 
+import argparse
 import asyncio
 import contextlib
+import logging
 import os
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -21,8 +25,8 @@ import structlog
 
 from bus import codec
 from bus import messages as m
-from bus.errors import InvalidRequest, Unavailable
-from bus.process import in_words
+from bus.errors import InvalidRequest, NotFound, Unavailable
+from bus.process import in_words, run
 from bus.tasks import beside, to_its_end
 from bus.telemetry import allowed
 from services.candle.cache import sha256_of
@@ -67,7 +71,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
         memory_bytes: Memory on top of the runtime's own: 1 GiB and four times the file, but at
             most three quarters of what this process may use.
         cpu_s: Processor time, in whole seconds: 60, and one for every 8 MiB.
-        wall_s: Time, in seconds: three times `cpu_s`.
+        wall_s: Time, in seconds: five times `cpu_s`, for others may want the processor, too.
     """
 
     memory_bytes: int | None = None
@@ -79,7 +83,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
         most = 3 * allowed()[1] // 4
         memory_bytes = self.memory_bytes or min((1 << 30) + 4 * size_bytes, most)
         cpu_s = self.cpu_s or 60 + size_bytes // (8 * _MIB)
-        return memory_bytes, cpu_s, self.wall_s or 3.0 * cpu_s
+        return memory_bytes, cpu_s, self.wall_s or 5.0 * cpu_s
 
 
 async def validate(
@@ -110,7 +114,8 @@ async def validate(
     """
     try:
         size_bytes = (await asyncio.to_thread(file.stat)).st_size
-        digest = checksum or await to_its_end(sha256_of, file)
+        if checksum is None:
+            checksum = await to_its_end(sha256_of, file)
     except OSError as error:
         raise Unavailable(f"{name} cannot be read: {error.strerror or error}") from None
     memory_bytes, cpu_s, wall_s = limits.of(size_bytes)
@@ -135,7 +140,7 @@ async def validate(
         # The first one: it is what ended everything.
         found.problems.insert(0, m.ModelProblem(where="", what=readable(f"{name}: {what}")))
     report = m.ModelReport(
-        checksum=digest,
+        checksum=checksum,
         sound=not found.problems,
         validated_at=m.now(),
         size_bytes=size_bytes,
@@ -144,7 +149,7 @@ async def validate(
     log.info(
         "model.validated",
         file=name,
-        checksum=digest,
+        checksum=checksum,
         sound=report.sound,
         problem=report.problems[0].what if report.problems else None,
         took_s=round(time.monotonic() - began, 3),
@@ -242,12 +247,13 @@ class _Inspection:
         if self._why == "output":
             return f"it made the process that validates say more than {_MAX_OUTPUT_BYTES:,} bytes"
         if self._status < 0:
-            number = signal.Signals(-self._status)
+            number = -self._status
             if number == signal.SIGXCPU:
                 return f"it took more than {request.cpu_s} s of processor time {at}"
             if number == signal.SIGKILL:
                 return f"it was killed (SIGKILL) {at}, as a host does that runs out of memory"
-            return f"the runtime crashed on it ({number.name}) {at}"
+            names = {known.value: known.name for known in signal.Signals}
+            return f"the runtime crashed on it ({names.get(number, number)}) {at}"
         if self._status or self.found.stage != "done":
             log.error("validation.failed", status=self._status, said=said)
             last = said.strip().rpartition("\n")[2] or f"status {self._status}"
@@ -297,3 +303,47 @@ async def _last(stream: asyncio.StreamReader | None) -> bytes:
     while block := await stream.read(65_536):
         said = (said + block)[-_MAX_SAID_BYTES:]
     return said
+
+
+def main() -> int:
+    """Validate a file from the command line; return 0 if it is sound, and 1 otherwise."""
+    parser = argparse.ArgumentParser(
+        prog="python -m services.candle.validation", description="Say whether a model is sound."
+    )
+    parser.add_argument("file", type=Path, help="a model, .onnx or .json")
+    parser.add_argument("--sample", type=Path, help="an inference request in JSON to run it on")
+    parser.add_argument("--json", action="store_true", help="print the whole report")
+    asked = parser.parse_args()
+    # Whoever reads stdout wants the report alone.
+    structlog.configure(
+        wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
+    sound = False
+
+    async def work() -> None:
+        nonlocal sound
+        sample = None
+        if asked.sample is not None:
+            try:
+                sample = codec.decode(asked.sample.read_bytes(), dict[str, Any])
+            except OSError as error:
+                raise NotFound(f"{asked.sample} cannot be read: {error.strerror}") from None
+        report = await validate(asked.file, name=asked.file.name, sample=sample)
+        sound = report.sound
+        lines = [codec.encode(report).decode()] if asked.json else list(_as_text(report))
+        sys.stdout.write("\n".join(lines) + "\n")
+
+    return run(work) or int(not sound)
+
+
+def _as_text(report: m.ModelReport) -> Iterator[str]:
+    yield "sound" if report.sound else "not sound"
+    for problem in report.problems:
+        yield f"problem: {problem.what}"
+    for advice in report.advice:
+        yield f"advice: {advice}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -332,58 +332,69 @@ async def test_an_upload_of_any_size_takes_little_memory(store):
     assert peak_down < 64 * 1024**2
 
 
-async def test_an_upload_goes_on_when_the_broker_is_killed_and_comes_back(tmp_path):
-    body = some(200 * CHUNK_BYTES)
-    async with contextlib.AsyncExitStack() as first:
+@pytest.fixture
+async def killable(tmp_path):
+    """A broker to kill, and a client that is left before the broker that comes back ends."""
+    async with contextlib.AsyncExitStack() as first, contextlib.AsyncExitStack() as open_client:
         broker = await first.enter_async_context(running_broker(tmp_path))
-        async with connect(broker.url, name="test") as client:
-            await client.store.declare()
-            store = client.store.artefacts
-            async with store.writing(len(body)) as upload:
-                await upload.write(body[: 100 * CHUNK_BYTES])
-                os.kill(broker.pid, signal.SIGKILL)
-                # These are lost on the way, or are stored without our knowing it.
-                rest = asyncio.create_task(upload.write(body[100 * CHUNK_BYTES :]))
-                await first.aclose()
-                async with running_broker(tmp_path):
-                    await rest
-                    digest, size = await upload.commit()
-                    assert (digest, size) == (digest_of(body), len(body))
-                    assert await read(store, digest) == body
-                    assert await chunks_of(store) == 200
+        client = await open_client.enter_async_context(connect(broker.url, name="test"))
+        await client.store.declare()
 
+        async def kill() -> None:
+            os.kill(broker.pid, signal.SIGKILL)
+            await first.aclose()
 
-async def test_an_upload_fails_when_the_broker_does_not_come_back(tmp_path, monkeypatch):
-    monkeypatch.setattr(uploads, "RECOVER_S", 2.0)
-    monkeypatch.setattr(uploads, "ACK_S", 1.0)
-    monkeypatch.setattr(uploads, "LEAVE_S", 1.0)
-    body = some(60 * CHUNK_BYTES)
-    async with contextlib.AsyncExitStack() as first:
-        broker = await first.enter_async_context(running_broker(tmp_path))
-        async with connect(broker.url, name="test") as client:
-            await client.store.declare()
-            store = client.store.artefacts
-
-            async def upload() -> None:
-                async with store.writing() as upload:
-                    await upload.write(body[: 10 * CHUNK_BYTES])
-                    os.kill(broker.pid, signal.SIGKILL)
-                    await first.aclose()
-                    await upload.write(body[10 * CHUNK_BYTES :])
-
-            with pytest.raises(Unavailable, match="took nothing more of the upload"):
-                await upload()
+        @contextlib.asynccontextmanager
+        async def back():
             async with running_broker(tmp_path):
-                await until(lambda: client.connected)
-                assert await store.all() == []
+                await until(lambda: client.connected, 60)
+                yield
+                # nats-py never ends where it is closed while it looks for its broker.
+                await open_client.aclose()
 
-                async def found_and_deleted() -> bool:
-                    # What the client still had to send comes in behind.
-                    for left in await store.unfinished():
-                        await store.discard(left.upload_id)
-                    return await chunks_of(store) == 0
+        yield client.store.artefacts, kill, back
 
-                await until(found_and_deleted, 30)
+
+async def test_an_upload_goes_on_when_the_broker_is_killed_and_comes_back(killable):
+    store, kill, back = killable
+    body = some(200 * CHUNK_BYTES)
+    async with store.writing(len(body)) as upload:
+        await upload.write(body[: 100 * CHUNK_BYTES])
+        # These are lost on the way, or are stored without our knowing it.
+        rest = asyncio.create_task(upload.write(body[100 * CHUNK_BYTES :]))
+        await kill()
+        async with back():
+            await rest
+            digest, size = await upload.commit()
+            assert (digest, size) == (digest_of(body), len(body))
+            assert await read(store, digest) == body
+            assert await chunks_of(store) == 200
+
+
+async def test_an_upload_fails_when_the_broker_does_not_come_back(killable, monkeypatch):
+    for name, seconds in (("RECOVER_S", 2.0), ("ACK_S", 1.0), ("LEAVE_S", 1.0)):
+        monkeypatch.setattr(uploads, name, seconds)
+    store, kill, back = killable
+    body = some(60 * CHUNK_BYTES)
+
+    async def upload() -> None:
+        async with store.writing() as upload:
+            await upload.write(body[: 10 * CHUNK_BYTES])
+            await kill()
+            await upload.write(body[10 * CHUNK_BYTES :])
+
+    with pytest.raises(Unavailable, match="took nothing more of the upload"):
+        await upload()
+    async with back():
+        assert await store.all() == []
+
+        async def found_and_deleted() -> bool:
+            # What the client still had to send comes in behind.
+            for left in await store.unfinished():
+                await store.discard(left.upload_id)
+            return await chunks_of(store) == 0
+
+        await until(found_and_deleted, 30)
 
 
 async def test_chunks_whose_acknowledgements_are_lost_are_stored_once_and_in_order(

@@ -1,8 +1,11 @@
 """Validation: what a file is, found without trusting it, and told in words."""
 
 import asyncio
+import hashlib
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -452,6 +455,31 @@ def test_a_damaged_file_always_gets_a_report(tmp_path, content):
     path.write_bytes(content)
     report = asyncio.run(validate(path, name="m.onnx", limits=Limits(cpu_s=20)))
     assert report.sound == (not report.problems)
+
+
+# --- On the command line --------------------------------------------------------------------------
+
+
+def said_of(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "services.candle.validation", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=100)
+
+
+def test_a_file_can_be_validated_without_a_worker(tmp_path):
+    told = said_of(IRIS, "--json")
+    report = codec.decode(told.stdout.encode(), m.ModelReport)
+    assert (told.returncode, report.sound, told.stderr) == (0, True, "")
+    assert report.checksum == hashlib.sha256(IRIS.read_bytes()).hexdigest()
+    bad = tmp_path / "bad.json"
+    bad.write_bytes(linear(weights=[1]))
+    told = said_of(bad)
+    assert told.returncode == 1
+    assert told.stdout == "not sound\nproblem: weights length 1 does not match shape 1x2\n"
+    wrong = tmp_path / "sample.json"
+    wrong.write_text(json.dumps(sample("petal", "FP32", [1, 4], 1, 2, 3, 4)))
+    told = said_of(IRIS, "--sample", wrong)
+    assert (told.returncode, told.stdout) == (1, "")
+    assert "the sample does not fit: inputs[0].name" in told.stderr
 
 
 # --- In a worker ----------------------------------------------------------------------------------

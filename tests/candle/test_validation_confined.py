@@ -115,8 +115,8 @@ def problem(report: m.ModelReport) -> str:
 
 
 async def test_a_model_that_never_ends_uses_up_its_processor_time(endless):
-    report = await validate(endless, name="endless.onnx", limits=Limits(cpu_s=3))
-    assert "endless.onnx: it took more than 3 s of processor time while it ran" in problem(report)
+    report = await validate(endless, name="endless.onnx", limits=Limits(cpu_s=2, wall_s=100))
+    assert "endless.onnx: it took more than 2 s of processor time while it ran" in problem(report)
     # What was found before is not lost.
     assert report.format == "onnx"
     assert report.operators == {"Identity": 2, "Loop": 1}
@@ -125,7 +125,7 @@ async def test_a_model_that_never_ends_uses_up_its_processor_time(endless):
 
 async def test_a_model_that_never_ends_uses_up_its_time(endless):
     report = await validate(endless, name="endless.onnx", limits=Limits(wall_s=6))
-    assert "was not done after 6 s, while it ran" in problem(report)
+    assert "was not done after 6 s, while it " in problem(report)
 
 
 async def test_a_model_that_asks_for_more_memory_than_there_is_is_not_sound(greedy):
@@ -171,13 +171,17 @@ async def test_the_process_has_its_limits_before_the_file_is_run(endless, monkey
 def test_what_is_confined_reaches_neither_network_nor_files_nor_processes(tmp_path):
     there = tmp_path / "there"
     there.write_text("as it was")
+    other = tmp_path / "other"
+    other.write_text("secret")
     tried = f"""
 import ctypes, os, resource, socket, subprocess, sys, threading
 from services.candle.confine import confine
 
-confined = confine(64 << 20, 60)
-assert confined == ["memory", "cpu", "files", "network"], confined
+import pathlib
+
 there = {str(there)!r}
+confined = confine(64 << 20, 60, pathlib.Path(there))
+assert confined[:4] == ["memory", "cpu", "files", "network"], confined
 libc = ctypes.CDLL(None, use_errno=True)
 
 def refused(name, action, errors=(PermissionError,)):
@@ -218,6 +222,11 @@ refused("exec", lambda: os.execv("/bin/true", ["true"]))
 refused("signal", lambda: os.kill(os.getppid(), 0))
 refused("limits", lambda: resource.setrlimit(resource.RLIMIT_CPU, (9, 9)), ValueError)
 refused("memory", lambda: bytearray(256 << 20), MemoryError)
+# Where the kernel has Landlock.
+if "reading" in confined:
+    refused("read another", lambda: open({str(other)!r}))
+    refused("read a folder", lambda: os.listdir({str(tmp_path)!r}))
+    refused("read the parent's environment", lambda: open(f"/proc/{{os.getppid()}}/environ"))
 assert libc.ptrace(16, os.getppid(), 0, 0) == -1
 assert open(there).read() == "as it was"
 assert resource.getrlimit(resource.RLIMIT_FSIZE) == (0, 0)
@@ -228,7 +237,7 @@ print("tried")
     )
     assert (ended.stdout, ended.stderr) == ("tried\n", "")
     assert there.read_text() == "as it was"
-    assert [path.name for path in tmp_path.iterdir()] == ["there"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "there"]
 
 
 # --- How it ends ----------------------------------------------------------------------------------

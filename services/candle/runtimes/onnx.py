@@ -160,6 +160,13 @@ class Onnx:
             return None
 
 
+def import_libraries() -> str:
+    """Import what runs the models, which takes a while, and return its name and version."""
+    import onnxruntime as ort  # noqa: PLC0415 - as above
+
+    return f"onnxruntime {ort.__version__}"
+
+
 def _provider_in(available: Sequence[str], provider: str) -> str:
     """Return onnxruntime's name of a provider: `cuda` is `CUDAExecutionProvider`."""
     names = {name.removesuffix("ExecutionProvider").lower(): name for name in available}

@@ -115,6 +115,11 @@ def objection(content: bytes) -> str | None:
     return None
 
 
+def import_libraries() -> None:
+    """Import what reads the files, which takes a while."""
+    from onnx import checker  # noqa: F401, PLC0415 - only for ONNX files
+
+
 def _messages(message: Any, leaf: type) -> Iterator[Any]:
     """Find every message, however deep: initializers, attributes, branches, loops, functions."""
     # By reflection and not by a list of places, so that none is forgotten when ONNX gets a new one.
