@@ -8,6 +8,7 @@ from bus.instance import join
 from bus.process import run
 from bus.settings import Settings
 from services.candle.cache import Cache
+from services.candle.intake import taking_in
 from services.candle.repository import Repository
 from services.candle.service import SERVED, Candle
 from services.candle.settings import MIB, CandleSettings
@@ -31,7 +32,8 @@ async def main() -> None:
         models_dir = settings.data_dir / wanted.models_path
         cache = Cache(settings.cache_dir / "artefacts", wanted.cache_max_mb * MIB)
         repository = Repository(client.store, models_dir, cache)
-        await Candle(instance, repository, wanted, client.store.served).run()
+        async with taking_in(client, instance, repository, settings.cache_dir, models_dir):
+            await Candle(instance, repository, wanted, client.store.served).run()
 
 
 if __name__ == "__main__":

@@ -207,18 +207,18 @@ async def test_a_model_that_cannot_be_loaded_takes_no_memory(client, worker, lin
 
 async def test_files_are_looked_into_one_at_a_time(client, worker, linear, monkeypatch):
     running, most = 0, 0
-    really = repository.open_model
+    really = repository.validate
 
-    def opened(path, **options):
+    async def validated(file, **options):
         nonlocal running, most
         running += 1
         most = max(most, running)
-        # Long enough for the others to come, were they let in.
-        threading.Event().wait(0.05)
-        running -= 1
-        return really(path, **options)
+        try:
+            return await really(file, **options)
+        finally:
+            running -= 1
 
-    monkeypatch.setattr(repository, "open_model", opened)
+    monkeypatch.setattr(repository, "validate", validated)
     async with worker():
         names = [f"m{i}" for i in range(4)]
         await asyncio.gather(*(load(client, linear(f"{n}.json"), name=n) for n in names))

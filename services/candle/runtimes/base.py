@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -37,6 +37,18 @@ DTYPES: Final[Mapping[str, np.dtype[Any]]] = {
     "FP64": np.dtype(np.float64),
     "BYTES": np.dtype(np.object_),
 }
+
+
+class Fault(NamedTuple):
+    """Something that is wrong with a file.
+
+    Attributes:
+        where: The field, node or tensor; empty for the whole file.
+        what: What was found, and what is allowed.
+    """
+
+    where: str
+    what: str
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """ONNX models through onnxruntime, on the processor or on what else it has a provider for."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,6 +19,7 @@ from services.candle.runtimes.base import (
     blank,
     read_source,
 )
+from services.candle.runtimes.onnx_file import read_file
 
 # What one protobuf message, and so an ONNX file, can hold.
 MAX_BYTES: Final = 2 * 1024**3
@@ -44,6 +45,23 @@ _DATATYPES: Final[Mapping[str, str]] = {
 # with the signature and the condition there.
 _ERROR_NUMBER: Final = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ")
 _CPP_PLACE: Final = re.compile(r"\S+\.(?:cc|h|cpp):\d+ (?:.*? was false\. ?)?")
+# What onnxruntime says in many words, or in none that help.
+_IN_WORDS: Final = (
+    (
+        re.compile(
+            r"Opset (\d+) is under development.*?for domain (\S+) is till opset (\d+)", re.DOTALL
+        ),
+        r"opset \1 of \2 is newer than onnxruntime here takes; export it with opset \3 or lower",
+    ),
+    (
+        re.compile(r"Unsupported model IR version: (\d+), max supported IR version: (\d+)"),
+        r"its IR version \1 is newer than onnxruntime here takes; save it with \2 or lower",
+    ),
+    (
+        re.compile(r"Fatal error: (\S*?):?([^\s:(]+)\(-?\d+\) is not a registered function/op"),
+        r"onnxruntime here has no operator \2 in the domain '\1'",
+    ),
+)
 
 
 class Onnx:
@@ -68,7 +86,7 @@ class Onnx:
             # it takes 49 MB and 88 MB.
             self._session = ort.InferenceSession(source, options, providers=[executed_by])
         except Exception as error:  # noqa: BLE001 - onnxruntime's have no base of their own
-            raise _unsound(name, _cause(error, source)) from None
+            raise unsound(name, _cause(error, source)) from None
         # A provider whose libraries are missing is passed over by onnxruntime, with a warning.
         if self._session.get_providers()[0] != executed_by:
             raise Unprocessable(
@@ -142,6 +160,13 @@ class Onnx:
             return None
 
 
+def import_libraries() -> str:
+    """Import what runs the models, which takes a while, and return its name and version."""
+    import onnxruntime as ort  # noqa: PLC0415 - as above
+
+    return f"onnxruntime {ort.__version__}"
+
+
 def _provider_in(available: Sequence[str], provider: str) -> str:
     """Return onnxruntime's name of a provider: `cuda` is `CUDAExecutionProvider`."""
     names = {name.removesuffix("ExecutionProvider").lower(): name for name in available}
@@ -158,43 +183,11 @@ def _refuse_unsound(source: Path | bytes) -> str:
     """Raise Unprocessable unless this is an ONNX file that needs no other file; return its name.
 
     What was read and parsed for it is gone when this returns, before a session takes as much.
-
-    onnxruntime looks for external data from the working directory when it has only bytes, and
-    reads it: for a Constant node it gave the content of a file there (1.32, tried). So a model
-    could carry off what the worker can read.
     """
-    import onnx  # noqa: PLC0415 - as onnxruntime
-
     content, name = read_source(source, MAX_BYTES)
-    try:
-        model = onnx.ModelProto.FromString(content)
-    except Exception:  # noqa: BLE001 - which error depends on the protobuf underneath
-        model = None
-    # Some texts parse by chance: as a message of fields that ONNX does not know.
-    if model is None or not model.HasField("graph"):
-        raise _unsound(name, "it is not in the ONNX format, or is cut short")
-    for tensor in _tensors(model, onnx.TensorProto):
-        if tensor.external_data or tensor.data_location == onnx.TensorProto.EXTERNAL:
-            raise _unsound(
-                name,
-                f"the tensor {tensor.name!r} lies in another file (external data); "
-                "all weights must stand in the .onnx file itself",
-            )
+    for fault in read_file(content).faults:
+        raise unsound(name, fault.what)
     return name
-
-
-def _tensors(message: Any, kind: type) -> Iterator[Any]:
-    """Find every tensor, however deep: initializers, attributes, branches, loops, functions."""
-    # By reflection and not by a list of places, so that none is forgotten when ONNX gets a new one.
-    waiting = [message]
-    while waiting:
-        here = waiting.pop()
-        if isinstance(here, kind):
-            yield here
-            continue
-        for field, value in here.ListFields():
-            if field.message_type is not None:
-                waiting.extend([value] if hasattr(value, "ListFields") else value)
 
 
 def _spec(node: Any, file: str) -> TensorSpec:
@@ -230,7 +223,8 @@ def _texts(array: Array, name: str) -> Array:
     return texts
 
 
-def _unsound(name: str, cause: str) -> Unprocessable:
+def unsound(name: str, cause: str) -> Unprocessable:
+    """Return the error for a file that cannot be run."""
     return Unprocessable(f"{name} is no ONNX model that can be run: {cause}")
 
 
@@ -239,6 +233,9 @@ def _cause(error: Exception, source: Path | bytes | None = None) -> str:
     text = str(error)
     if isinstance(source, Path):
         text = text.replace(f"Load model from {source} failed:", "")
+    for pattern, words in _IN_WORDS:
+        if found := pattern.search(text):
+            return found.expand(words)
     lines = text.strip().splitlines() or [type(error).__name__]
     said = _ERROR_NUMBER.sub("", lines[0]).rpartition("Status Message: ")[2]
     return (_CPP_PLACE.sub("", said).strip() or said)[:300]
