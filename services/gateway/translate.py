@@ -77,6 +77,15 @@ async def read(request: web.Request, kind: type[T]) -> T:
     return codec.decode(body, kind, request.headers.get(hdrs.CONTENT_TYPE))
 
 
+def asked(kind: type[T], given: Mapping[str, Any]) -> T:
+    """Return what came in path, query and body together as a message; None is not given.
+
+    Raises:
+        InvalidRequest: It does not fit the type; names the field.
+    """
+    return codec.convert({key: value for key, value in given.items() if value is not None}, kind)
+
+
 async def read_body(request: web.Request, max_bytes: int) -> bytes:
     """Return the request's body, without ever holding more than `max_bytes` of it.
 
