@@ -46,8 +46,8 @@ def range_of(header: str | None, size: int) -> tuple[int, int] | None:
             return None
     if start >= stop:
         raise Unsatisfiable(
-            f"the file has {size:,} bytes, none of them in the range {spec.strip()[:60]!r}; ask for "
-            "a range inside it"
+            f"the file has {size:,} bytes, none of them in the range {spec.strip()[:60]!r}; ask "
+            "for a range inside it"
         )
     return start, stop
 

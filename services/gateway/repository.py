@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any, Final, Generic, TypeVar, get_args
 
 import msgspec
@@ -140,7 +140,7 @@ class Detail(msgspec.Struct, frozen=True, kw_only=True):
 
 _Key = Callable[[Summary], Any]
 # What has no value comes first: it never happened.
-_NEVER: Final = datetime.min
+_NEVER: Final = datetime.min.replace(tzinfo=UTC)
 _SORTS: Final[Mapping[str, _Key]] = {
     "name": lambda one: one.name,
     "created": lambda one: _moment(one.created_at),
@@ -330,7 +330,7 @@ def _texts(one: Summary) -> Iterable[str]:
 
 
 def _moment(at: datetime | None) -> datetime:
-    return _NEVER if at is None else at.replace(tzinfo=None)
+    return _NEVER if at is None else at
 
 
 # --- What there is --------------------------------------------------------------------------------

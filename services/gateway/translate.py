@@ -258,6 +258,18 @@ def translated(instance: Instance) -> Middleware:
     return middleware
 
 
+def unreadable(status: int, message: str | None) -> web.Response:
+    """Return the answer to what aiohttp could not read as a request; it ends the connection."""
+    # What follows the first line quotes the request.
+    said = (message or "").strip().splitlines()
+    why = said[0].rstrip(":")[:200] if said else "it is no HTTP"
+    response = problem(status, f"the request cannot be read: {why}")
+    response.headers.update(_EVERYWHERE)
+    response.headers[hdrs.SERVER] = "bkg"
+    response.force_close()
+    return response
+
+
 async def _answer_and_hang_up(request: web.Request, response: web.Response) -> None:
     """Send an answer and read no more of the request.
 

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Final
 
@@ -59,6 +60,21 @@ class WrongOffset(Conflict):
             details={"upload_offset": offset},
         )
         self.offset = offset
+
+
+@dataclass
+class Reception:
+    """An upload that goes on.
+
+    Attributes:
+        upload: Its way into the object store.
+        wish: What is known of it.
+        is_aside: Whether it was put aside, to go on later.
+    """
+
+    upload: Upload
+    wish: UnfinishedUpload
+    is_aside: bool = False
 
 
 class Uploads:
@@ -133,8 +149,8 @@ class Uploads:
     # --- Bytes ------------------------------------------------------------------------------------
 
     @asynccontextmanager
-    async def receiving(self, wish: UnfinishedUpload, offset: int) -> AsyncGenerator[Upload]:
-        """Write an upload that can be resumed; left by a break-off, its bytes wait for the rest.
+    async def receiving(self, wish: UnfinishedUpload, offset: int) -> AsyncGenerator["Reception"]:
+        """Write an upload that can be resumed; if its caller breaks off, its bytes are kept.
 
         Args:
             wish: What is known of it: model, version, name, length.
@@ -144,16 +160,11 @@ class Uploads:
             NotFound: Nothing is here that could be resumed.
             WrongOffset: Another number of bytes is here.
         """
-        present = await self.unfinished(wish.id, wish.version)
         if offset == 0:
-            if present is not None:
-                await self._drop(present)
+            await self._make_way(wish)
             opened = self._store.artefacts.writing()
         else:
-            if present is None:
-                raise _nothing_to_resume(wish.id, wish.version)
-            if present.offset != offset:
-                raise WrongOffset(offset, present.offset)
+            present = await self.resumable(wish.id, wish.version, offset)
             wish = msgspec.structs.replace(
                 wish,
                 file_name=present.file_name,
@@ -161,31 +172,55 @@ class Uploads:
                 total_bytes=wish.total_bytes or present.total_bytes,
             )
             opened = self._store.artefacts.resuming(present.upload)
-        async with opened as upload:
-            wish = msgspec.structs.replace(wish, upload=upload.id)
-            if upload.offset != offset:
-                await self._put_aside(upload, wish)
-                raise WrongOffset(offset, upload.offset)
-            self._live[wish.id, wish.version] = upload
-            await self._store.uploads.put(wish, wish.id, wish.version)
-            kept = False
-            try:
-                yield upload
-            except (asyncio.CancelledError, CutOff, DeadlineExceeded):
-                kept = await _to_its_end(self._put_aside(upload, wish))
-                raise
-            finally:
-                if not kept and not isinstance(self._live[wish.id, wish.version], _PutAside):
-                    await _to_its_end(self._forget(wish))
+        kept = False
+        try:
+            async with opened as upload:
+                wish = msgspec.structs.replace(wish, upload=upload.id)
+                reception = Reception(upload, wish)
+                if upload.offset != offset:
+                    kept = await _to_its_end(self.put_aside(reception))
+                    raise WrongOffset(offset, upload.offset)  # noqa: TRY301
+                self._live[wish.id, wish.version] = upload
+                await self._store.uploads.put(wish, wish.id, wish.version)
+                try:
+                    yield reception
+                except (asyncio.CancelledError, CutOff, DeadlineExceeded):
+                    kept = await _to_its_end(self.put_aside(reception))
+                    raise
+                kept = reception.is_aside
+        except BaseException:
+            if not kept and wish.upload:
+                await _to_its_end(self._drop(wish))
+            raise
+        if not kept:
+            await self._forget(wish)
 
-    async def put_aside(self, upload: Upload, wish: UnfinishedUpload) -> None:
-        """Keep what has come, for a caller who said that the rest comes later."""
-        await self._put_aside(upload, msgspec.structs.replace(wish, upload=upload.id))
-
-    async def _put_aside(self, upload: Upload, wish: UnfinishedUpload) -> None:
+    async def put_aside(self, reception: "Reception") -> None:
+        """Keep what has come, until the rest comes."""
+        upload, wish = reception.upload, reception.wish
         await upload.keep()
         kept = msgspec.structs.replace(wish, offset=upload.offset, broken_at=now())
         await self._store.uploads.put(kept, wish.id, wish.version)
+        reception.is_aside = True
+
+    async def resumable(self, model: str, version: str, offset: int) -> UnfinishedUpload:
+        """Return what is known of an upload whose rest begins at `offset`.
+
+        Raises:
+            NotFound: There is none.
+            WrongOffset: Another number of bytes is here.
+        """
+        present = await self.unfinished(model, version)
+        if present is None:
+            raise _nothing_to_resume(model, version)
+        if present.offset != offset:
+            raise WrongOffset(offset, present.offset)
+        return present
+
+    async def _make_way(self, wish: UnfinishedUpload) -> None:
+        entry = await self._store.uploads.get(wish.id, wish.version)
+        if entry is not None and entry.value is not None:
+            await self._drop(entry.value)
 
     async def unfinished(self, model: str, version: str) -> UnfinishedUpload | None:
         """Return what is known of an upload that goes on or broke off, with its present offset."""
@@ -199,7 +234,7 @@ class Uploads:
         # The gateway ended while it went on: the store knows how much has come.
         for one in await self._store.artefacts.unfinished():
             if one.upload_id == found.upload:
-                return msgspec.structs.replace(found, offset=one.size)
+                return msgspec.structs.replace(found, offset=one.bytes)
         return None
 
     async def drop(self, model: str, version: str) -> None:
@@ -211,7 +246,7 @@ class Uploads:
         """
         if (model, version) in self._live:
             raise Conflict(
-                f"version {version!r} of {model!r} is being uploaded; end that request, then drop it"
+                f"version {version!r} of {model!r} is being uploaded; end that request first"
             )
         entry = await self._store.uploads.get(model, version)
         if entry is None or entry.value is None:
