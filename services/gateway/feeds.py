@@ -483,6 +483,8 @@ class Feeds:
 
     def follow_jobs(self, listener: Listener) -> None:
         """Tell a listener the jobs that have not ended, then each change."""
+        # What waits for the next tick is in what is told now.
+        self._tell_jobs()
         listener.jobs = True
         for name in sorted(self._jobs):
             listener.tell(b"jobs", name, codec.encode(self._jobs[name]))
