@@ -11,10 +11,10 @@ import pytest
 import pytest_asyncio
 from aiohttp import ClientSession, ClientWebSocketResponse, CookieJar
 
-from bus.client import Client
-from bus.instance import Instance, join
 from bus import messages as m
+from bus.client import Client
 from bus.errors import BusError, Conflict, NotFound
+from bus.instance import Instance, join
 from bus.messages import DesiredState, Message, PluginConfig, now
 from bus.models import next_version
 from bus.settings import Settings

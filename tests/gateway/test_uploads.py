@@ -341,9 +341,7 @@ async def test_what_broke_off_goes_on_where_it_ended(into, client):
         assert response.headers["Upload-Complete"] == "?0"
         assert response.headers["Upload-Length"] == str(len(body))
     assert here == 2 * MIB
-    told, _ = await put(
-        into, body[here:], Upload_Offset=str(here), Repr_Digest=rfc9530(body)
-    )
+    told, _ = await put(into, body[here:], Upload_Offset=str(here), Repr_Digest=rfc9530(body))
     assert told["checksum"] == sha256(body)
     assert await offset_of(into) is None
     assert await client.store.artefacts.unfinished() == []
@@ -631,5 +629,3 @@ async def test_a_body_that_is_no_form_though_it_says_so_is_refused(into):
 
 async def test_only_a_named_version_can_be_resumed(into):
     await post(into, LINEAR, 400, Upload_Offset="5")
-
-
