@@ -253,6 +253,22 @@ class Artefacts:
         async with self._inside(upload):
             yield upload
 
+    async def touch(self, digest: str) -> int | None:
+        """Have an artefact count as just brought; return its size, None if it is not stored.
+
+        Whoever deletes what is old and unused leaves it for a while then.
+        """
+        subject = self._name(digest)
+        for _ in range(_TRIES):
+            last = await self._stream.last(subject)
+            info = _info_of(last) if last else None
+            if last is None or info is None:
+                return None
+            with contextlib.suppress(Conflict):
+                await self._write_name(subject, json.loads(last.body), last.seq)
+                return info.size
+        raise Conflict(f"others keep storing the artefact {digest}; try again")
+
     async def put(self, digest: str, path: Path) -> None:
         """Store a file under its digest; one that is there already, and whole, stays.
 
@@ -262,7 +278,7 @@ class Artefacts:
             Unprocessable: The file has another digest.
         """
         info = await self._info(digest)
-        if info is not None and await self._whole(info):
+        if info is not None and await self._whole(info) and await self.touch(digest) is not None:
             return
         size = (await asyncio.to_thread(path.stat)).st_size
         async with self.writing(size) as upload:
@@ -342,19 +358,13 @@ class Artefacts:
                 "size": upload.offset,
                 "chunks": upload.chunks,
                 "digest": f"SHA-256={urlsafe_b64encode(bytes.fromhex(digest)).decode()}",
-                "mtime": datetime.now(UTC).isoformat(),
             }
             if stays and info is not None and last is not None:
                 # The same bytes are there. Their name is written anew, so that whoever deletes
                 # what is old and unused sees that somebody has just brought them.
-                body = json.loads(last.body) | {"mtime": body["mtime"]}
+                body = json.loads(last.body)
             try:
-                await self._stream.append(
-                    subject,
-                    json.dumps(body).encode(),
-                    headers={"Nats-Rollup": "sub"},
-                    expect=(subject, last.seq if last else 0),
-                )
+                await self._write_name(subject, body, last.seq if last else 0)
             except Conflict:
                 continue
             except StoreFullError as error:
@@ -363,6 +373,15 @@ class Artefacts:
                 await self._stream.purge(self._chunks_of(info.nuid))
             return not stays
         raise Conflict(f"others keep storing the artefact {digest}; try again")
+
+    async def _write_name(self, subject: str, body: dict[str, Any], before: int) -> None:
+        body = body | {"mtime": datetime.now(UTC).isoformat()}
+        await self._stream.append(
+            subject,
+            json.dumps(body).encode(),
+            headers={"Nats-Rollup": "sub"},
+            expect=(subject, before),
+        )
 
     async def _full(self, error: StoreFullError) -> Unavailable:
         try:

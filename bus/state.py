@@ -119,15 +119,16 @@ class Bucket(Generic[T]):
         """
         return await self._write(value, revision, self._subject(names))
 
-    async def delete(self, *names: object, revision: int | None = None) -> None:
-        """Remove a key; one that is not there is no error.
+    async def delete(self, *names: object, revision: int | None = None) -> int:
+        """Remove a key and return the revision of that; one that is not there is no error.
 
         Raises:
             Conflict: `revision` is given and no longer the newest.
         """
         subject = self._subject(names)
         expect = None if revision is None else (subject, revision)
-        await self._stream.append(subject, b"", headers={"KV-Operation": "DEL"}, expect=expect)
+        headers = {"KV-Operation": "DEL"}
+        return await self._stream.append(subject, b"", headers=headers, expect=expect)
 
     async def all(self) -> list[Entry[T]]:
         """Return every entry that is there now, and can be read."""
