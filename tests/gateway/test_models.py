@@ -1,4 +1,4 @@
-"""The repository over HTTP: lists, details, examples, bytes, changes; candle behind where it runs."""
+"""The repository over HTTP: lists, details, examples, bytes, changes; with candle behind."""
 
 import asyncio
 import hashlib
@@ -8,6 +8,7 @@ import shutil
 import sys
 from dataclasses import replace
 from importlib.resources import files
+from itertools import pairwise
 
 import msgspec
 import pytest
@@ -42,7 +43,7 @@ def version(name="1", **more):
 def know(gate, client):
     """Write a model into the repository, and wait until the gateway knows it."""
 
-    async def one(name, *versions, **more):
+    async def one(name, *versions: m.ModelVersion, **more):
         spec = m.ModelSpec(id=name, versions=list(versions) or [version()], **more)
         await client.store.models.put(spec, name)
         await until(lambda: gate.parts.models.spec(name) == spec)
@@ -55,7 +56,7 @@ def know(gate, client):
 def serve(gate, client):
     """Say that an instance serves models."""
 
-    async def one(*models, slot=0):
+    async def one(*models: m.ServedModel, slot=0):
         told = m.ServedModels(
             plugin="candle",
             slot=slot,
@@ -186,7 +187,7 @@ def test_pages_hold_every_wanted_model_once_in_order(pairs, models):
             break
         got += part.items
     assert sorted(one.name for one in got) == sorted(one.name for one in wanted)
-    for before, after in zip(got, got[1:], strict=False):
+    for before, after in pairwise(got):
         keys = repository._SORTS[query.sort](before), repository._SORTS[query.sort](after)
         assert keys[0] >= keys[1] if query.descending else keys[0] <= keys[1]
         if keys[0] == keys[1]:
@@ -336,6 +337,54 @@ async def test_load_and_unload_answer_when_it_is_so(gate, candle):
     told = await gate.post("/api/models/iris/load", {"config": {"pined": True}}, 400)
     assert "pinned" in told["detail"]
     await gate.post("/api/models/nobody/unload", b"", 404)
+
+
+# --- The whole way --------------------------------------------------------------------------------
+
+
+async def upload(gate, name, body, status, query=""):
+    path = f"/api/models/{name}/versions/1{query}"
+    async with gate.http.put(path, data=body) as response:
+        told = await response.json(content_type=None)
+        assert response.status == status, told
+        return told
+
+
+async def test_what_is_uploaded_is_validated_served_described_and_deleted(gate, candle):
+    body = files("services.candle").joinpath("models", "iris.onnx").read_bytes()
+    told = await upload(gate, "flowers", body, 201, "?load=true&label=team=a&licence=MIT")
+    assert told["sound"] is True
+    assert told["loaded"]["inputs"] == [{"name": "flower", "datatype": "FP32", "shape": [-1, 4]}]
+    ones = {"name": "flower", "datatype": "FP32", "shape": [1, 4], "data": [1, 1, 1, 1]}
+    answer = await gate.post("/v2/models/flowers/infer", {"inputs": [ones]})
+    assert answer["outputs"]
+    told = await gate.json("/api/models/flowers")
+    assert (told["loaded"], told["labels"], told["licence"]) == (True, {"team": "a"}, "MIT")
+    assert told["versions"][0]["validation"]["sound"] is True
+    assert told["versions"][0]["source"]["kind"] == "upload"
+    place = "/api/models/flowers/versions/1/content"
+    async with gate.http.get(place) as response:
+        assert await response.read() == body
+    assert (await gate.post("/api/models/flowers/validate", b""))["sound"] is True
+    told = await change(gate, "PATCH", "/api/models/flowers", {"description": "Iris"})
+    assert told["description"] == "Iris"
+    told = await change(gate, "DELETE", "/api/models/flowers", status=409)
+    assert "served" in str(told)
+    told = await change(gate, "DELETE", "/api/models/flowers?force")
+    assert told["versions"] == ["1"]
+    await gate.json("/api/models/flowers", 404)
+
+
+async def test_what_is_uploaded_and_not_sound_is_kept_and_never_served(gate, candle):
+    told = await upload(gate, "broken", b"\x08\x07nonsense", 201)
+    assert told["sound"] is False
+    assert told["problems"]
+    told = await upload(gate, "broken", b"\x08\x07nonsense", 422, "?load=true")
+    assert "not sound" in told["detail"]
+    await gate.post("/api/models/broken/load", b"", 422)
+    assert (await gate.json("/api/models/broken"))["loaded"] is False
+    told = await upload(gate, "broken", b"\x08\x07other", 409)
+    assert "2" in told["detail"]
 
 
 # --- Bytes ----------------------------------------------------------------------------------------
@@ -600,8 +649,7 @@ async def test_changing_needs_the_key(gate, method, path):
     [
         b"NONSENSE\r\n\r\n",
         b"GET / HTTP/1.1\r\nHost: x\r\nHost: x\r\nContent-Length: z\r\n\r\n",
-        b"POST /api/models/import HTTP/1.1\r\nHost: x\r\nContent-Encoding: lzma\r\n"
-        b"Content-Length: 3\r\n\r\nabc",
+        b"POST / HTTP/1.1\r\nHost: x\r\nContent-Encoding: lzma\r\nContent-Length: 1\r\n\r\na",
     ],
 )
 async def test_what_cannot_be_read_is_refused_as_a_problem(gate, raw):

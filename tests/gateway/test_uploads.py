@@ -251,7 +251,7 @@ def test_headers_are_understood_or_refused_by_name(headers, length):
 # --- Refused before the bytes ---------------------------------------------------------------------
 
 
-async def head_of_answer(gate, *lines):
+async def head_of_answer(gate, *lines: str):
     """Send the head of an upload, and return the first line of the answer."""
     reader, writer = await asyncio.open_connection("127.0.0.1", gate.parts.port)
     key = f"Authorization: {gate.http.headers['Authorization']}"
@@ -555,7 +555,7 @@ async def post(gate, body, status=201, path="/api/models/iris/versions", **heade
         return told
 
 
-def form(*fields, file=LINEAR, name="best.json"):
+def form(*fields: tuple[str, str], file=LINEAR, name="best.json"):
     made = FormData(default_to_multipart=True)
     if file is not None:
         made.add_field("file", file, filename=name)
