@@ -277,7 +277,7 @@ class _Runner(web.AppRunner):
         return None if server is None else partial(self._connection, server)
 
     def _connection(self, server: web.Server) -> web.RequestHandler:
-        return _Protocol(server, loop=asyncio.get_running_loop(), access_log=None)
+        return _Protocol(server, loop=asyncio.get_running_loop(), access_log=None)  # type: ignore[arg-type]
 
 
 def _guarded(gate: Gate, asks: Mapping[web.AbstractRoute, Access]) -> Middleware:
