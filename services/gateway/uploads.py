@@ -17,7 +17,6 @@ from typing import Any, Final
 import msgspec
 import structlog
 
-from bus.artefacts import Upload
 from bus.client import Client
 from bus.errors import (
     BusError,
@@ -30,6 +29,7 @@ from bus.errors import (
     Unprocessable,
 )
 from bus.messages import KeptAnswer, UnfinishedUpload, now
+from bus.uploads import Upload
 
 # Each holds a window of unacknowledged chunks.
 UPLOADS_MAX: Final = 16
