@@ -339,10 +339,13 @@ def _moment(at: datetime | None) -> datetime:
 def summary_of(view: ModelsView, spec: ModelSpec) -> Summary:
     """Return a model in short."""
     default = version_of(spec)
-    states = [state_of(view, spec.id, version) for version in spec.versions]
+    places = [list(view.served(spec.id, version.version)) for version in spec.versions]
+    states = [
+        _state(view, version, place) for version, place in zip(spec.versions, places, strict=True)
+    ]
     state, reason = min(states, key=lambda one: _NEAREST.index(one[0]), default=(UNLOADED, None))
-    served = [one for v in spec.versions for _, one in view.served(spec.id, v.version)]
-    hosts = {at.host for v in spec.versions for at, _ in view.served(spec.id, v.version)}
+    served = [one for place in places for _, one in place]
+    hosts = {at.host for place in places for at, _ in place}
     sizes = {version.checksum: version.size_bytes for version in spec.versions}
     added = [version.added_at for version in spec.versions]
     return Summary(
@@ -372,7 +375,8 @@ def detail_of(
     view: ModelsView, spec: ModelSpec, version: ModelVersion, report: ModelReport | None
 ) -> Detail:
     """Return a version with all that is known of it."""
-    state, reason = state_of(view, spec.id, version)
+    places = list(view.served(spec.id, version.version))
+    state, reason = _state(view, version, places)
     aliases = sorted({DEFAULT, LATEST, *spec.aliases})
     names = [name for name in aliases if version_of(spec, name) is version]
     return Detail(
@@ -394,7 +398,7 @@ def detail_of(
         outputs=version.outputs,
         batched=version.batched,
         validation=_in_short(report) if report else None,
-        served=[served_of(*pair) for pair in view.served(spec.id, version.version)],
+        served=[served_of(*pair) for pair in places],
     )
 
 
@@ -419,13 +423,16 @@ def served_of(at: ServedModels, one: ServedModel) -> Served:
     )
 
 
-def state_of(view: ModelsView, model: str, version: ModelVersion) -> tuple[str, str | None]:
+def _state(
+    view: ModelsView, version: ModelVersion, places: Sequence[tuple[ServedModels, ServedModel]]
+) -> tuple[str, str | None]:
     """Return how near a version is to answering, and why, where there is a reason."""
-    for _, one in view.served(model, version.version):
-        return one.state, one.reason
+    if places:
+        nearest = places[0][1]
+        return nearest.state, nearest.reason
     if not version.wanted:
         return UNLOADED, None
-    waits = "an instance of candle" if not view.instances() else "its turn"
+    waits = "its turn" if view.instances() else "an instance of candle"
     return "queued", f"it waits for {waits}"
 
 

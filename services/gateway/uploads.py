@@ -159,12 +159,19 @@ class Uploads:
         Raises:
             NotFound: Nothing is here that could be resumed.
             WrongOffset: Another number of bytes is here.
+            InvalidRequest: The file has another length than was said before.
         """
         if offset == 0:
             await self._make_way(wish)
             opened = self._store.artefacts.writing()
         else:
             present = await self.resumable(wish.id, wish.version, offset)
+            if wish.total_bytes and present.total_bytes not in {None, wish.total_bytes}:
+                raise InvalidRequest(
+                    f"the file was said to have {present.total_bytes:,} bytes, and now "
+                    f"{wish.total_bytes:,}: send the right rest, or begin anew",
+                    field="Upload-Length",
+                )
             wish = msgspec.structs.replace(
                 wish,
                 file_name=present.file_name,

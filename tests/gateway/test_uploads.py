@@ -17,6 +17,7 @@ from bus.errors import InvalidRequest
 from bus.messages import UnfinishedUpload, now
 from bus.testing import until
 from services.gateway import uploads as uploads_module
+from services.gateway.app import Options
 from services.gateway.routes import uploads
 
 MIB = 1024 * 1024
@@ -272,6 +273,12 @@ async def test_too_large_a_file_is_refused_before_it_is_sent(start, keeper):
     assert "100 Continue" in await head_of_answer(gate, *fits)
 
 
+def test_the_limit_is_said_by_the_environment():
+    assert Options.from_env({"BKG_UPLOAD_MAX_BYTES": "5"}).upload_max_bytes == 5
+    with pytest.raises(InvalidRequest, match="BKG_UPLOAD_MAX_BYTES"):
+        Options.from_env({"BKG_UPLOAD_MAX_BYTES": "2 GiB"})
+
+
 async def test_too_large_a_file_without_a_length_is_refused_where_it_becomes_so(
     start, keeper, client
 ):
@@ -393,6 +400,15 @@ async def test_a_wrong_offset_is_409_with_the_right_one(into):
     told, headers = await put(into, body[10:], 409, Upload_Offset="10")
     assert headers["Upload-Offset"] == str(MIB) == str(told["upload_offset"])
     assert await offset_of(into) == MIB
+
+
+async def test_a_rest_that_makes_another_length_than_was_said_is_refused(into):
+    body = blob(2 * MIB)
+    await break_off(into, body, MIB)
+    told, _ = await put(into, b"the end", 400, Upload_Offset=str(MIB))
+    assert told["field"] == "Upload-Length"
+    assert await offset_of(into) == MIB
+    await put(into, body[MIB:], Upload_Offset=str(MIB))
 
 
 async def test_there_is_nothing_to_go_on_with_where_nothing_broke_off(into):
@@ -612,6 +628,26 @@ async def test_a_form_that_cannot_be_is_refused_and_leaves_nothing(
     assert said in told["detail"]
     assert keeper.asked == []
     assert not await stored(client, LINEAR)
+
+
+async def test_a_form_that_breaks_off_leaves_nothing(into, client, keeper):
+    head = b'--x\r\nContent-Disposition: form-data; name="file"\r\n\r\n'
+    _, writer = await asyncio.open_connection("127.0.0.1", into.parts.port)
+    key = into.http.headers["Authorization"]
+    writer.write(
+        f"POST /api/models/iris/versions HTTP/1.1\r\nHost: x\r\nAuthorization: {key}\r\n"
+        "Content-Type: multipart/form-data; boundary=x\r\nContent-Length: 9999999\r\n\r\n".encode()
+    )
+    writer.write(head + blob(MIB))
+
+    async def some():
+        return [one for one in await client.store.artefacts.unfinished() if one.bytes > MIB // 2]
+
+    await until(some)
+    writer.transport.abort()
+    await until(lambda: not into.parts.uploads._count)
+    assert await client.store.artefacts.unfinished() == []
+    assert keeper.asked == []
 
 
 async def test_two_files_in_a_form_are_refused(into):

@@ -8,10 +8,10 @@ import binascii
 import hashlib
 import re
 from base64 import b64decode
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 from urllib.parse import quote
 
 import aiohttp
@@ -67,6 +67,8 @@ FIELD_MAX_BYTES: Final = 64 * 1024
 FIELDS_MAX: Final = 100
 # What a form may have beside its file.
 FORM_MAX_BYTES: Final = 1024 * 1024
+
+T = TypeVar("T")
 
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
 _DIGEST: Final = re.compile(r"\s*sha-256\s*=\s*:([A-Za-z0-9+/=]+):\s*")
@@ -393,11 +395,11 @@ async def _welcome(request: web.Request) -> None:
         request.writer.output_size = 0
 
 
-async def _next(reading: Any) -> bytes:
+async def _next(reading: Awaitable[T]) -> T:
+    """Return what comes next of the body, in time."""
     try:
         async with asyncio.timeout(STALL_S):
-            block: bytes = await reading
-            return block
+            return await reading
     except TimeoutError:
         raise DeadlineExceeded(f"nothing more of the file came for {STALL_S:g} s") from None
     except (
@@ -445,7 +447,7 @@ async def _form_read(
     try:
         form = await request.multipart()
         for _ in range(FIELDS_MAX):
-            part = await _next_part(form)
+            part = await _next(form.next())
             if part is None:
                 break
             if not isinstance(part, BodyPartReader):
@@ -471,11 +473,6 @@ async def _form_read(
         raise InvalidRequest("version: an alias is no version's own name", field="version")
     plain = codec.plain(wish) | {name: value for name, value in given.items() if value != ""}
     return _named(asked(AddModel, plain), file_name), sha256
-
-
-async def _next_part(form: Any) -> Any:
-    async with asyncio.timeout(STALL_S):
-        return await form.next()
 
 
 async def _chunks(part: BodyPartReader) -> AsyncIterator[bytes]:
