@@ -19,6 +19,7 @@ from bus.testing import until
 from services.gateway import uploads as uploads_module
 from services.gateway.app import Options
 from services.gateway.routes import uploads
+from services.gateway.upload_headers import told_by
 
 MIB = 1024 * 1024
 LINEAR = json.dumps({"input_dim": 1, "output_dim": 1, "weights": [1], "bias": [0]}).encode()
@@ -224,7 +225,7 @@ async def test_bytes_with_another_digest_than_said_leave_nothing_behind(into, cl
 )
 def test_a_header_that_cannot_be_is_named(headers, field):
     with pytest.raises(InvalidRequest) as refused:
-        uploads.told_by(headers, 10)
+        told_by(headers, 10)
     assert refused.value.field == field
 
 
@@ -240,7 +241,7 @@ def test_a_header_that_cannot_be_is_named(headers, field):
 )  # fmt: skip
 def test_headers_are_understood_or_refused_by_name(headers, length):
     try:
-        told = uploads.told_by(headers, length)
+        told = told_by(headers, length)
     except InvalidRequest as refused:
         assert refused.field in headers  # noqa: PT017 - it may also not be raised
         return
