@@ -196,6 +196,8 @@ class Store:
         models: The repository's models, and what of them should be served, by model id.
         reports: What validation found, by artefact.
         jobs: Work that outlives its request, by id; they leave a week after their end.
+        uploads: Uploads that go on or broke off, by model and version.
+        answers: What uploads were answered, by idempotency key.
         served: What each instance of candle serves, by plugin and slot.
         galleries: The events of all galleries.
         artefacts: Model files by digest.
@@ -213,6 +215,8 @@ class Store:
         self.models = Bucket(nc, f"{root}-models", m.ModelSpec, 1)
         self.reports = Bucket(nc, f"{root}-models", m.ModelReport, 1, "report")
         self.jobs = Bucket(nc, f"{root}-jobs", m.Job, 1)
+        self.uploads = Bucket(nc, f"{root}-uploads", m.UnfinishedUpload, 2, "upload")
+        self.answers = Bucket(nc, f"{root}-uploads", m.KeptAnswer, 1, "answer")
         self.served = Bucket(nc, f"{root}-observed", m.ServedModels, 2, "models")
         self.galleries = Stream(nc, f"{root}-galleries")
         self.artefacts = Artefacts(Stream(nc, f"OBJ_{root}-artefacts"), f"{root}-artefacts")
@@ -583,6 +587,14 @@ def _assets(root: str) -> list[dict[str, Any]]:
             max_bytes=128 * MIB,
         ),
         _bucket(f"{root}-jobs", "jobs; keys expire", history=1, max_age=7 * 86_400 * NS),
+        _bucket(
+            f"{root}-uploads",
+            "unfinished uploads, and answers for those who ask again; keys expire",
+            history=1,
+            max_age=86_400 * NS,
+            # Whoever uploads most only makes its own and others' second chance shorter.
+            discard="old",
+        ),
         _bucket(
             f"{root}-hosts",
             "hosts that are there; keys expire",

@@ -204,6 +204,50 @@ class CollectedGarbage(Message, frozen=True, omit_defaults=False):
     dry_run: bool = False
 
 
+class UnfinishedUpload(Message, frozen=True):
+    """An upload through the gateway that goes on, or broke off; key `<id>.<version>.upload`.
+
+    Attributes:
+        id: The model.
+        version: The version that it becomes.
+        upload: Its chunks in the object store.
+        file_name: What the file is called.
+        begun_at: When its first byte came.
+        total_bytes: How many bytes it will have, where that is known.
+        offset: How many had come when it broke off.
+        broken_at: When it broke off; None while it goes on, or if the gateway ended meanwhile.
+    """
+
+    id: str
+    version: str
+    upload: str
+    file_name: str
+    begun_at: datetime
+    total_bytes: int | None = None
+    offset: int = 0
+    broken_at: datetime | None = None
+
+
+class KeptAnswer(Message, frozen=True):
+    """What an upload was answered, for those who ask again; key `<idempotency key>.answer`.
+
+    Attributes:
+        key: The caller's idempotency key, by its SHA-256.
+        request: Method and address that it was used for.
+        checksum: The artefact that came with it.
+        status: The HTTP status of the answer.
+        location: Where the version is.
+        body: The answer.
+    """
+
+    key: str
+    request: str
+    checksum: str
+    status: int
+    location: str
+    body: bytes
+
+
 # --- Jobs -----------------------------------------------------------------------------------------
 
 JobState = Literal["queued", "running", "done", "failed", "cancelled"]

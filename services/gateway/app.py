@@ -5,7 +5,8 @@ import os
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Final
+from functools import partial
+from typing import Any, Final
 
 import structlog
 from aiohttp import web
@@ -27,12 +28,16 @@ from services.gateway.routes import (
     capabilities,
     health,
     hosts,
+    jobs,
     kserve,
+    models,
     observe,
     page,
     plugins,
+    uploads,
 )
-from services.gateway.translate import dress, translated
+from services.gateway.translate import dress, translated, unreadable
+from services.gateway.uploads import Uploads
 
 STOP_PATIENCE_S: Final = 5.0
 OPEN, READ, ADMIN = Access.OPEN, Access.READ, Access.ADMIN
@@ -65,6 +70,28 @@ ROUTES: Final[tuple[tuple[str, str, Handler, Access], ...]] = (
     ("GET", "/api/hosts/{host}/telemetry/history", observe.host_history, READ),
     ("GET", "/api/broker/telemetry", observe.broker_history, READ),
     ("POST", "/api/capabilities/{capability}", capabilities.invoke, ADMIN),
+    ("GET", "/api/models", models.list_all, READ),
+    ("GET", "/api/models/loaded", models.loaded, READ),
+    ("POST", "/api/models/import", jobs.import_model, ADMIN),
+    ("POST", "/api/models/gc", models.collect_garbage, ADMIN),
+    ("GET", "/api/models/{name}", models.get, READ),
+    ("PATCH", "/api/models/{name}", models.describe, ADMIN),
+    ("DELETE", "/api/models/{name}", models.remove, ADMIN),
+    ("POST", "/api/models/{name}/validate", models.validate, ADMIN),
+    ("POST", "/api/models/{name}/load", models.load, ADMIN),
+    ("POST", "/api/models/{name}/unload", models.unload, ADMIN),
+    ("POST", "/api/models/{name}/versions", uploads.post, ADMIN),
+    ("GET", "/api/models/{name}/versions/{version}", models.version, READ),
+    ("PUT", "/api/models/{name}/versions/{version}", uploads.put, ADMIN),
+    ("DELETE", "/api/models/{name}/versions/{version}", models.remove, ADMIN),
+    ("GET", "/api/models/{name}/versions/{version}/report", models.report, READ),
+    ("GET", "/api/models/{name}/versions/{version}/content", models.content, READ),
+    ("GET", "/api/models/{name}/versions/{version}/upload", uploads.offset, READ),
+    ("DELETE", "/api/models/{name}/versions/{version}/upload", uploads.drop, ADMIN),
+    ("GET", "/api/jobs", jobs.list_all, READ),
+    ("GET", "/api/jobs/{job}", jobs.get, READ),
+    ("POST", "/api/jobs/{job}/cancel", jobs.cancel, ADMIN),
+    ("POST", "/api/jobs/{job}/retry", jobs.retry, ADMIN),
     ("GET", "/v2", kserve.server, OPEN),
     ("GET", "/v2/health/live", kserve.live, OPEN),
     ("GET", "/v2/health/ready", kserve.ready, OPEN),
@@ -114,6 +141,7 @@ class Options:
         public_read: `BKG_PUBLIC_READ`, whether reading needs no key.
         no_auth: `BKG_NO_AUTH`, whether nothing needs one.
         dashboard_dev: `BKG_DASHBOARD_DEV`, whether the page's files are read anew each time.
+        upload_max_bytes: `BKG_UPLOAD_MAX_BYTES`, how many bytes an uploaded model may have.
         ready_fd: `BKG_READY_FD`, where the bound port is written once we listen.
     """
 
@@ -122,6 +150,7 @@ class Options:
     public_read: bool = False
     no_auth: bool = False
     dashboard_dev: bool = False
+    upload_max_bytes: int = 2 * 1024**3
     ready_fd: int | None = None
 
     @classmethod
@@ -137,6 +166,7 @@ class Options:
             public_read=_switch(env, "BKG_PUBLIC_READ"),
             no_auth=_switch(env, "BKG_NO_AUTH"),
             dashboard_dev=_switch(env, "BKG_DASHBOARD_DEV"),
+            upload_max_bytes=_number(env, "BKG_UPLOAD_MAX_BYTES", cls.upload_max_bytes, 2**50),
             ready_fd=_number(env, "BKG_READY_FD", 0, 2**20) if env.get("BKG_READY_FD") else None,
         )
         if options.no_auth and not is_loopback(options.host):
@@ -167,11 +197,12 @@ async def gateway(
     gate = Gate(key, public_read=options.public_read, no_auth=options.no_auth)
     pages = pages or Pages(fresh=options.dashboard_dev)
     await client.store.declare()
-    async with follow_plugins(client.store) as view, follow_models(client.store) as models:
+    async with follow_plugins(client.store) as view, follow_models(client.store) as known:
         feeds = Feeds(client, view)
-        parts = Parts(client, instance, view, models, feeds, gate, pages)
+        incoming = Uploads(client, options.upload_max_bytes)
+        parts = Parts(client, instance, view, known, feeds, gate, pages, incoming)
         app = make_app(parts)
-        async with beside(feeds.run()), listening(app, options.host, options.port):
+        async with beside(feeds.run(), incoming.run()), listening(app, options.host, options.port):
             yield parts
 
 
@@ -183,7 +214,9 @@ def make_app(parts: Parts) -> web.Application:
         streams = handler in {live.socket, live.log_stream}
         guarded = translated(parts.instance, _guarded(parts.gate, needs, handler))
         for one in ("GET", "HEAD") if method == "GET" and not streams else (method,):
-            app.router.add_route(one, path, guarded)
+            # Whoever uploads hears of a refusal before the file goes out.
+            waits = uploads.hold_back if handler in {uploads.put, uploads.post} else None
+            app.router.add_route(one, path, guarded, expect_handler=waits)
     # What is not there is told to everybody.
     app.router.add_route("*", "/{path:.*}", translated(parts.instance, _nothing_here))
     app.on_response_prepare.append(dress)
@@ -199,7 +232,7 @@ async def listening(app: web.Application, host: str, port: int) -> AsyncGenerato
         Unavailable: The address cannot be had; says why.
     """
     # A handler ends with its caller: an event stream that nobody reads would stay for ever.
-    runner = web.AppRunner(
+    runner = _Runner(
         app, access_log=None, handler_cancellation=True, shutdown_timeout=STOP_PATIENCE_S
     )
     await runner.setup()
@@ -216,6 +249,37 @@ async def listening(app: web.Application, host: str, port: int) -> AsyncGenerato
         yield bound
     finally:
         await runner.cleanup()
+
+
+class _Protocol(web.RequestHandler):
+    """aiohttp's connection; what is no HTTP is refused in our words."""
+
+    __slots__ = ()
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        """Return the answer to what never became a request."""
+        # It also logs, and raises if an answer has begun.
+        said = super().handle_error(request, status, exc, message)
+        return unreadable(status, message) if status < 500 else said
+
+
+class _Runner(web.AppRunner):
+    """Listens with `_Protocol`: aiohttp has no other way to say which."""
+
+    @property
+    def server(self) -> Any:
+        """The factory of connections."""
+        server = super().server
+        return None if server is None else partial(self._connection, server)
+
+    def _connection(self, server: web.Server) -> web.RequestHandler:
+        return _Protocol(server, loop=asyncio.get_running_loop(), access_log=None)  # type: ignore[arg-type]
 
 
 def _guarded(gate: Gate, needs: Access, handler: Handler) -> Handler:

@@ -20,7 +20,16 @@ from bus import codec
 from bus.client import Client
 from bus.errors import Overloaded, Unavailable
 from bus.log_search import LEVELS, LogPage, LogQuery, at_least
-from bus.messages import Event, Level, LogEvent, PluginState, Replicas, TelemetrySnapshot, now
+from bus.messages import (
+    Event,
+    Job,
+    Level,
+    LogEvent,
+    PluginState,
+    Replicas,
+    TelemetrySnapshot,
+    now,
+)
 from bus.plugins import PluginsView
 from bus.subjects import LIVE_LOG, TELEMETRY
 from bus.tasks import heed_cancellation
@@ -144,6 +153,7 @@ class Listener:
         telemetry: The same for telemetry.
         tails: Its wishes for log records, by plugin.
         events: Plugins whose events it wants; None in it: all, those of hosts too.
+        jobs: Whether it wants jobs.
     """
 
     def __init__(
@@ -159,6 +169,7 @@ class Listener:
         self.telemetry: set[str | None] = set()
         self.tails: dict[str | None, Tail] = {}
         self.events: set[str | None] = set()
+        self.jobs = False
         self._write = write
         self._waiting = waiting
         self._abort = abort
@@ -191,18 +202,21 @@ class Listener:
     @property
     def listens(self) -> bool:
         """Whether it asked for anything."""
-        return bool(self.states or self.telemetry or self.tails or self.events)
+        return bool(self.states or self.telemetry or self.tails or self.events or self.jobs)
 
     def send(self, kind: bytes, payload: bytes) -> None:
         """Send one event, however much waits."""
         self._put(self._framing.event(kind, payload))
 
-    def tell(self, kind: bytes, plugin: str, payload: bytes) -> None:
-        """Send a plugin's newest state or telemetry, now or when there is room."""
+    def tell(self, kind: bytes, name: str, payload: bytes) -> None:
+        """Send the newest of a plugin's state or telemetry, or of a job, now or when there is room.
+
+        Of what is owed only the newest is kept: as much as there are plugins and jobs.
+        """
         if self.slow:
-            self._owed[kind, plugin] = payload
+            self._owed[kind, name] = payload
         else:
-            self._owed.pop((kind, plugin), None)
+            self._owed.pop((kind, name), None)
             self.send(kind, payload)
 
     def tell_lines(self, tick: Tick) -> None:
@@ -357,6 +371,9 @@ class Feeds:
         self._snapshots: dict[str, dict[int | None, TelemetrySnapshot]] = {}
         self._changed: set[str] = set()
         self._measured: set[str] = set()
+        # Jobs that have not ended, and what was heard of jobs since listeners were last told.
+        self._jobs: dict[str, Job] = {}
+        self._jobs_changed: dict[str, Job] = {}
         self._lines: list[Line] = []
         self._lines_bytes = 0
         self._taken = 0
@@ -373,6 +390,7 @@ class Feeds:
                 tasks.create_task(self._follow_telemetry())
                 tasks.create_task(self._follow_logs())
                 tasks.create_task(self._follow_events())
+                tasks.create_task(self._follow_jobs())
                 tasks.create_task(self._tell_time())
         finally:
             if self._timer is not None:
@@ -462,6 +480,14 @@ class Feeds:
         for snapshot in found:
             if snapshot is not None:
                 listener.tell(b"telemetry", snapshot.plugin, codec.encode(snapshot))
+
+    def follow_jobs(self, listener: Listener) -> None:
+        """Tell a listener the jobs that have not ended, then each change."""
+        # What waits for the next tick is in what is told now.
+        self._tell_jobs()
+        listener.jobs = True
+        for name in sorted(self._jobs):
+            listener.tell(b"jobs", name, codec.encode(self._jobs[name]))
 
     async def follow_logs(
         self, listener: Listener, tail: Tail, *, backfill: int, after: int | None
@@ -576,6 +602,22 @@ class Feeds:
                 listener.tell_event(event)
             self._soon()
 
+    async def _follow_jobs(self) -> None:
+        """Follow the bucket, not the feed: it misses nothing while the connection is away."""
+        caught_up = False
+        async for changes in self._client.store.jobs.follow():
+            for entry in changes.entries:
+                name, job = entry.names[0], entry.value
+                known = self._jobs.pop(name, None)
+                if job is None:
+                    continue
+                if job.ended_at is None and job.state in {"queued", "running"}:
+                    self._jobs[name] = job
+                if caught_up or known is not None or name in self._jobs:
+                    self._jobs_changed[name] = job
+            caught_up = caught_up or changes.caught_up
+            self._soon()
+
     async def _tell_time(self) -> None:
         """Give listeners a sign of life."""
         while True:
@@ -613,6 +655,7 @@ class Feeds:
     def _flush(self) -> None:
         self._tell_states()
         self._tell_telemetry()
+        self._tell_jobs()
         self._tell_lines()
         for listener in self._listeners:
             listener.catch_up()
@@ -645,6 +688,14 @@ class Feeds:
             for listener in self._listeners:
                 if not listener.telemetry.isdisjoint(asked):
                     listener.tell(b"telemetry", name, payload)
+
+    def _tell_jobs(self) -> None:
+        changed, self._jobs_changed = self._jobs_changed, {}
+        for name, job in changed.items():
+            payload = codec.encode(job)
+            for listener in self._listeners:
+                if listener.jobs:
+                    listener.tell(b"jobs", name, payload)
 
     def _tell_lines(self) -> None:
         if not self._lines:

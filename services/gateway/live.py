@@ -37,7 +37,7 @@ class Ask(State, frozen=True):
     Attributes:
         action: Whether to begin or to end.
         topic: What.
-        plugin_id: Of which plugin; all of them if absent.
+        plugin_id: Of which plugin; all of them if absent. Jobs are no plugin's.
         after: For logs and events: everything since this sequence is the back-fill.
         backfill: For logs and events: how many at most; 100, or 0 for the logs of all.
         level: For logs: the least level.
@@ -46,7 +46,7 @@ class Ask(State, frozen=True):
     """
 
     action: Literal["SUB", "UNSUB"]
-    topic: Literal["status", "logs", "telemetry", "events"]
+    topic: Literal["status", "logs", "telemetry", "events", "jobs"]
     plugin_id: PluginName | None = None
     after: Annotated[int, Meta(ge=0, le=2**63 - 1)] | None = None
     backfill: Annotated[int, Meta(ge=0, le=BACKFILL_MAX)] | None = None
@@ -200,6 +200,9 @@ async def _subscribe(feeds: Feeds, listener: Listener, ask: Ask) -> None:
     elif ask.topic == "telemetry":
         if plugin not in listener.telemetry:
             feeds.follow_telemetry(listener, plugin)
+    elif ask.topic == "jobs":
+        if not listener.jobs:
+            feeds.follow_jobs(listener)
     elif ask.topic == "events":
         if plugin not in listener.events:
             await feeds.follow_events(listener, plugin, backfill=_backfill(ask), after=ask.after)
@@ -218,6 +221,9 @@ def _unsubscribe(feeds: Feeds, listener: Listener, ask: Ask) -> None:
     """End a wish; without a plugin, the topic as a whole."""
     if ask.topic == "logs":
         feeds.stop_logs(listener, ask.plugin_id)
+        return
+    if ask.topic == "jobs":
+        listener.jobs = False
         return
     followed = {
         "status": listener.states, "telemetry": listener.telemetry, "events": listener.events,

@@ -17,6 +17,7 @@ from bus.plugins import PluginsView
 from services.gateway.auth import Gate
 from services.gateway.feeds import BUDGET_BYTES, Feeds
 from services.gateway.pages import Pages
+from services.gateway.uploads import Uploads
 
 
 class Connections:
@@ -64,10 +65,12 @@ class Parts:
         feeds: What happens on the bus, for all listeners.
         gate: Who may do what.
         pages: The dashboard.
+        uploads: Models on their way in.
         listener_budget_bytes: How much may wait for a live connection that reads slowly.
         port: The port that it listens on, once it does.
         relaying: Capability calls that are being waited for.
         relaying_bytes: What the bodies of inference among them hold.
+        downloads: Artefacts that are being read.
         connections: WebSockets and event streams.
     """
 
@@ -78,10 +81,12 @@ class Parts:
     feeds: Feeds
     gate: Gate
     pages: Pages
+    uploads: Uploads
     listener_budget_bytes: int = BUDGET_BYTES
     port: int | None = None
     relaying: int = 0
     relaying_bytes: int = 0
+    downloads: int = 0
     connections: Connections = field(default_factory=Connections)
 
     def state_of(self, request: web.Request) -> PluginState:

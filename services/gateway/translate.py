@@ -82,6 +82,15 @@ async def read(request: web.Request, kind: type[T]) -> T:
     return codec.decode(body, kind, request.headers.get(hdrs.CONTENT_TYPE))
 
 
+def asked(kind: type[T], given: Mapping[str, Any]) -> T:
+    """Return what came in path, query and body together as a message; None is not given.
+
+    Raises:
+        InvalidRequest: It does not fit the type; names the field.
+    """
+    return codec.convert({key: value for key, value in given.items() if value is not None}, kind)
+
+
 async def read_body(request: web.Request, max_bytes: int) -> bytes:
     """Return the request's body, without ever holding more than `max_bytes` of it.
 
@@ -313,6 +322,18 @@ class Relayed(web.Response):
     def keep_alive(self) -> bool | None:
         """Whether the connection stays open."""
         return self._written or super().keep_alive
+
+
+def unreadable(status: int, message: str | None) -> web.Response:
+    """Return the answer to what aiohttp could not read as a request; it ends the connection."""
+    # What follows the first line quotes the request.
+    said = (message or "").strip().splitlines()
+    why = said[0].rstrip(":")[:200] if said else "it is no HTTP"
+    response = problem(status, f"the request cannot be read: {why}")
+    response.headers.update(_EVERYWHERE)
+    response.headers[hdrs.SERVER] = "bkg"
+    response.force_close()
+    return response
 
 
 async def _answer_and_hang_up(request: web.Request, response: web.Response) -> None:

@@ -11,11 +11,14 @@ import pytest
 import pytest_asyncio
 from aiohttp import ClientSession, ClientWebSocketResponse, CookieJar
 
+from bus import messages as m
 from bus.client import Client
+from bus.errors import BusError, Conflict, NotFound
 from bus.instance import Instance, join
 from bus.messages import DesiredState, Message, PluginConfig, now
+from bus.models import next_version
 from bus.settings import Settings
-from bus.subjects import Endpoint
+from bus.subjects import MODEL_ADD, MODEL_LOAD, Endpoint
 from services.gateway.app import Options, gateway
 from services.gateway.pages import Pages
 from services.gateway.parts import Parts
@@ -156,3 +159,103 @@ def wanted(client: Client):
         await want(client, name, **more)
 
     return one
+
+
+class Keeper:
+    """Stands in for candle where models come in: it can be steered, and looks into no file.
+
+    Attributes:
+        asked: What it was asked to add.
+        problem: What is wrong with everything.
+        error: What it raises instead of adding.
+    """
+
+    def __init__(self, client: Client) -> None:
+        self.asked: list[m.AddModel] = []
+        self.loaded: list[m.LoadModel] = []
+        self.problem: str | None = None
+        self.error: BusError | None = None
+        self._store = client.store
+
+    async def add(self, request: m.AddModel) -> m.AddedModel:
+        self.asked.append(request)
+        if self.error is not None:
+            raise self.error
+        size = await self._store.artefacts.size(request.checksum)
+        if size is None:
+            raise NotFound(f"the artefact {request.checksum} is not stored")
+        problems = [m.ModelProblem(where="", what=self.problem)] if self.problem else []
+        report = m.ModelReport(
+            checksum=request.checksum,
+            sound=not problems,
+            validated_at=now(),
+            problems=problems,
+            size_bytes=size,
+        )
+        await self._store.reports.put(report, request.checksum)
+        entry = await self._store.models.last(request.id)
+        spec = (entry and entry.value) or m.ModelSpec(id=request.id, versions=[])
+        name = request.version or next_version(spec)
+        present = next((one for one in spec.versions if one.version == name), None)
+        if present is None:
+            spec = msgspec.structs.replace(
+                spec,
+                versions=[*spec.versions, _version(name, request, size, sound=report.sound)],
+                description=request.description or spec.description,
+                labels=spec.labels if request.labels is None else request.labels,
+                licence=request.licence or spec.licence,
+            )
+            await self._store.models.update(spec, entry.revision if entry else 0, spec.id)
+        elif present.checksum != request.checksum:
+            raise Conflict(f"version {name!r} has other bytes; the next free number is 2")
+        created = present is None
+        return m.AddedModel(
+            id=spec.id, version=name, checksum=request.checksum, created=created, report=report
+        )
+
+    async def load(self, request: m.LoadModel) -> m.LoadedModel:
+        self.loaded.append(request)
+        return m.LoadedModel(
+            id=request.id,
+            input_dim=1,
+            output_dim=1,
+            checksum="",
+            path="",
+            loaded_at=now(),
+            metadata={},
+            format="linear",
+            inputs=[],
+            outputs=[],
+            version=request.version or "1",
+        )
+
+
+def _version(name: str, request: m.AddModel, size: int, *, sound: bool) -> m.ModelVersion:
+    return m.ModelVersion(
+        version=name,
+        path=request.file_name,
+        checksum=request.checksum,
+        format="onnx" if request.file_name.endswith(".onnx") else "linear",
+        added_at=now(),
+        wanted=False,
+        size_bytes=size,
+        sound=sound,
+        source=request.source,
+    )
+
+
+@pytest_asyncio.fixture
+async def keeper(client: Client, settings: Settings) -> AsyncGenerator[Keeper]:
+    """An instance that takes models, and is known to the gateway as one of candle's."""
+    one = Keeper(client)
+    async with (
+        join(client, settings, plugin="candle", description="Takes models.") as instance,
+        instance.serving(MODEL_ADD, one.add),
+        instance.serving(MODEL_LOAD, one.load),
+    ):
+        await instance.ready()
+        told = m.ServedModels(
+            plugin="candle", slot=0, instance=instance.id, host="test-host", models=[]
+        )
+        await client.store.served.put(told, "candle", 0)
+        yield one

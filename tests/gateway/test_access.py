@@ -11,7 +11,7 @@ from services.gateway.app import ROUTES, Options
 from services.gateway.auth import Access, admin_key, is_loopback
 
 GUARDED = [
-    (m, p.format(name="echo", host="here", capability="echo.say", model="m", version="1"))
+    (m, p.format(name="echo", host="here", capability="echo.say", model="m", version="1", job="a1"))
     for m, p, _, a in ROUTES
     if a is not Access.OPEN
 ]

@@ -105,7 +105,7 @@ async def test_requests_are_counted(gate):
 
 @pytest.mark.parametrize(
     "path",
-    ["/nothing", "/api", "/api/keys", "/admin/keys", "/auth/login", "/v3", "/api/models",
+    ["/nothing", "/api", "/api/keys", "/admin/keys", "/auth/login", "/v3", "/api/model",
      "/api/plugins/", "/api/plugins/a/b"],
 )  # fmt: skip
 async def test_what_is_not_there_is_404_as_a_problem(gate, path):

@@ -7,11 +7,13 @@ import socket
 import stat
 import sys
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
-from aiohttp import ClientSession, WSMsgType
+from aiohttp import ClientError, ClientSession, WSMsgType
 
 from bus.testing import until
+from tests.gateway.test_uploads import MIB, PLACE, blob, offset_of, put, rfc9530, sha256
 
 
 @pytest.fixture
@@ -106,3 +108,35 @@ async def test_no_broker_is_said_in_one_sentence(env):
     assert status == 1
     assert "no broker" in said
     assert len(said.splitlines()) == 1
+
+
+async def test_an_upload_outlives_a_gateway_that_is_killed(env, client, keeper, start):
+    body = blob(8 * MIB)
+    async with running(env) as (process, port):
+        key = (Path(env["BKG_DATA_DIR"]) / "admin.key").read_text().strip()
+
+        async def blocks():
+            yield body[: 4 * MIB]
+            await asyncio.sleep(60)
+
+        async def upload():
+            headers = {"Authorization": f"Bearer {key}", "Upload-Length": str(len(body))}
+            url = f"http://127.0.0.1:{port}{PLACE}"
+            async with ClientSession() as http, http.put(url, data=blocks(), headers=headers):
+                pass
+
+        async def some():
+            return sum(one.bytes for one in await client.store.artefacts.unfinished()) > 3 * MIB
+
+        uploading = asyncio.create_task(upload())
+        await until(some, 30)
+        process.kill()
+        await process.wait()
+        with pytest.raises(ClientError):
+            await uploading
+    gate = await start()
+    await until(gate.parts.models.instances)
+    here = await offset_of(gate)
+    assert 3 * MIB < here <= 4 * MIB
+    told, _ = await put(gate, body[here:], Upload_Offset=str(here), Repr_Digest=rfc9530(body))
+    assert told["checksum"] == sha256(body)

@@ -1,0 +1,668 @@
+"""Uploads of models: whole, in parts, broken off, taken up again, refused."""
+
+import asyncio
+import hashlib
+import io
+import json
+from base64 import b64encode
+from contextlib import suppress
+
+import pytest
+import pytest_asyncio
+from aiohttp import FormData
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bus.errors import InvalidRequest
+from bus.messages import UnfinishedUpload, now
+from bus.testing import until
+from services.gateway import uploads as uploads_module
+from services.gateway.app import Options
+from services.gateway.routes import uploads
+from services.gateway.upload_headers import told_by
+
+MIB = 1024 * 1024
+LINEAR = json.dumps({"input_dim": 1, "output_dim": 1, "weights": [1], "bias": [0]}).encode()
+PLACE = "/api/models/iris/versions/1"
+UPLOAD = f"{PLACE}/upload"
+
+
+@pytest_asyncio.fixture
+async def into(gate, keeper):
+    """A gateway that knows an instance of candle."""
+    await until(gate.parts.models.instances)
+    return gate
+
+
+def blob(size, seed=1):
+    """Bytes that are the same each time, and nowhere alike."""
+    return hashlib.shake_256(bytes([seed])).digest(size)
+
+
+def sha256(body):
+    return hashlib.sha256(body).hexdigest()
+
+
+async def put(gate, body, status=201, path=PLACE, **headers):
+    """Upload, and return the answer and its headers."""
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    sent = io.BytesIO(body) if isinstance(body, bytes) else body
+    async with gate.http.put(path, data=sent, headers=named) as response:
+        told = await response.text()
+        assert response.status == status, told
+        return (json.loads(told) if told else None), response.headers
+
+
+async def offset_of(gate, path=UPLOAD):
+    """Return how much of an upload is here, or None."""
+    async with gate.http.head(path) as response:
+        if response.status == 404:
+            return None
+        assert response.status == 204
+        return int(response.headers["Upload-Offset"])
+
+
+async def stored(client, body):
+    return await client.store.artefacts.size(sha256(body)) is not None
+
+
+async def break_off(gate, body, sent, path=PLACE, **headers):
+    """Begin to upload, send some of it, and hang up."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", gate.parts.port)
+    said = {
+        "Host": "127.0.0.1",
+        "Authorization": gate.http.headers["Authorization"],
+        "Content-Length": str(len(body)),
+        **headers,
+    }
+    lines = [f"PUT {path} HTTP/1.1", *(f"{name}: {value}" for name, value in said.items())]
+    writer.write("\r\n".join([*lines, "", ""]).encode())
+    for at in range(0, sent, 64 * 1024):
+        writer.write(body[at : min(sent, at + 64 * 1024)])
+        await writer.drain()
+    begins = int(headers.get("Upload-Offset", 0))
+    await until(lambda: _here(gate, begins + sent), 30)
+    writer.transport.abort()
+    with suppress(ConnectionError):
+        await writer.wait_closed()
+    await until(lambda: not gate.parts.uploads._live, 30)
+    del reader
+
+
+async def _here(gate, size):
+    return (await offset_of(gate) or 0) >= size
+
+
+# --- Whole ----------------------------------------------------------------------------------------
+
+
+async def test_a_file_becomes_a_version_with_its_report(into, client, keeper):
+    told, headers = await put(into, LINEAR)
+    assert headers["Location"] == PLACE
+    assert (told["id"], told["version"], told["created"]) == ("iris", "1", True)
+    assert (told["sound"], told["problems"]) == (True, [])
+    assert told["checksum"] == told["report"]["checksum"] == sha256(LINEAR)
+    assert await stored(client, LINEAR)
+    assert (await into.json(PLACE))["source"]["kind"] == "upload"
+
+
+async def test_the_same_bytes_again_are_there_once_and_answered_with_200(into, client):
+    await put(into, LINEAR)
+    told, _ = await put(into, LINEAR, 200)
+    assert told["created"] is False
+    assert await client.store.artefacts.unfinished() == []
+
+
+async def test_other_bytes_under_the_same_version_are_refused(into):
+    await put(into, LINEAR)
+    told, _ = await put(into, LINEAR + b" ", 409)
+    assert "next free number" in told["detail"]
+
+
+async def test_a_large_file_comes_through_whole(into, client):
+    body = blob(20 * MIB)
+    told, _ = await put(into, body)
+    assert told["report"]["size_bytes"] == len(body)
+    read = b"".join([block async for block in client.store.artefacts.read(sha256(body))])
+    assert read == body
+
+
+async def test_a_body_without_a_length_is_taken(into, client):
+    async def blocks():
+        for _ in range(50):
+            yield b"{" + bytes(99_999)
+
+    await put(into, blocks())
+    assert await stored(client, (b"{" + bytes(99_999)) * 50)
+
+
+@pytest.mark.parametrize(
+    ("query", "headers", "body", "name"),
+    [
+        ("", {}, b"  {}", "model.json"),
+        ("", {}, b"\x08\x08", "model.onnx"),
+        ("", {"Content-Type": "application/json"}, b"\x08", "model.json"),
+        ("?file=best.onnx", {}, b"{}", "best.onnx"),
+        ("?file=..%2Fup%2Fbest.JSON", {}, b"x", "best.JSON"),
+        ("?file=best", {}, b"{}", "best.json"),
+        ("", {"Content-Disposition": 'attachment; filename="a b.onnx"'}, b"{", "a b.onnx"),
+        ("", {"Content-Disposition": "attachment; filename*=UTF-8''%C3%A4.json"}, b"x", "ä.json"),
+        ("", {"Content-Disposition": "nonsense"}, b"x", "model.onnx"),
+    ],
+)
+async def test_a_file_is_called_as_its_sender_says_or_as_it_begins(
+    into, keeper, query, headers, body, name
+):
+    await put(into, body, path=PLACE + query, **headers)
+    assert keeper.asked[0].file_name == keeper.asked[0].source.file_name == name
+
+
+async def test_what_people_read_about_a_model_comes_with_the_query(into, keeper):
+    query = "?description=Flowers&label=team=a&label=x=y&licence=MIT"
+    await put(into, LINEAR, path=PLACE + query)
+    asked = keeper.asked[0]
+    assert (asked.description, asked.labels, asked.licence) == (
+        "Flowers",
+        {"team": "a", "x": "y"},
+        "MIT",
+    )
+
+
+async def test_a_file_that_is_not_sound_is_kept_and_said_to_be_so(into, keeper):
+    keeper.problem = "node 3: no such operator"
+    told, _ = await put(into, LINEAR)
+    assert told["sound"] is False
+    assert told["problems"] == [{"where": "", "what": "node 3: no such operator"}]
+
+
+async def test_load_true_loads_a_sound_version_right_after(into, keeper):
+    told, _ = await put(into, LINEAR, path=f"{PLACE}?load=true")
+    assert told["loaded"]["version"] == "1"
+    assert [(one.id, one.version) for one in keeper.loaded] == [("iris", "1")]
+
+
+async def test_load_true_of_what_is_not_sound_is_422_and_the_version_stays(into, keeper):
+    keeper.problem = "node 3: no such operator"
+    told, headers = await put(into, LINEAR, 422, path=f"{PLACE}?load=true")
+    assert "node 3: no such operator" in told["detail"]
+    assert headers["Location"] == PLACE
+    assert not keeper.loaded
+    assert (await into.json(PLACE))["sound"] is False
+
+
+# --- Digests --------------------------------------------------------------------------------------
+
+
+def rfc9530(body):
+    return f"sha-256=:{b64encode(hashlib.sha256(body).digest()).decode()}:"
+
+
+@pytest.mark.parametrize("name", ["Content-Digest", "Repr-Digest", "X-Checksum-Sha256"])
+async def test_bytes_with_another_digest_than_said_leave_nothing_behind(into, client, name):
+    right = sha256(LINEAR).upper() if name.startswith("X") else rfc9530(LINEAR)
+    wrong = sha256(b"") if name.startswith("X") else f"md5=:AA==:, {rfc9530(b'')}"
+    told, _ = await put(into, LINEAR, 422, **{name: wrong})
+    assert "SHA-256" in told["detail"]
+    assert not await stored(client, LINEAR)
+    assert await offset_of(into) is None
+    assert await client.store.artefacts.unfinished() == []
+    await put(into, LINEAR, **{name: right})
+
+
+@pytest.mark.parametrize(
+    ("headers", "field"),
+    [
+        ({"X-Checksum-Sha256": "abc"}, "X-Checksum-Sha256"),
+        ({"Content-Digest": "sha-256=:AAAA:"}, "Content-Digest"),
+        ({"Upload-Offset": "-1"}, "Upload-Offset"),
+        ({"Upload-Length": "many"}, "Upload-Length"),
+        ({"Upload-Length": "3"}, "Upload-Length"),
+        ({"Upload-Complete": "yes"}, "Upload-Complete"),
+        ({"Content-Encoding": "gzip"}, "Content-Encoding"),
+        ({"Content-Digest": rfc9530(b"a"), "Repr-Digest": rfc9530(b"b")}, "Content-Digest"),
+        ({"X-Checksum-Sha256": sha256(b"a"), "Repr-Digest": rfc9530(b"b")}, "X-Checksum-Sha256"),
+    ],
+)
+def test_a_header_that_cannot_be_is_named(headers, field):
+    with pytest.raises(InvalidRequest) as refused:
+        told_by(headers, 10)
+    assert refused.value.field == field
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(
+            ["Upload-Offset", "Upload-Length", "Upload-Complete", "X-Checksum-Sha256",
+             "Content-Digest", "Repr-Digest"]
+        ),
+        st.text(max_size=80) | st.integers(0, 2**70).map(str) | st.sampled_from(["?0", "?1"]),
+    ),
+    st.none() | st.integers(0, 2**40),
+)  # fmt: skip
+def test_headers_are_understood_or_refused_by_name(headers, length):
+    try:
+        told = told_by(headers, length)
+    except InvalidRequest as refused:
+        assert refused.field in headers  # noqa: PT017 - it may also not be raised
+        return
+    assert told.offset >= 0
+    if told.total_bytes is not None and length is not None:
+        assert told.total_bytes >= told.offset + length
+
+
+# --- Refused before the bytes ---------------------------------------------------------------------
+
+
+async def head_of_answer(gate, *lines: str):
+    """Send the head of an upload, and return the first line of the answer."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", gate.parts.port)
+    key = f"Authorization: {gate.http.headers['Authorization']}"
+    writer.write("\r\n".join([*lines, "Host: 127.0.0.1", key, "", ""]).encode())
+    async with asyncio.timeout(10):
+        said = await reader.readline()
+    writer.transport.abort()
+    return said.decode()
+
+
+async def test_too_large_a_file_is_refused_before_it_is_sent(start, keeper):
+    gate = await start(upload_max_bytes=1_000)
+    await until(gate.parts.models.instances)
+    head = f"PUT {PLACE} HTTP/1.1", "Content-Length: 1001"
+    assert "413" in await head_of_answer(gate, *head)
+    assert "413" in await head_of_answer(gate, *head, "Expect: 100-continue")
+    fits = f"PUT {PLACE} HTTP/1.1", "Content-Length: 1000", "Expect: 100-continue"
+    assert "100 Continue" in await head_of_answer(gate, *fits)
+
+
+def test_the_limit_is_said_by_the_environment():
+    assert Options.from_env({"BKG_UPLOAD_MAX_BYTES": "5"}).upload_max_bytes == 5
+    with pytest.raises(InvalidRequest, match="BKG_UPLOAD_MAX_BYTES"):
+        Options.from_env({"BKG_UPLOAD_MAX_BYTES": "2 GiB"})
+
+
+async def test_too_large_a_file_without_a_length_is_refused_where_it_becomes_so(
+    start, keeper, client
+):
+    gate = await start(upload_max_bytes=300_000)
+    await until(gate.parts.models.instances)
+
+    async def blocks():
+        for _ in range(10):
+            yield bytes(100_000)
+
+    told, _ = await put(gate, blocks(), 413)
+    assert "BKG_UPLOAD_MAX_BYTES" in told["detail"]
+    assert await client.store.artefacts.unfinished() == []
+    assert await offset_of(gate) is None
+
+
+async def test_what_the_store_has_no_room_for_is_507_before_it_is_sent(start, keeper):
+    gate = await start(upload_max_bytes=2**45)
+    await until(gate.parts.models.instances)
+    head = f"PUT {PLACE} HTTP/1.1", f"Content-Length: {2**44}", "Expect: 100-continue"
+    assert "507" in await head_of_answer(gate, *head)
+
+
+async def test_without_candle_nothing_is_taken(gate, client):
+    told, headers = await put(gate, LINEAR, 503)
+    assert "candle" in told["detail"]
+    assert "Retry-After" in headers
+    assert not await stored(client, LINEAR)
+
+
+async def test_uploading_needs_the_key_before_the_file_is_sent(into):
+    reader, writer = await asyncio.open_connection("127.0.0.1", into.parts.port)
+    head = f"PUT {PLACE} HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\nExpect: 100-continue\r\n\r\n"
+    writer.write(head.encode())
+    async with asyncio.timeout(10):
+        assert b"401" in await reader.readline()
+    writer.transport.abort()
+
+
+@pytest.mark.parametrize(
+    ("path", "field"),
+    [
+        ("/api/models/iris/versions/latest", "version"),
+        ("/api/models/iris/versions/a%20b", "version"),
+        ("/api/models/-iris/versions/1", "id"),
+        (f"{PLACE}?label=x", "label"),
+    ],
+)
+async def test_a_name_that_cannot_be_is_refused(into, path, field):
+    told, _ = await put(into, LINEAR, 400, path=path)
+    assert told["field"] == field
+
+
+async def test_an_empty_body_is_refused(into):
+    await put(into, b"", 400)
+
+
+# --- Broken off, and in parts ---------------------------------------------------------------------
+
+
+async def test_what_broke_off_goes_on_where_it_ended(into, client):
+    body = blob(3 * MIB)
+    await break_off(into, body, 2 * MIB)
+    assert not await stored(client, body)
+    async with into.http.head(UPLOAD) as response:
+        here = int(response.headers["Upload-Offset"])
+        assert response.headers["Upload-Complete"] == "?0"
+        assert response.headers["Upload-Length"] == str(len(body))
+    assert here == 2 * MIB
+    told, _ = await put(into, body[here:], Upload_Offset=str(here), Repr_Digest=rfc9530(body))
+    assert told["checksum"] == sha256(body)
+    assert await offset_of(into) is None
+    assert await client.store.artefacts.unfinished() == []
+
+
+async def test_a_broken_upload_shows_nothing(into, client, keeper):
+    await break_off(into, blob(MIB), MIB // 2)
+    assert keeper.asked == []
+    assert (await into.json("/api/models"))["total"] == 0
+    await into.json(PLACE, 404)
+
+
+async def test_it_can_break_off_more_than_once(into):
+    body = blob(3 * MIB)
+    await break_off(into, body, MIB)
+    await break_off(into, body[MIB:], MIB, **{"Upload-Offset": str(MIB)})
+    assert await offset_of(into) == 2 * MIB
+    told, _ = await put(into, body[2 * MIB :], Upload_Offset=str(2 * MIB))
+    assert told["checksum"] == sha256(body)
+
+
+async def test_another_gateway_goes_on_with_what_broke_off(into, start):
+    body = blob(2 * MIB)
+    await break_off(into, body, MIB)
+    other = await start()
+    await until(other.parts.models.instances)
+    assert await offset_of(other) == MIB
+    told, _ = await put(other, body[MIB:], Upload_Offset=str(MIB))
+    assert told["checksum"] == sha256(body)
+
+
+async def test_what_a_gateway_left_when_it_was_killed_goes_on(into, client):
+    body = blob(2 * MIB)
+    async with client.store.artefacts.writing() as upload:
+        await upload.write(body[:MIB])
+        await upload.keep()
+    left = UnfinishedUpload(
+        id="iris", version="1", upload=upload.id, file_name="model.onnx", begun_at=now()
+    )
+    await client.store.uploads.put(left, "iris", "1")
+    assert await offset_of(into) == MIB
+    told, _ = await put(into, body[MIB:], Upload_Offset=str(MIB))
+    assert told["checksum"] == sha256(body)
+
+
+async def test_a_wrong_offset_is_409_with_the_right_one(into):
+    body = blob(2 * MIB)
+    await break_off(into, body, MIB)
+    told, headers = await put(into, body[10:], 409, Upload_Offset="10")
+    assert headers["Upload-Offset"] == str(MIB) == str(told["upload_offset"])
+    assert await offset_of(into) == MIB
+
+
+async def test_a_rest_that_makes_another_length_than_was_said_is_refused(into):
+    body = blob(2 * MIB)
+    await break_off(into, body, MIB)
+    told, _ = await put(into, b"the end", 400, Upload_Offset=str(MIB))
+    assert told["field"] == "Upload-Length"
+    assert await offset_of(into) == MIB
+    await put(into, body[MIB:], Upload_Offset=str(MIB))
+
+
+async def test_there_is_nothing_to_go_on_with_where_nothing_broke_off(into):
+    told, _ = await put(into, b"rest", 404, Upload_Offset="10")
+    assert "begin anew" in told["detail"]
+    assert await offset_of(into) is None
+
+
+async def test_without_an_offset_an_upload_begins_anew(into, client):
+    body = blob(2 * MIB)
+    await break_off(into, body, MIB)
+    told, _ = await put(into, LINEAR)
+    assert told["checksum"] == sha256(LINEAR)
+    assert await client.store.artefacts.unfinished() == []
+
+
+async def test_a_file_comes_in_as_many_parts_as_its_sender_likes(into):
+    parts = [blob(700_000, seed) for seed in range(3)]
+    here = 0
+    for part in parts[:2]:
+        _, headers = await put(
+            into,
+            part,
+            204,
+            Upload_Offset=str(here),
+            Upload_Complete="?0",
+            Upload_Length="2100000",
+            Content_Digest=rfc9530(part),
+        )
+        here += len(part)
+        assert (headers["Upload-Offset"], headers["Upload-Complete"]) == (str(here), "?0")
+    told, _ = await put(into, parts[2], Upload_Offset=str(here), Upload_Complete="?1")
+    assert told["checksum"] == sha256(b"".join(parts))
+
+
+async def test_a_damaged_part_ends_the_upload(into, client):
+    await put(into, blob(1_000), 204, Upload_Complete="?0")
+    await put(
+        into, b"part", 422, Upload_Offset="1000", Upload_Complete="?0",
+        Content_Digest=rfc9530(b"other"),
+    )  # fmt: skip
+    assert await offset_of(into) is None
+    assert await client.store.artefacts.unfinished() == []
+
+
+async def test_an_upload_that_is_shorter_than_it_said_waits_for_the_rest(into):
+    async def blocks():
+        yield b"12345"
+
+    told, _ = await put(into, blocks(), 400, Upload_Length="10")
+    assert "Upload-Offset: 5" in told["detail"]
+    told, _ = await put(into, b"67890", Upload_Offset="5")
+    assert told["checksum"] == sha256(b"1234567890")
+
+
+async def test_an_upload_that_is_longer_than_it_said_is_refused(into, client):
+    async def blocks():
+        yield b"12345678901"
+
+    await put(into, blocks(), 400, Upload_Length="10")
+    assert await client.store.artefacts.unfinished() == []
+
+
+async def test_what_broke_off_is_dropped_when_asked(into, client):
+    await break_off(into, blob(MIB), MIB // 2)
+    async with into.http.delete(UPLOAD) as response:
+        assert response.status == 204
+    assert await offset_of(into) is None
+    assert await client.store.artefacts.unfinished() == []
+    async with into.http.delete(UPLOAD) as response:
+        assert response.status == 404
+
+
+async def test_what_broke_off_is_dropped_after_its_time(into, client):
+    await break_off(into, blob(MIB), MIB // 2)
+    await into.parts.uploads.sweep()
+    assert await offset_of(into) == MIB // 2
+    into.parts.uploads.keep_s = 0.0
+    await into.parts.uploads.sweep()
+    assert await offset_of(into) is None
+    assert await client.store.artefacts.unfinished() == []
+
+
+async def test_a_sender_that_falls_silent_is_told_so_and_may_go_on_later(into, monkeypatch):
+    monkeypatch.setattr(uploads, "STALL_S", 0.5)
+
+    async def blocks():
+        yield blob(1_000)
+        await asyncio.sleep(30)
+
+    told, _ = await put(into, blocks(), 504)
+    assert "nothing more of the file came" in told["detail"]
+    assert await offset_of(into) == 1_000
+
+
+async def test_one_version_is_uploaded_by_one_caller_at_a_time(into):
+    go_on = asyncio.Event()
+
+    async def blocks():
+        yield blob(1_000)
+        await go_on.wait()
+        yield b"end"
+
+    first = asyncio.create_task(put(into, blocks()))
+    await until(lambda: _here(into, 1_000))
+    told, _ = await put(into, LINEAR, 409)
+    assert "being uploaded" in told["detail"]
+    async with into.http.delete(UPLOAD) as response:
+        assert response.status == 409
+    other = "/api/models/iris/versions/2"
+    await put(into, LINEAR, path=other)
+    go_on.set()
+    told, _ = await first
+    assert told["checksum"] == sha256(blob(1_000) + b"end")
+
+
+async def test_more_uploads_than_there_is_room_for_are_refused(into, monkeypatch):
+    monkeypatch.setattr(uploads_module, "UPLOADS_MAX", 0)
+    _, headers = await put(into, LINEAR, 429)
+    assert "Retry-After" in headers
+
+
+# --- Retries --------------------------------------------------------------------------------------
+
+
+async def test_the_same_key_and_request_have_the_same_answer(into, keeper):
+    body = blob(MIB)
+    first, headers = await put(into, body, Idempotency_Key="k")
+    again, headers_again = await put(into, body, 201, Idempotency_Key="k")
+    assert again == first
+    assert headers_again["Location"] == headers["Location"]
+    assert len(keeper.asked) == 1
+
+
+async def test_the_same_key_for_another_request_is_refused(into):
+    await put(into, LINEAR, Idempotency_Key="k")
+    told, _ = await put(into, LINEAR + b" ", 422, Idempotency_Key="k")
+    assert "Idempotency-Key" in told["detail"]
+    other = "/api/models/iris/versions/2"
+    await put(into, LINEAR, 422, path=other, Idempotency_Key="k")
+
+
+async def test_a_request_that_failed_is_done_again_under_its_key(into, client):
+    await put(into, LINEAR, 422, Idempotency_Key="k", Content_Digest=rfc9530(b""))
+    await put(into, LINEAR, Idempotency_Key="k")
+
+
+async def test_a_key_that_is_none_is_refused(into):
+    await put(into, LINEAR, 400, Idempotency_Key="")
+
+
+# --- Forms ----------------------------------------------------------------------------------------
+
+
+async def post(gate, body, status=201, path="/api/models/iris/versions", **headers):
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    async with gate.http.post(path, data=body, headers=named) as response:
+        told = await response.json(content_type=None)
+        assert response.status == status, told
+        return told
+
+
+def form(*fields: tuple[str, str], file=LINEAR, name="best.json"):
+    made = FormData(default_to_multipart=True)
+    if file is not None:
+        made.add_field("file", file, filename=name)
+    for field, value in fields:
+        made.add_field(field, value)
+    return made
+
+
+async def test_a_form_brings_a_file_and_what_is_known_of_it_in_any_order(into, keeper):
+    fields = [
+        ("version", "3"),
+        ("description", "Flowers"),
+        ("labels", '{"a": "b"}'),
+        ("label", "c=d"),
+        ("licence", "MIT"),
+        ("sha256", sha256(LINEAR)),
+    ]
+    told = await post(into, form(*fields))
+    assert told["version"] == "3"
+    asked = keeper.asked[0]
+    assert (asked.file_name, asked.description, asked.licence) == ("best.json", "Flowers", "MIT")
+    assert asked.labels == {"a": "b", "c": "d"}
+
+
+async def test_a_raw_body_becomes_the_next_version(into):
+    assert (await post(into, LINEAR))["version"] == "1"
+    assert (await post(into, blob(1_000)))["version"] == "2"
+
+
+async def test_a_retried_form_has_the_same_answer(into, keeper):
+    first = await post(into, form(), Idempotency_Key="k")
+    assert await post(into, form(), Idempotency_Key="k") == first
+    assert len(keeper.asked) == 1
+    await post(into, form(file=b"{}"), 422, Idempotency_Key="k")
+
+
+@pytest.mark.parametrize(
+    ("made", "status", "said"),
+    [
+        (lambda: form(("x", "y"), file=None), 400, "'x'"),
+        (lambda: form(("version", "1"), file=None), 400, "no file"),
+        (lambda: form(("labels", "[1]")), 400, "labels"),
+        (lambda: form(("sha256", "12")), 400, "sha256"),
+        (lambda: form(("version", "latest")), 400, "version"),
+        (lambda: form(("sha256", sha256(b""))), 422, "SHA-256"),
+        (lambda: form(("description", "x" * 70_000)), 413, "description"),
+        (lambda: form(("description", "x" * 5_000)), 400, "description"),
+    ],
+)
+async def test_a_form_that_cannot_be_is_refused_and_leaves_nothing(
+    into, client, keeper, made, status, said
+):
+    told = await post(into, made(), status)
+    assert said in told["detail"]
+    assert keeper.asked == []
+    assert not await stored(client, LINEAR)
+
+
+async def test_a_form_that_breaks_off_leaves_nothing(into, client, keeper):
+    head = b'--x\r\nContent-Disposition: form-data; name="file"\r\n\r\n'
+    _, writer = await asyncio.open_connection("127.0.0.1", into.parts.port)
+    key = into.http.headers["Authorization"]
+    writer.write(
+        f"POST /api/models/iris/versions HTTP/1.1\r\nHost: x\r\nAuthorization: {key}\r\n"
+        "Content-Type: multipart/form-data; boundary=x\r\nContent-Length: 9999999\r\n\r\n".encode()
+    )
+    writer.write(head + blob(MIB))
+
+    async def some():
+        return [one for one in await client.store.artefacts.unfinished() if one.bytes > MIB // 2]
+
+    await until(some)
+    writer.transport.abort()
+    await until(lambda: not into.parts.uploads._count)
+    assert await client.store.artefacts.unfinished() == []
+    assert keeper.asked == []
+
+
+async def test_two_files_in_a_form_are_refused(into):
+    made = form()
+    made.add_field("other", b"x", filename="b.json")
+    told = await post(into, made, 400)
+    assert "two files" in told["detail"]
+
+
+async def test_a_body_that_is_no_form_though_it_says_so_is_refused(into):
+    kind = "multipart/form-data; boundary=x"
+    told = await post(into, b"nonsense", 400, Content_Type=kind)
+    assert "form" in told["detail"]
+
+
+async def test_only_a_named_version_can_be_resumed(into):
+    await post(into, LINEAR, 400, Upload_Offset="5")
