@@ -8,6 +8,7 @@ from bus.instance import join
 from bus.process import run
 from bus.settings import Settings
 from services.candle.cache import Cache
+from services.candle.models.shipped import shipped
 from services.candle.repository import Repository
 from services.candle.service import SERVED, Candle
 from services.candle.settings import MIB, CandleSettings
@@ -25,6 +26,7 @@ async def main() -> None:
             description="Runs models: linear ones from JSON, and ONNX",
             capabilities=[endpoint.capability for endpoint in SERVED],
             config_schema=codec.schema(CandleSettings),
+            meta={"ships": codec.plain(shipped())},
         ) as instance,
     ):
         wanted = instance.settings(CandleSettings)

@@ -31,6 +31,7 @@ from services.gateway.routes import (
     observe,
     page,
     plugins,
+    shipped,
 )
 from services.gateway.translate import dress, translated
 
@@ -64,6 +65,8 @@ ROUTES: Final[tuple[tuple[str, str, Handler, Access], ...]] = (
     ("GET", "/api/events", observe.events, READ),
     ("GET", "/api/hosts/{host}/telemetry/history", observe.host_history, READ),
     ("GET", "/api/broker/telemetry", observe.broker_history, READ),
+    # First: `shipped` is no model's name here.
+    ("GET", "/api/models/shipped", shipped.list_all, READ),
     ("POST", "/api/capabilities/{capability}", capabilities.invoke, ADMIN),
     ("GET", "/v2", kserve.server, OPEN),
     ("GET", "/v2/health/live", kserve.live, OPEN),

@@ -8,6 +8,7 @@ from bus.client import connect
 from bus.instance import join
 from bus.process import run
 from bus.settings import Settings
+from services.rustyface import weights
 from services.rustyface.galleries import Galleries
 from services.rustyface.service import SERVED, Rustyface, make_encoder
 from services.rustyface.settings import RustyfaceSettings, settings_of
@@ -25,11 +26,13 @@ async def main() -> None:
             description="Turns faces into embeddings, keeps datasets of them and searches them",
             capabilities=[e.capability for e in SERVED],
             config_schema=codec.schema(RustyfaceSettings),
+            meta={"ships": codec.plain(weights.shipped())},
         ) as instance,
     ):
         wanted = settings_of(instance)
-        dirs = settings.data_dir, settings.cache_dir
-        encoder = await asyncio.to_thread(make_encoder, wanted, *dirs)
+        encoder = await asyncio.to_thread(
+            make_encoder, wanted, settings.data_dir, settings.cache_dir
+        )
         galleries = Galleries(client.store.galleries, client.root, encoder.name, encoder.dimensions)
         datasets = settings.data_dir / wanted.datasets_path if wanted.datasets_path else None
         await Rustyface(instance, galleries, encoder, wanted, datasets).run()
