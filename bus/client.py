@@ -1,6 +1,6 @@
 """The caller's side of the bus: connect, call, relay, publish, follow.
 
-nats-py 2.16 has traps that this file and `bus/state.py` keep from everybody else: its read loop
+nats-py 2.16 has traps that this file and `bus/streams.py` keep from everybody else: its read loop
 dies silently when a callback raises or a late PONG meets a cancelled `flush`, so nothing here
 raises in a callback or calls `flush`; its `flush` and `drain` are no barriers, so `barrier` is a
 round trip of our own; it checks a payload's size without the headers, and the broker then closes

@@ -22,7 +22,8 @@ from msgspec import inspect as types
 from bus import codec
 from bus import messages as m
 from bus.errors import ErrorBody
-from bus.state import MIB, NS, Bucket, Store, _assets
+from bus.state import Bucket, Store, _assets
+from bus.streams import MIB, NS
 from bus.subjects import DEFAULT_ROOT, ENDPOINTS, FEEDS, RAW_ENDPOINTS, Endpoint, Feed, RawEndpoint
 
 _AnyEndpoint = Endpoint[m.Message, m.Message]

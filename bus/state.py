@@ -1,45 +1,26 @@
-"""What must survive: buckets, streams and the object store, declared once, with typed views.
-
-Every write waits for the broker's acknowledgement and is tried again while a stream has no
-leader; it carries a message id, so that a retry is stored once. Every reader that follows is a
-consumer of our own making: the watchers of nats-py 2.16 are blind for up to 20 s after the broker
-was restarted, ours for about a second.
-"""
+"""What must survive: buckets, streams and the object store, declared once, with typed views."""
 
 import asyncio
 import contextlib
-import hashlib
 import json
-import secrets
-from base64 import b64decode, urlsafe_b64encode
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from pathlib import Path
+from datetime import datetime
 from typing import Any, Final, Generic, TypeVar
 
 import msgspec
-import nats.errors
 import structlog
 from nats.aio.client import Client as Nats
-from nats.aio.msg import Msg
-from nats.js.api import ObjectMeta
 
 from bus import codec
 from bus import messages as m
-from bus.errors import (
-    Conflict,
-    DeadlineExceeded,
-    Internal,
-    InvalidRequest,
-    NotFound,
-    Unavailable,
-    Unprocessable,
-)
+from bus.artefacts import Artefacts
+from bus.errors import Conflict, Internal, InvalidRequest, Unavailable
 from bus.log_search import LEVELS, LogPage, LogQuery
 from bus.settings import LogLimits
+from bus.streams import MIB, NS, Stored, Stream, ask_jetstream
 from bus.subjects import (
     BROKER_TELEMETRY,
     EVENT,
@@ -54,19 +35,9 @@ from bus.subjects import (
     name_of,
     token,
 )
-from bus.tasks import heed_cancellation, keeping_cancellation
 
-NS: Final = 1_000_000_000
-MIB: Final = 1024 * 1024
-# Of consumers. Seldom, because there are some twenty of them in an idle platform; that the broker
-# came back is seen by the connection.
-HEARTBEAT_S: Final = 5
-LOOK_S: Final = 1.0
 # A key of the observed bucket leaves when it was not written again for this long.
 OBSERVED_TTL_S: Final = 30
-WRITE_PATIENCE_S: Final = 15.0
-# An artefact of which nothing more comes for this long is given up.
-STALL_S: Final = 30.0
 # The newest records are looked for in pieces of the stream, the last piece first.
 PIECE_RECORDS: Final = 5_000
 PIECE_MAX_RECORDS: Final = 50_000
@@ -98,152 +69,6 @@ class Changes(Generic[T]):
 
     entries: list[Entry[T]]
     caught_up: bool
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A message of a stream; `at` is when it was stored, in nanoseconds since 1970."""
-
-    subject: str
-    seq: int
-    body: bytes
-    headers: Mapping[str, str]
-    at: int = 0
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Some messages of a stream that is followed; `caught_up` as in `Changes`."""
-
-    messages: list[Stored]
-    caught_up: bool
-
-
-class Stream:
-    """A stream: append to it, follow it.
-
-    Attributes:
-        name: Its name at the broker.
-    """
-
-    def __init__(self, nc: Nats, name: str) -> None:
-        self.name = name
-        self._nc = nc
-
-    async def append(
-        self,
-        subject: str,
-        body: bytes,
-        *,
-        headers: Mapping[str, str] | None = None,
-        expect: tuple[str, int] | None = None,
-    ) -> int:
-        """Store a message and return its sequence.
-
-        Args:
-            subject: Its subject.
-            body: Its body.
-            headers: Further headers.
-            expect: A subject and the sequence that its last message must have, 0 for none.
-
-        Raises:
-            Conflict: That subject has had another message since.
-            Unavailable: The broker stored nothing within the time.
-        """
-        sent = {"Nats-Msg-Id": secrets.token_hex(12), **(headers or {})}
-        if expect is not None:
-            sent["Nats-Expected-Last-Subject-Sequence"] = str(expect[1])
-            if expect[0] != subject:
-                sent["Nats-Expected-Last-Subject-Sequence-Subject"] = expect[0]
-        reply = await _request(self._nc, subject, body, sent)
-        return int(reply["seq"])
-
-    async def last(self, subject: str) -> Stored | None:
-        """Return the last message of a subject, which may have wildcards; None without one."""
-        reply = await _request(
-            self._nc,
-            f"$JS.API.STREAM.MSG.GET.{self.name}",
-            json.dumps({"last_by_subj": subject}).encode(),
-            missing_is_none=True,
-        )
-        if "message" not in reply:
-            return None
-        return _stored_in_json(reply["message"])
-
-    async def last_seq(self) -> int:
-        """Return the sequence of the newest message, 0 when there never was one."""
-        return (await self.bounds())[1]
-
-    async def bounds(self) -> tuple[int, int]:
-        """Return the sequences of the oldest message that is there and of the newest one."""
-        info = await _request(self._nc, f"$JS.API.STREAM.INFO.{self.name}", b"")
-        return int(info["state"]["first_seq"]), int(info["state"]["last_seq"])
-
-    async def purge(self, subject: str, *, keep_from: int | None = None) -> None:
-        """Delete the messages of a subject, which may have wildcards, below a sequence."""
-        asked: dict[str, Any] = {"filter": subject}
-        if keep_from is not None:
-            asked["seq"] = keep_from
-        await _request(self._nc, f"$JS.API.STREAM.PURGE.{self.name}", json.dumps(asked).encode())
-
-    async def follow(
-        self,
-        subject: str | Sequence[str],
-        *,
-        after: int = 0,
-        latest_only: bool = False,
-        since: datetime | None = None,
-    ) -> AsyncIterator[Batch]:
-        """Give the messages of a subject, which may have wildcards, and then every new one.
-
-        In order and without a gap, across reconnections and restarts of the broker: a consumer
-        that missed a message, or went silent for three heartbeats, is made anew after the last
-        message that was given (the ordered consumer of ADR-17). Ends only with the caller.
-
-        Args:
-            subject: Which messages; several subjects must not overlap.
-            after: The sequence after which to begin.
-            latest_only: Begin with the last message of each subject instead.
-            since: Begin with the first message that was stored at this moment or later instead.
-        """
-        start: dict[str, Any] | None = None
-        if latest_only and not after:
-            start = {"deliver_policy": "last_per_subject"}
-        elif since is not None and not after:
-            start = _from(since)
-        pause_s = 0.1
-        while True:
-            try:
-                async with _consumer(self._nc, self.name, subject, start or _after(after)) as feed:
-                    heed_cancellation()
-                    async for batch in feed:
-                        pause_s = 0.1
-                        if batch.messages:
-                            after, start = batch.messages[-1].seq, None
-                        yield batch
-            except Unavailable:
-                # The broker or the stream is away, or the consumer was lost: again from there.
-                await asyncio.sleep(pause_s)
-                pause_s = min(2 * pause_s, 2.0)
-
-    async def read(
-        self,
-        subject: str | Sequence[str],
-        *,
-        after: int = 0,
-        latest_only: bool = False,
-        since: datetime | None = None,
-    ) -> AsyncIterator[Stored]:
-        """Give what is there now, and end."""
-        following = self.follow(subject, after=after, latest_only=latest_only, since=since)
-        async with contextlib.aclosing(following) as batches:  # type: ignore[type-var]
-            async for batch in batches:
-                for message in batch.messages:
-                    yield message
-                if batch.caught_up:
-                    return
-                # A full queue is read without waiting: the others have their turn in between.
-                await asyncio.sleep(0)
 
 
 class Bucket(Generic[T]):
@@ -294,15 +119,16 @@ class Bucket(Generic[T]):
         """
         return await self._write(value, revision, self._subject(names))
 
-    async def delete(self, *names: object, revision: int | None = None) -> None:
-        """Remove a key; one that is not there is no error.
+    async def delete(self, *names: object, revision: int | None = None) -> int:
+        """Remove a key and return the revision of that; one that is not there is no error.
 
         Raises:
             Conflict: `revision` is given and no longer the newest.
         """
         subject = self._subject(names)
         expect = None if revision is None else (subject, revision)
-        await self._stream.append(subject, b"", headers={"KV-Operation": "DEL"}, expect=expect)
+        headers = {"KV-Operation": "DEL"}
+        return await self._stream.append(subject, b"", headers=headers, expect=expect)
 
     async def all(self) -> list[Entry[T]]:
         """Return every entry that is there now, and can be read."""
@@ -357,87 +183,6 @@ class Bucket(Generic[T]):
         return Entry(names, value, message.seq)
 
 
-class Artefacts:
-    """The object store of artefacts, named by their SHA-256 and so immutable (ADR-20)."""
-
-    def __init__(self, nc: Nats, bucket: str) -> None:
-        self._js = nc.jetstream(timeout=10)
-        self._bucket = bucket
-        self._stream = Stream(nc, f"OBJ_{bucket}")
-
-    async def size(self, digest: str) -> int | None:
-        """Return how many bytes an artefact has; None if it is not stored."""
-        info = await self._info(digest)
-        return int(info["size"]) if info else None
-
-    async def put(self, digest: str, path: Path) -> None:
-        """Store a file under its digest; one that is there already stays.
-
-        Raises:
-            Unavailable: The broker did not take it, for want of room for example; says why.
-        """
-        if await self._info(digest) is not None:
-            return
-        store = await self._js.object_store(self._bucket)
-        try:
-            with path.open("rb") as file:
-                await store.put(digest, file, meta=ObjectMeta(name=digest))
-        except nats.errors.Error as error:
-            raise Unavailable(f"the broker did not store {path.name}: {error}") from None
-
-    async def fetch(
-        self, digest: str, path: Path, *, told: Callable[[float], None] = lambda _share: None
-    ) -> None:
-        """Write an artefact to a file, whole and sound or not at all.
-
-        Args:
-            digest: Which one.
-            path: Where it goes.
-            told: Is called with the share that has come, 0 to 1.
-
-        Raises:
-            NotFound: It is not stored.
-            Unprocessable: What is stored has not the digest of its name.
-            DeadlineExceeded: Nothing more came for `STALL_S`.
-        """
-        info = await self._info(digest)
-        if info is None:
-            raise NotFound(f"the artefact {digest} is not stored")
-        size, found, sha = int(info["size"]), 0, hashlib.sha256()
-        part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
-        # Not through nats-py: it is slower by half, tells nothing meanwhile, and waits for ever
-        # for chunks that are lost.
-        chunks = self._stream.read(f"$O.{self._bucket}.C.{info['nuid']}")
-        try:
-            async with asyncio.timeout(STALL_S) as stall, contextlib.aclosing(chunks):  # type: ignore[type-var]
-                with part.open("wb") as file:
-                    async for chunk in chunks:
-                        stall.reschedule(asyncio.get_running_loop().time() + STALL_S)
-                        file.write(chunk.body)
-                        sha.update(chunk.body)
-                        found += len(chunk.body)
-                        told(found / size if size else 1.0)
-            if sha.hexdigest() != digest:
-                raise Unprocessable(
-                    f"the artefact {digest} is stored broken: {found:,} of {size:,} bytes, and "
-                    "another digest; load its file again"
-                )
-            part.replace(path)
-        except TimeoutError:
-            raise DeadlineExceeded(
-                f"the artefact {digest} stopped coming: {found:,} of {size:,} bytes, then nothing "
-                f"for {STALL_S:g} s"
-            ) from None
-        finally:
-            part.unlink(missing_ok=True)
-
-    async def _info(self, digest: str) -> dict[str, Any] | None:
-        name = urlsafe_b64encode(digest.encode()).decode()
-        found = await self._stream.last(f"$O.{self._bucket}.M.{name}")
-        info: dict[str, Any] | None = json.loads(found.body) if found else None
-        return None if info is None or info.get("deleted") else info
-
-
 class Store:
     """Everything of one deployment that survives in the broker.
 
@@ -470,14 +215,14 @@ class Store:
         self.jobs = Bucket(nc, f"{root}-jobs", m.Job, 1)
         self.served = Bucket(nc, f"{root}-observed", m.ServedModels, 2, "models")
         self.galleries = Stream(nc, f"{root}-galleries")
-        self.artefacts = Artefacts(nc, f"{root}-artefacts")
+        self.artefacts = Artefacts(Stream(nc, f"OBJ_{root}-artefacts"), f"{root}-artefacts")
         self._logs = Stream(nc, f"{root}-logs")
         self._telemetry = Stream(nc, f"{root}-telemetry")
         self._events = Stream(nc, f"{root}-events")
 
     async def check(self) -> None:
         """Raise Unavailable when the broker has no JetStream."""
-        reply = await _request(self._nc, "$JS.API.INFO", b"", patience_s=5.0)
+        reply = await ask_jetstream(self._nc, "$JS.API.INFO", b"", patience_s=5.0)
         if "error" in reply:
             raise Unavailable(f"the broker's JetStream cannot be used: {reply['error']}")
 
@@ -500,7 +245,7 @@ class Store:
     async def delete_everything(self) -> None:
         """Delete every bucket and stream of this deployment, with all that they hold."""
         for config in _assets(self._root):
-            await _request(
+            await ask_jetstream(
                 self._nc, f"$JS.API.STREAM.DELETE.{config['name']}", b"", error_is_reply=True
             )
 
@@ -647,7 +392,7 @@ class Store:
 
     async def account(self) -> dict[str, Any]:
         """Return what the broker tells of its JetStream: storage, streams, consumers, limits."""
-        return await _request(self._nc, "$JS.API.INFO", b"", patience_s=5.0)
+        return await ask_jetstream(self._nc, "$JS.API.INFO", b"", patience_s=5.0)
 
     async def telemetry(self) -> list[m.TelemetrySnapshot]:
         """Return the last snapshot of every instance."""
@@ -717,18 +462,20 @@ class Store:
     async def _declare(self, config: dict[str, Any], kept: AbstractSet[str] = frozenset()) -> None:
         """Make a stream, or bring it up to date but for what is `kept` as it has it."""
         name = config["name"]
-        reply = await _request(self._nc, f"$JS.API.STREAM.INFO.{name}", b"", error_is_reply=True)
+        reply = await ask_jetstream(
+            self._nc, f"$JS.API.STREAM.INFO.{name}", b"", error_is_reply=True
+        )
         if "error" not in reply:
             config = config | {key: reply["config"][key] for key in kept}
         body = json.dumps(config).encode()
         if "error" in reply:
             # Another process may make it at this moment: the same one twice is no error.
-            reply = await _request(
+            reply = await ask_jetstream(
                 self._nc, f"$JS.API.STREAM.CREATE.{name}", body, error_is_reply=True
             )
         elif _comparable(reply["config"], config) != config:
             # Only then: an update counts the stream's size limit once more against the broker's.
-            reply = await _request(
+            reply = await ask_jetstream(
                 self._nc, f"$JS.API.STREAM.UPDATE.{name}", body, error_is_reply=True
             )
         if "error" in reply:
@@ -764,11 +511,6 @@ _LIMITS: Final = {"max_msgs_per_subject": 1, "max_bytes": 1, "max_age": 86_400 *
 def _limits(logs: LogLimits) -> dict[str, int]:
     wanted = zip(_LIMITS.items(), (logs.max_records, logs.max_bytes, logs.max_days), strict=True)
     return {name: one * count for (name, one), count in wanted if count is not None}
-
-
-_WRONG_LAST_SEQUENCE = {10071, 10164}
-_NO_MESSAGE = 10037
-_STREAM_NOT_FOUND = 10059
 
 
 def _assets(root: str) -> list[dict[str, Any]]:
@@ -898,175 +640,3 @@ def _republished(root: str) -> str:
     numbers = iter(range(1, 10))
     tokens = LIVE_LOG.subject(root).split(".")
     return ".".join(f"{{{{wildcard({next(numbers)})}}}}" if t == "*" else t for t in tokens)
-
-
-async def _request(
-    nc: Nats,
-    subject: str,
-    body: bytes,
-    headers: dict[str, str] | None = None,
-    *,
-    missing_is_none: bool = False,
-    error_is_reply: bool = False,
-    patience_s: float = WRITE_PATIENCE_S,
-) -> dict[str, Any]:
-    """Ask JetStream, again with back-off while nobody answers, and return its reply."""
-    loop = asyncio.get_running_loop()
-    deadline, pause_s = loop.time() + patience_s, 0.05
-    while True:
-        try:
-            with keeping_cancellation():
-                reply = await nc.request(
-                    subject, body, timeout=min(5.0, patience_s), headers=dict(headers or {}) or None
-                )
-            answer: dict[str, Any] = json.loads(reply.data)
-            break
-        except (nats.errors.NoRespondersError, nats.errors.TimeoutError) as error:
-            if loop.time() + pause_s > deadline:
-                raise Unavailable(
-                    f"the broker did not store or read {subject} within {patience_s:g} s"
-                    + (" (is JetStream on?)" if subject == "$JS.API.INFO" else "")
-                ) from error
-            await asyncio.sleep(pause_s)
-            pause_s = min(2 * pause_s, 1.0)
-        except nats.errors.Error as error:
-            raise Unavailable(f"the broker cannot be reached: {error}") from None
-    if "error" in answer and not error_is_reply:
-        code = answer["error"].get("err_code")
-        if missing_is_none and code == _NO_MESSAGE:
-            return {}
-        if code in _WRONG_LAST_SEQUENCE:
-            raise Conflict("another change came first; read the present state and try again")
-        if code == _STREAM_NOT_FOUND:
-            raise Unavailable(f"{subject}: the stream is not there (yet)")
-        raise Internal(f"the broker refused {subject}: {answer['error'].get('description')}")
-    return answer
-
-
-def _from(since: datetime) -> dict[str, Any]:
-    # Before 1970 nothing was stored, and the broker's clock cannot say it.
-    moment = max(since, datetime(1970, 1, 1, tzinfo=UTC)).astimezone(UTC)
-    start = moment.isoformat(timespec="microseconds").replace("+00:00", "Z")
-    return {"deliver_policy": "by_start_time", "opt_start_time": start}
-
-
-def _after(seq: int) -> dict[str, Any]:
-    if seq:
-        return {"deliver_policy": "by_start_sequence", "opt_start_seq": seq + 1}
-    return {"deliver_policy": "all"}
-
-
-@contextlib.asynccontextmanager
-async def _consumer(
-    nc: Nats, stream: str, subject: str | Sequence[str], start: dict[str, Any]
-) -> AsyncIterator[AsyncIterator[Batch]]:
-    """Hold an ephemeral push consumer while inside; its batches end in Unavailable when it lost."""
-    inbox = nc.new_inbox()
-    arrived: asyncio.Queue[Msg] = asyncio.Queue()
-    heard = await nc.subscribe(inbox, cb=arrived.put, pending_bytes_limit=512 * MIB)
-    name = f"follow-{secrets.token_hex(6)}"
-    create = f"$JS.API.CONSUMER.CREATE.{stream}.{name}"
-    only: dict[str, Any]
-    if isinstance(subject, str):
-        # With its one filter in the subject, permissions can limit it.
-        only, create = {"filter_subject": subject}, f"{create}.{subject}"
-    else:
-        only = {"filter_subjects": list(subject)}
-    config = {
-        "name": name,
-        "deliver_subject": inbox,
-        **only,
-        "ack_policy": "none",
-        "max_deliver": 1,
-        "flow_control": True,
-        "idle_heartbeat": HEARTBEAT_S * NS,
-        "inactive_threshold": 30 * NS,
-        "mem_storage": True,
-        "num_replicas": 1,
-        **start,
-    }
-    try:
-        made = await _request(
-            nc,
-            create,
-            json.dumps({"stream_name": stream, "config": config}).encode(),
-        )
-        yield _batches(nc, arrived, int(made["num_pending"]))
-    finally:
-        with contextlib.suppress(nats.errors.Error):
-            await heard.unsubscribe()
-            if nc.is_connected:
-                await nc.publish(f"$JS.API.CONSUMER.DELETE.{stream}.{name}")
-
-
-async def _batches(
-    nc: Nats, arrived: asyncio.Queue[Msg], waiting_at_start: int
-) -> AsyncIterator[Batch]:
-    if not waiting_at_start:
-        yield Batch([], caught_up=True)
-    expected = 1
-    reconnects = nc.stats["reconnects"]
-    while True:
-        message = await _next(nc, arrived, reconnects)
-        batch: list[Stored] = []
-        pending = -1
-        while True:
-            if (message.headers or {}).get("Status") == "100":
-                await _obey(nc, message, expected)
-            else:
-                seq, delivered, at, pending = _numbers(message.reply)
-                if delivered != expected:
-                    raise Unavailable("the consumer lost a message")
-                expected += 1
-                batch.append(
-                    Stored(message.subject, seq, message.data, dict(message.headers or {}), at)
-                )
-            if arrived.empty() or len(batch) >= 1_000:
-                break
-            message = arrived.get_nowait()
-        if batch:
-            yield Batch(batch, caught_up=pending == 0)
-
-
-async def _next(nc: Nats, arrived: asyncio.Queue[Msg], reconnects: int) -> Msg:
-    """Return what a consumer sends next, at least its heartbeat.
-
-    Raises:
-        Unavailable: It sent nothing for three heartbeats, or the connection was another one
-            meanwhile: a broker that was restarted has forgotten the consumer.
-    """
-    for _ in range(int(3 * HEARTBEAT_S / LOOK_S)):
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(LOOK_S):
-                return await arrived.get()
-        if nc.stats["reconnects"] != reconnects:
-            raise Unavailable("the connection was lost meanwhile")
-    raise Unavailable("the consumer went silent")
-
-
-async def _obey(nc: Nats, control: Msg, expected: int) -> None:
-    """Answer flow control, and check a heartbeat's number against ours."""
-    headers = control.headers or {}
-    if control.reply:
-        await nc.publish(control.reply)
-    elif stalled := headers.get("Nats-Consumer-Stalled"):
-        await nc.publish(stalled)
-    last = headers.get("Nats-Last-Consumer")
-    if last is not None and int(last) != expected - 1:
-        raise Unavailable("the consumer lost a message")
-
-
-def _numbers(reply: str) -> tuple[int, int, int, int]:
-    """Return stream and delivery sequence, time stored and pending of `$JS.ACK...` (ADR-15)."""
-    parts = reply.split(".")
-    # 9 tokens, or 12 with domain and account hash before and a random token behind.
-    at = 5 if len(parts) == 9 else 7
-    return int(parts[at]), int(parts[at + 1]), int(parts[at + 2]), int(parts[at + 3])
-
-
-def _stored_in_json(message: Mapping[str, Any]) -> Stored:
-    lines = b64decode(message.get("hdrs", "")).decode().split("\r\n")[1:]
-    headers = dict(line.split(": ", 1) for line in lines if ": " in line)
-    return Stored(
-        message["subject"], int(message["seq"]), b64decode(message.get("data", "")), headers
-    )

@@ -282,6 +282,7 @@ class Job(Message, frozen=True, omit_defaults=False):
         host: Where.
         lease_until: How long nobody else takes it up.
         tries: How often it was begun.
+        failures: How many of the last tries brought nothing.
         retry_at: When it is tried again.
         stage: `fetching`, `storing`, `validating` or `loading`.
         bytes: What has come.
@@ -291,6 +292,7 @@ class Job(Message, frozen=True, omit_defaults=False):
         cancelling: Whether somebody wants it to end.
         error: Why it failed, or why the last try did.
         result: What it led to.
+        only: The one instance that can do it, because it alone knows the password of the address.
     """
 
     job: str
@@ -305,6 +307,7 @@ class Job(Message, frozen=True, omit_defaults=False):
     host: str | None = None
     lease_until: datetime | None = None
     tries: int = 0
+    failures: int = 0
     retry_at: datetime | None = None
     stage: Literal["fetching", "storing", "validating", "loading"] | None = None
     bytes: int = 0
@@ -314,6 +317,7 @@ class Job(Message, frozen=True, omit_defaults=False):
     cancelling: bool = False
     error: str | None = None
     result: AddedModel | None = None
+    only: str | None = None
 
 
 class JobList(Message, frozen=True, omit_defaults=False):

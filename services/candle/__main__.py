@@ -1,13 +1,12 @@
 """Starts a candle worker: settings from the environment, things made and handed to each other."""
 
-import sys
-
 from bus import codec
 from bus.client import connect
 from bus.instance import join
 from bus.process import run
 from bus.settings import Settings
 from services.candle.cache import Cache
+from services.candle.intake import taking_in
 from services.candle.models.shipped import shipped
 from services.candle.repository import Repository
 from services.candle.service import SERVED, Candle
@@ -16,12 +15,12 @@ from services.candle.settings import MIB, CandleSettings
 
 async def main() -> None:
     """Serve until cancelled."""
-    settings = Settings.from_env()
+    env = Settings.from_env()
     async with (
-        connect(settings.nats_url, name="candle", root=settings.root) as client,
+        connect(env.nats_url, name="candle", root=env.root) as client,
         join(
             client,
-            settings,
+            env,
             plugin="candle",
             description="Runs models: linear ones from JSON, and ONNX",
             capabilities=[endpoint.capability for endpoint in SERVED],
@@ -30,11 +29,12 @@ async def main() -> None:
         ) as instance,
     ):
         wanted = instance.settings(CandleSettings)
-        models_dir = settings.data_dir / wanted.models_path
-        cache = Cache(settings.cache_dir / "artefacts", wanted.cache_max_mb * MIB)
+        models_dir = env.data_dir / wanted.models_path
+        cache = Cache(env.cache_dir / "artefacts", wanted.cache_max_mb * MIB)
         repository = Repository(client.store, models_dir, cache)
-        await Candle(instance, repository, wanted, client.store.served).run()
+        async with taking_in(client, instance, repository, env.cache_dir / "imports", models_dir):
+            await Candle(instance, repository, wanted, client.store.served).run()
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    raise SystemExit(run(main))

@@ -2,49 +2,39 @@
 
 What there is, and what of it should be served, stands in a bucket and names artefacts by SHA-256;
 the bytes stand in the broker's object store. So a replica on another host needs no shared disk: it
-fetches what its own cache lacks.
+fetches what its own cache lacks. What wishes make of a model's entry is in `specs`, how models and
+artefacts leave in `garbage`.
 """
 
 import asyncio
 import shutil
 import tempfile
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from importlib.resources import files
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 import structlog
 
 from bus import messages as m
-from bus.errors import (
-    BusError,
-    Conflict,
-    InvalidRequest,
-    NotFound,
-    TooLarge,
-    body_of,
-    error_from,
-)
-from bus.models import DEFAULT, LATEST, next_version, version_of
-from bus.process import give_back
+from bus.errors import Conflict, InvalidRequest, NotFound, TooLarge, Unprocessable
 from bus.state import Changes, Store
 from bus.tasks import to_its_end
+from services.candle import specs
 from services.candle.cache import Cache, sha256_of
-from services.candle.runtimes import FORMATS, open_model
-from services.candle.runtimes.base import Signature
+from services.candle.inspection import inspected
+from services.candle.runtimes import FORMATS
 
 MAX_BYTES: Final = 2 * 1024**3
 SAMPLES: Final = ("linear-demo.json", "iris.onnx")
-# Versions that nobody wants any more are forgotten beyond this many of a model.
-VERSIONS_KEPT: Final = 32
 FILE_NAME_MAX_BYTES: Final = 200
 _TRIES: Final = 20
 
 log = structlog.get_logger("candle.repository")
 
-Change = Callable[[m.ModelSpec | None], m.ModelSpec]
+Change = Callable[[m.ModelSpec | None], m.ModelSpec | None]
 
 
 class Repository:
@@ -58,7 +48,7 @@ class Repository:
 
     def __init__(self, store: Store, models_dir: Path, cache: Cache) -> None:
         self.cache = cache
-        self._store = store
+        self.store = store
         self._models_dir = models_dir
         self._inspecting = asyncio.Lock()
 
@@ -68,7 +58,7 @@ class Repository:
 
     def follow(self) -> AsyncIterator[Changes[m.ModelSpec]]:
         """Give what there is, and then every change."""
-        return self._store.models.follow()
+        return self.store.models.follow()
 
     @asynccontextmanager
     async def artefact(
@@ -85,47 +75,41 @@ class Repository:
             Unprocessable: What it has is not what the digest says.
             Unavailable: The disk is full.
         """
-
-        async def fetch(path: Path) -> None:
-            await self._store.artefacts.fetch(version.checksum, path, told=told)
-
-        suffix = Path(version.path).suffix.lower()
-        async with self.cache.holding(version.checksum, suffix, version.size_bytes, fetch) as path:
+        async with self._held(version.checksum, version.path, version.size_bytes, told) as path:
             yield path
 
-    async def add(self, request: m.LoadModel) -> tuple[str, int]:
-        """Have a file served as a version of a model; return the version and the wish's revision.
+    # --- Wishes -----------------------------------------------------------------------------------
 
-        It is opened first: what is not sound never becomes a version.
+    async def want(self, request: m.LoadModel) -> tuple[str, int]:
+        """Have a version of a model served; return the version and the wish's revision.
+
+        A file that comes with the wish is validated first: what is not sound never becomes a
+        version.
 
         Raises:
             InvalidRequest: The path leaves the models folder, or names no format.
             NotFound: There is no such file or version; says which there are.
             Unprocessable: It is not a sound model; says why.
         """
-        if request.version in {DEFAULT, LATEST}:
-            raise InvalidRequest(
-                f"version: {request.version!r} is an alias; a version needs a name of its own",
-                field="version",
-            )
+        specs.check_name(request.version)
         if request.content is not None:
             with tempfile.TemporaryDirectory(prefix="bkg-") as folder:
-                path = Path(folder) / _file_name(request.path)
+                path = Path(folder) / _file_name(request.path or "", "path")
                 await asyncio.to_thread(path.write_bytes, request.content)
-                made = await self._version_from(path, request.path or "")
+                made = await self._brought(path, request.path or "", "content")
         else:
             given = request.path or await self._path_of_unknown(request)
             if given is None:
                 return await self._want_again(request)
-            made = await self._version_from(self.find(given), given)
+            made = await self._brought(self.find(given), given, "folder")
         name = ""
 
         def change(spec: m.ModelSpec | None) -> m.ModelSpec:
             nonlocal name
-            spec, name = _with(spec, request, made)
+            spec, name = specs.loaded(spec, request, made)
             return spec
 
-        revision = await self._change(request.id, change)
+        revision = await self.change(request.id, change)
         return name, revision
 
     async def unwant(self, model: str, version: str | None) -> int:
@@ -134,25 +118,7 @@ class Repository:
         Raises:
             NotFound: It was not.
         """
-
-        def change(spec: m.ModelSpec | None) -> m.ModelSpec:
-            if version is None:
-                names = {v.version for v in spec.versions} if spec else set()
-            else:
-                meant = version_of(spec, version) if spec else None
-                names = {meant.version} if meant else set()
-            if spec is None or not any(v.wanted and v.version in names for v in spec.versions):
-                what = f"model {model!r}" + (f" in version {version!r}" if version else "")
-                raise NotFound(f"there is no {what} loaded", field="id")
-            kept = [
-                msgspec.structs.replace(v, wanted=False) if v.version in names else v
-                for v in spec.versions
-            ]
-            # A name that stood for this one version goes with it; those of a whole model wait.
-            aliases = {a: v for a, v in spec.aliases.items() if not version or v not in names}
-            return msgspec.structs.replace(spec, versions=kept, aliases=aliases)
-
-        return await self._change(model, change)
+        return await self.change(model, lambda spec: specs.unwanted(spec, model, version))
 
     async def alias(self, request: m.AliasModel) -> tuple[m.ModelSpec, int]:
         """Let a name stand for another version; return the model and the wish's revision.
@@ -166,12 +132,167 @@ class Repository:
 
         def change(spec: m.ModelSpec | None) -> m.ModelSpec:
             nonlocal changed
-            changed = _aliased(spec, request)
+            changed = specs.aliased(spec, request)
             return changed
 
-        revision = await self._change(request.id, change)
-        assert changed is not None  # noqa: S101 - `_change` has called it
+        revision = await self.change(request.id, change)
+        assert changed is not None  # noqa: S101 - `change` has called it
         return changed, revision
+
+    async def describe(self, request: m.DescribeModel) -> m.ModelSpec:
+        """Change what people read about a model, and return it.
+
+        Raises:
+            NotFound: There is no such model.
+        """
+        changed: m.ModelSpec | None = None
+
+        def change(spec: m.ModelSpec | None) -> m.ModelSpec:
+            nonlocal changed
+            if spec is None:
+                raise NotFound(f"there is no model {request.id!r}", field="id")
+            changed = specs.described(spec, request)
+            return changed
+
+        await self.change(request.id, change)
+        assert changed is not None  # noqa: S101 - `change` has called it
+        return changed
+
+    # --- Artefacts become versions ----------------------------------------------------------------
+
+    async def enter(self, request: m.AddModel) -> m.AddedModel:
+        """Make an artefact of the object store a version of a model, not yet served.
+
+        What is not sound becomes one, too, to be looked at; it cannot be loaded. The same bytes
+        under the same version, or without one, are there once.
+
+        Raises:
+            InvalidRequest: The file's name names no format, or the version's is an alias.
+            NotFound: There is no such artefact.
+            Conflict: The version has other bytes; names the next free number.
+            Unavailable: The disk here has no room for it.
+        """
+        specs.check_name(request.version)
+        format_name = _format_of(request.file_name, "file_name")
+        # Touched, so that nobody who collects garbage takes it for old.
+        size = await self.store.artefacts.touch(request.checksum)
+        if size is None:
+            raise NotFound(
+                f"the artefact {request.checksum} is not stored; upload it first", field="checksum"
+            )
+        if size > MAX_BYTES:
+            raise TooLarge(
+                f"the artefact has {size:,} bytes; a model may have {MAX_BYTES:,}",
+                field="checksum",
+            )
+        entry = await self.store.models.get(request.id)
+        specs.same_as(entry.value if entry else None, request)
+        report = await self._known_report(request.checksum, format_name)
+        if report is None:
+            async with self._held(request.checksum, request.file_name, size) as path:
+                name = _file_name(request.file_name, "file_name")
+                report = await self._validated(path, name, request.checksum)
+            await self.store.reports.put(report, request.checksum)
+        source = request.source or m.ModelSource(kind="upload", file_name=request.file_name)
+        made = _version(report, request.file_name, format_name, source)
+        made = msgspec.structs.replace(made, size_bytes=size)
+        name, created = "", False
+
+        def change(spec: m.ModelSpec | None) -> m.ModelSpec:
+            nonlocal name, created
+            spec, name, created = specs.entered(spec, request, made)
+            return spec
+
+        await self.change(request.id, change)
+        if await self.store.artefacts.size(request.checksum) is None:
+            # Whoever removed the last version that needed it saw ours too late.
+            async with self._held(request.checksum, request.file_name, size) as path:
+                await self.store.artefacts.put(request.checksum, path)
+        log.info("model.added", model=request.id, version=name, sound=report.sound, created=created)
+        return m.AddedModel(
+            id=request.id,
+            version=name,
+            checksum=request.checksum,
+            created=created,
+            report=report,
+        )
+
+    async def validate(self, request: m.ValidateModel) -> m.ModelReport:
+        """Validate a version again, and write down what that found.
+
+        One that is served and found not sound is served on until it is unloaded.
+
+        Raises:
+            InvalidRequest: The sample is no request for this model.
+            NotFound: There is no such model or version, or its artefact is gone.
+        """
+        entry = await self.store.models.get(request.id)
+        spec = entry.value if entry else None
+        version = specs.found_version(spec, request.id, request.version)
+        report = await self._judge(version, request.sample)
+        if version.wanted and not report.sound:
+            served_on = (
+                f"version {version.version} of {request.id} is not sound, and is served until it "
+                "is unloaded"
+            )
+            report = msgspec.structs.replace(report, advice=[served_on, *report.advice])
+            await self.store.reports.put(report, version.checksum)
+        return report
+
+    async def _judge(
+        self, version: m.ModelVersion, sample: Mapping[str, Any] | None = None
+    ) -> m.ModelReport:
+        """Validate a version's artefact, and tell every version that has it."""
+        async with self._held(version.checksum, version.path, version.size_bytes) as path:
+            name = Path(version.path).name
+            report = await self._validated(path, name, version.checksum, sample)
+        await self.store.reports.put(report, version.checksum)
+        for entry in await self.store.models.all():
+            if entry.value and version.checksum in specs.needed([entry.value]):
+                await self.change(
+                    entry.names[0], lambda spec: specs.judged(spec, report) if spec else None
+                )
+        return report
+
+    async def _validated(
+        self, file: Path, name: str, checksum: str, sample: Mapping[str, Any] | None = None
+    ) -> m.ModelReport:
+        """Return what the validation of a file finds: the one way to it.
+
+        Args:
+            file: Where it is.
+            name: What people call it.
+            checksum: Its SHA-256.
+            sample: A request of the Open Inference Protocol to run.
+        """
+        # One at a time: each takes the memory of a whole model, for which no room was made.
+        async with self._inspecting:
+            return await to_its_end(inspected, file, name, checksum, sample)
+
+    async def _known_report(self, checksum: str, format_name: str) -> m.ModelReport | None:
+        """Return what a validation of the artefact in this format has found already."""
+        entry = await self.store.reports.get(checksum)
+        report = entry.value if entry else None
+        # The same bytes under another suffix are something else.
+        return report if report and report.format in {"", format_name} else None
+
+    async def _brought(self, file: Path, path: str, kind: Any) -> m.ModelVersion:
+        """Return what a file is as a version; its bytes and its report are stored.
+
+        Raises:
+            InvalidRequest: Its name names no format.
+            Unprocessable: It is not a sound model; says why, and nothing is stored.
+        """
+        format_name = _format_of(path or file.name, "path")
+        checksum = await to_its_end(sha256_of, file)
+        report = await self._validated(file, file.name, checksum)
+        if not report.sound:
+            raise Unprocessable(specs.problem_of(report) or "", field="path")
+        await self.store.artefacts.put(checksum, file)
+        await self.store.reports.put(report, checksum)
+        return _version(report, path, format_name, m.ModelSource(kind=kind, file_name=path))
+
+    # --- Files ------------------------------------------------------------------------------------
 
     def find(self, path: str) -> Path:
         """Return the file that a path below the models folder names.
@@ -203,7 +324,7 @@ class Repository:
 
     async def _path_of_unknown(self, request: m.LoadModel) -> str | None:
         """Return the file that a model which the repository lacks is likely to mean."""
-        if await self._store.models.get(request.id) is not None:
+        if await self.store.models.get(request.id) is not None:
             return None
         for path in _likely_paths(request.id, request.version):
             try:
@@ -217,45 +338,64 @@ class Repository:
             field="id",
         )
 
-    async def _version_from(self, file: Path, path: str) -> m.ModelVersion:
-        # One at a time: each takes the memory of a whole model, for which no room was made.
-        async with self._inspecting:
-            made = await to_its_end(_inspected, file, path)
-        await self._store.artefacts.put(made.checksum, file)
-        return made
-
     async def _want_again(self, request: m.LoadModel) -> tuple[str, int]:
+        entry = await self.store.models.get(request.id)
+        spec = entry.value if entry else None
+        await self._check_sound(request, specs.found_version(spec, request.id, request.version))
         name = ""
 
-        def change(spec: m.ModelSpec | None) -> m.ModelSpec:
+        def change(spec: m.ModelSpec | None) -> m.ModelSpec | None:
             nonlocal name
-            meant = version_of(spec, request.version) if spec else None
-            if spec is None or meant is None:
-                known = ", ".join(v.version for v in spec.versions) if spec else ""
-                raise NotFound(
-                    f"there is no model {request.id!r}"
-                    + (f" in version {request.version!r}; there are: {known}" if known else ""),
-                    field="version" if known else "id",
-                )
+            meant = specs.found_version(spec, request.id, request.version)
             name = meant.version
-            again = msgspec.structs.replace(
-                meant,
-                wanted=True,
-                wanted_at=m.now(),
-                config=request.config if request.config is not None else meant.config,
-            )
-            return _replaced(spec, again)
+            return specs.wanted_again(spec, meant, request.config) if spec else None
 
-        revision = await self._change(request.id, change)
+        revision = await self.change(request.id, change)
         return name, revision
 
-    async def _change(self, model: str, change: Change) -> int:
-        """Write what `change` makes of a model, again while others write it, too."""
+    async def _check_sound(self, request: m.LoadModel, version: m.ModelVersion) -> None:
+        """Raise Unprocessable for what is not sound; what was never validated is so now."""
+        sound, problem = version.sound, version.problem
+        if sound is None:
+            report = await self._judge(version)
+            sound, problem = report.sound, specs.problem_of(report)
+        if not sound:
+            raise Unprocessable(
+                f"version {version.version!r} of {request.id!r} is not sound: {problem}",
+                field="version",
+            )
+
+    @asynccontextmanager
+    async def _held(
+        self,
+        checksum: str,
+        file_name: str,
+        size_bytes: int,
+        told: Callable[[float], None] = lambda _share: None,
+    ) -> AsyncGenerator[Path]:
+        async def fetch(path: Path) -> None:
+            await self.store.artefacts.fetch(checksum, path, told=told)
+
+        suffix = Path(file_name).suffix.lower()
+        async with self.cache.holding(checksum, suffix, size_bytes, fetch) as path:
+            yield path
+
+    async def change(self, model: str, change: Change) -> int:
+        """Write what `change` makes of a model, again while others write it, too.
+
+        What it makes None is deleted, if it was there.
+        """
         for _ in range(_TRIES):
-            last = await self._store.models.last(model)
-            spec = change(last.value if last else None)
+            last = await self.store.models.last(model)
+            before = last.value if last else None
+            spec = change(before)
+            revision = last.revision if last else 0
+            if spec == before:
+                return revision
             try:
-                return await self._store.models.update(spec, last.revision if last else 0, model)
+                if spec is None:
+                    return await self.store.models.delete(model, revision=revision)
+                return await self.store.models.update(spec, revision, model)
             except Conflict:
                 continue
         raise Conflict(f"others keep changing {model!r}; try again")
@@ -273,122 +413,56 @@ class Repository:
                 shutil.copyfileobj(sample, copy)
 
 
-def _inspected(file: Path, path: str) -> m.ModelVersion:
-    """Return what a file is as a version; what opening it took is given back. Blocks.
-
-    Raises:
-        InvalidRequest: Its name names no format.
-        Unprocessable: It is not a sound model; says why.
-    """
-    made: m.ModelVersion | None = None
-    try:
-        made = _version_of(file, path)
-    except BusError as error:
-        # Not the error itself: it holds on to its frames, and they to the half-made model.
-        failure = body_of(error)
-    give_back()
-    if made is None:
-        raise error_from(failure)
-    return made
-
-
-def _version_of(file: Path, path: str) -> m.ModelVersion:
-    runtime = open_model(file, threads=1)
-    inputs, outputs = tensors_of(runtime.signature)
+def _version(
+    report: m.ModelReport, path: str, format_name: str, source: m.ModelSource
+) -> m.ModelVersion:
+    """Return a validated artefact as a version; it has no name of its own yet."""
     return m.ModelVersion(
         version="1",
         path=path,
-        checksum=sha256_of(file),
-        format=runtime.format,
+        checksum=report.checksum,
+        format=format_name,
         added_at=m.now(),
-        wanted_at=m.now(),
-        size_bytes=file.stat().st_size,
-        inputs=inputs,
-        outputs=outputs,
-        batched=runtime.signature.batched,
+        size_bytes=report.size_bytes,
+        inputs=report.inputs,
+        outputs=report.outputs,
+        batched=report.batched,
+        sound=report.sound,
+        problem=specs.problem_of(report),
+        source=source,
     )
 
 
-def tensors_of(signature: Signature) -> tuple[list[m.TensorInfo], list[m.TensorInfo]]:
-    """Return inputs and outputs as they travel."""
-    inputs, outputs = (
-        [m.TensorInfo(name=t.name, datatype=t.datatype, shape=list(t.shape)) for t in side]
-        for side in (signature.inputs, signature.outputs)
-    )
-    return inputs, outputs
+def _format_of(path: str, field: str) -> str:
+    """Return the format that a file's name says.
+
+    Raises:
+        InvalidRequest: It says none.
+    """
+    runtime = FORMATS.get(Path(path).suffix.lower())
+    if runtime is None:
+        raise InvalidRequest(
+            f"{Path(path).name!r}: the format is told by the suffix; served are "
+            f"{', '.join(FORMATS)}",
+            field=field,
+        )
+    return str(runtime.format)
 
 
-def _file_name(path: str | None) -> str:
+def _file_name(path: str, field: str) -> str:
     """Return the name of a file that comes with a request.
 
     Raises:
         InvalidRequest: It can be none.
     """
-    name = Path(path or "").name
+    name = Path(path).name
     if not name or name == ".." or "\0" in name or len(name.encode()) > FILE_NAME_MAX_BYTES:
         raise InvalidRequest(
-            f"path: {(path or '')[:80]!r} does not end in a file's name, such as model.onnx, of at "
+            f"{field}: {path[:80]!r} does not end in a file's name, such as model.onnx, of at "
             f"most {FILE_NAME_MAX_BYTES} bytes",
-            field="path",
+            field=field,
         )
     return name
-
-
-def _with(
-    spec: m.ModelSpec | None, request: m.LoadModel, made: m.ModelVersion
-) -> tuple[m.ModelSpec, str]:
-    """Return a model with one more version, and that version's name."""
-    spec = spec or m.ModelSpec(id=request.id, versions=[])
-    present = version_of(spec, request.version)
-    config = request.config or (present.config if present else m.ModelConfig())
-    made = msgspec.structs.replace(made, config=config)
-    if request.version is not None:
-        made = msgspec.structs.replace(made, version=request.version)
-        return _replaced(spec, made), made.version
-    if present and present.checksum == made.checksum:
-        # The same file again: nothing new, but it should be served, and perhaps in another way.
-        made = msgspec.structs.replace(made, version=present.version, added_at=present.added_at)
-        return _replaced(spec, made), made.version
-    made = msgspec.structs.replace(made, version=next_version(spec))
-    others = [msgspec.structs.replace(v, wanted=False) for v in spec.versions]
-    aliases = {name: v for name, v in spec.aliases.items() if name != DEFAULT}
-    spec = msgspec.structs.replace(spec, versions=others, aliases=aliases)
-    return _replaced(spec, made), made.version
-
-
-def _replaced(spec: m.ModelSpec, version: m.ModelVersion) -> m.ModelSpec:
-    """Return a model with a version put in or put anew, without too many that nobody wants."""
-    kept = [version if v.version == version.version else v for v in spec.versions]
-    if version not in kept:
-        kept.append(version)
-    surplus = [v for v in kept if not v.wanted and v.version not in spec.aliases.values()]
-    for old in surplus[: max(0, len(kept) - VERSIONS_KEPT)]:
-        kept.remove(old)
-    return msgspec.structs.replace(spec, versions=kept)
-
-
-def _aliased(spec: m.ModelSpec | None, request: m.AliasModel) -> m.ModelSpec:
-    if spec is None:
-        raise NotFound(f"there is no model {request.id!r}", field="id")
-    names = [v.version for v in spec.versions]
-    if request.alias == LATEST or request.alias in names:
-        why = "goes with the versions" if request.alias == LATEST else "is a version's own name"
-        raise InvalidRequest(f"alias: {request.alias!r} {why}; take another name", field="alias")
-    aliases = {name: v for name, v in spec.aliases.items() if name != request.alias}
-    if request.version is not None:
-        meant = version_of(spec, request.version)
-        if meant is None:
-            raise NotFound(
-                f"there is no version {request.version!r} of {request.id!r}; there are: "
-                f"{', '.join(names) or 'none'}",
-                field="version",
-            )
-        if not meant.wanted:
-            raise Conflict(
-                f"version {meant.version!r} of {request.id!r} is not loaded; load it first"
-            )
-        aliases[request.alias] = meant.version
-    return msgspec.structs.replace(spec, aliases=aliases)
 
 
 def _likely_paths(model: str, version: str | None) -> Sequence[str]:

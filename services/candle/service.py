@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Final
 
+import msgspec
 import structlog
 
 from bus import messages as m
@@ -17,15 +18,21 @@ from bus.probes import Route
 from bus.state import Bucket, Entry
 from bus.subjects import (
     CANDLE_STATS,
+    MODEL_ADD,
     MODEL_ALIAS,
+    MODEL_DESCRIBE,
+    MODEL_GC,
     MODEL_INFER,
     MODEL_LOAD,
+    MODEL_REMOVE,
     MODEL_RUN,
     MODEL_UNLOAD,
+    MODEL_VALIDATE,
     MODEL_WAKE,
 )
 from bus.tasks import beside
 from bus.telemetry import allowed
+from services.candle.garbage import Garbage, check_unused
 from services.candle.memory import Full, Memory, Tenant, to_evict
 from services.candle.metrics import PREFIX, gauges_of, series_of
 from services.candle.model import Model
@@ -40,9 +47,16 @@ SERVED: Final = (
     MODEL_WAKE,
     MODEL_RUN,
     MODEL_INFER,
+    MODEL_ADD,
+    MODEL_VALIDATE,
+    MODEL_DESCRIBE,
+    MODEL_REMOVE,
+    MODEL_GC,
     CANDLE_STATS,
 )
 TELL_S: Final = 1.0
+# How long what is removed by force may take to leave every instance.
+LEAVE_S: Final = 15.0
 # What is served is written down at every change, but no more often than this, and again before
 # its key expires.
 WRITE_S: Final = 0.2
@@ -70,6 +84,7 @@ class Candle:
     ) -> None:
         self._instance = instance
         self._repository = repository
+        self._garbage = Garbage(repository)
         self._settings = settings
         self._served = served
         self._models: dict[str, Model] = {}
@@ -95,6 +110,11 @@ class Candle:
             self._instance.serving(MODEL_UNLOAD, self._unload),
             self._instance.serving(MODEL_ALIAS, self._alias),
             self._instance.serving(MODEL_WAKE, self._wake),
+            self._instance.serving(MODEL_ADD, self._repository.enter),
+            self._instance.serving(MODEL_VALIDATE, self._repository.validate),
+            self._instance.serving(MODEL_DESCRIBE, self._repository.describe),
+            self._instance.serving(MODEL_REMOVE, self._remove),
+            self._instance.serving(MODEL_GC, self._garbage.collect),
             self._instance.serving(CANDLE_STATS, self._stats),
             self._instance.local_routes(*self._routes()),
             beside(
@@ -202,7 +222,7 @@ class Candle:
         if path is None or "default" in self._models:
             return
         try:
-            _, revision = await self._repository.add(m.LoadModel(id="default", path=path))
+            _, revision = await self._repository.want(m.LoadModel(id="default", path=path))
         except BusError as error:
             log.error("model.failed", model="default", cause=error.message)
             return
@@ -212,7 +232,7 @@ class Candle:
 
     async def _load(self, request: m.LoadModel) -> m.LoadedModel:
         """Have a model served by every replica, and answer when this one does."""
-        name, revision = await self._repository.add(request)
+        name, revision = await self._repository.want(request)
         version = await self._served_as(request.id, name, revision)
         return version.as_loaded(self._models[request.id].names(version))
 
@@ -229,6 +249,21 @@ class Candle:
 
             await self._until(left_or_back)
         return m.UnloadedModel(id=request.id)
+
+    async def _remove(self, request: m.RemoveModel) -> m.RemovedModel:
+        """Delete a model or a version; with force it is taken out of service first."""
+        planned = await self._garbage.removal(request)
+        if request.dry_run:
+            return planned
+        check_unused(planned, request)
+        for version in planned.versions if planned.used_by else ():
+            with contextlib.suppress(NotFound):
+                await self._repository.unwant(request.id, version)
+        if planned.used_by:
+            await self._garbage.until_unserved(request.id, planned.versions, LEAVE_S)
+        removed, revision = await self._garbage.remove(request)
+        await self._until(lambda: self._known_revision >= revision)
+        return msgspec.structs.replace(removed, used_by=planned.used_by)
 
     async def _alias(self, request: m.AliasModel) -> m.ModelAliases:
         """Let a name stand for another version, and answer when it does so here."""

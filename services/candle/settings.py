@@ -9,6 +9,8 @@ from bus import messages as m
 
 MIB: Final = 1024 * 1024
 
+Secret = Annotated[str, Meta(extra_json_schema={"format": "password"})]
+
 
 class CandleSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The plugin's settings. All but the first three are taken live.
@@ -27,6 +29,19 @@ class CandleSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             memory that the plugin may have, or half of the host's. Beyond it, what was not asked
             for longest leaves memory, and comes back when it is asked for.
         cache_max_mb: What artefacts may take on this host's disk.
+        watch_folder: Whether files in the models folder become versions by themselves, not served.
+        import_jobs: Imports that one instance does at a time.
+        import_max_mb: What an imported file may have.
+        import_timeout_s: How long one try may take, in seconds.
+        import_stall_s: How long nothing may come, in seconds, before it is tried again.
+        import_allow: Hosts that may have addresses of the house: names, patterns such as
+            `*.example.org`, addresses and networks. All others must be on the Internet.
+        import_deny: Hosts that are never asked.
+        import_only: If there are any, nobody else is asked.
+        import_offline: Nobody is asked at all.
+        import_ca_file: A file with certificates of further authorities to trust.
+        import_credentials: By host, `user:password`, or the value of the header Authorization.
+        hf_token: The token for the Hugging Face hub; if not set, that of the environment.
     """
 
     models_path: str = "models"
@@ -38,6 +53,18 @@ class CandleSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     max_delay_ms: Annotated[float, Meta(ge=0, le=10_000)] = 0.0
     memory_budget_mb: Annotated[int, Meta(ge=1, le=1 << 30)] | None = None
     cache_max_mb: Annotated[int, Meta(ge=1, le=1 << 30)] = 10_240
+    watch_folder: bool = True
+    import_jobs: Annotated[int, Meta(ge=0, le=64)] = 2
+    import_max_mb: Annotated[int, Meta(ge=1, le=1 << 20)] = 2_048
+    import_timeout_s: Annotated[float, Meta(gt=0, le=604_800)] = 3_600.0
+    import_stall_s: Annotated[float, Meta(gt=0, le=3_600)] = 30.0
+    import_allow: list[str] = []
+    import_deny: list[str] = []
+    import_only: list[str] = []
+    import_offline: bool = False
+    import_ca_file: str | None = None
+    import_credentials: dict[str, Secret] = {}
+    hf_token: Secret | None = None
 
 
 # Taken without a restart; `telemetry_interval` is taken by the instance itself.
@@ -48,6 +75,21 @@ LIVE: Final = (
     "max_delay_ms",
     "memory_budget_mb",
     "cache_max_mb",
+)
+# The same, of imports and of the watched folder.
+LIVE_IMPORTS: Final = (
+    "watch_folder",
+    "import_jobs",
+    "import_max_mb",
+    "import_timeout_s",
+    "import_stall_s",
+    "import_allow",
+    "import_deny",
+    "import_only",
+    "import_offline",
+    "import_ca_file",
+    "import_credentials",
+    "hf_token",
 )
 
 

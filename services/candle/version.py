@@ -22,10 +22,11 @@ from services.candle import rows
 from services.candle.batcher import Batcher, Limits
 from services.candle.kserve import HEADER_LENGTH, Codec
 from services.candle.memory import FACTOR, Memory, NoRoom
-from services.candle.repository import Repository, tensors_of
+from services.candle.repository import Repository
 from services.candle.runtimes import open_model
 from services.candle.runtimes.base import CPU, Array, Runtime, Tensors
 from services.candle.settings import CandleSettings
+from services.candle.specs import tensors_of
 from services.candle.statistics import Statistics
 
 VERSION: Final = "Bkg-Model-Version"

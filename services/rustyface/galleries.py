@@ -32,7 +32,7 @@ from bus.errors import (
     TooLarge,
     Unavailable,
 )
-from bus.state import Stored, Stream
+from bus.streams import Stored, Stream
 from bus.subjects import GALLERY_ENTRY, GALLERY_HEAD, gallery_events, name_of, token
 from bus.tasks import beside
 from services.rustyface.search import Hit, Matrix

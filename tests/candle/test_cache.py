@@ -137,7 +137,8 @@ async def test_an_artefact_that_is_stored_broken_is_never_used(client, tmp_path)
     path = tmp_path / "a.bin"
     path.write_bytes(b"one thing")
     # Under the digest of another one, as if somebody had written there by hand.
-    await client.store.artefacts.put("0" * 64, path)
+    written = await client._nc.jetstream().object_store(f"{client.root}-artefacts")
+    await written.put("0" * 64, path.read_bytes())
     with pytest.raises(Unprocessable, match="stored broken: 9 of 9 bytes"):
         await client.store.artefacts.fetch("0" * 64, tmp_path / "b.bin")
     assert [one.name for one in tmp_path.iterdir()] == ["a.bin"]

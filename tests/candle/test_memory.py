@@ -14,7 +14,7 @@ from bus.errors import Unprocessable
 from bus.process import give_back
 from bus.subjects import MODEL_LOAD, MODEL_UNLOAD
 from bus.testing import until
-from services.candle import repository, version
+from services.candle import inspection, version
 from services.candle.memory import Full, Memory, NoRoom, to_evict
 
 
@@ -207,7 +207,7 @@ async def test_a_model_that_cannot_be_loaded_takes_no_memory(client, worker, lin
 
 async def test_files_are_looked_into_one_at_a_time(client, worker, linear, monkeypatch):
     running, most = 0, 0
-    really = repository.open_model
+    really = inspection.open_model
 
     def opened(path, **options):
         nonlocal running, most
@@ -218,7 +218,7 @@ async def test_files_are_looked_into_one_at_a_time(client, worker, linear, monke
         running -= 1
         return really(path, **options)
 
-    monkeypatch.setattr(repository, "open_model", opened)
+    monkeypatch.setattr(inspection, "open_model", opened)
     async with worker():
         names = [f"m{i}" for i in range(4)]
         await asyncio.gather(*(load(client, linear(f"{n}.json"), name=n) for n in names))

@@ -18,7 +18,7 @@ from bus.subjects import (
     MODEL_WAKE,
 )
 from bus.testing import until
-from services.candle import repository
+from services.candle import specs
 
 
 async def load(client, path=None, version=None, name="m", **config) -> m.LoadedModel:
@@ -341,7 +341,7 @@ async def test_a_replica_that_comes_later_serves_the_same_versions_and_aliases(
 
 
 async def test_versions_that_nobody_wants_do_not_stay_for_ever(client, worker, linear, monkeypatch):
-    monkeypatch.setattr(repository, "VERSIONS_KEPT", 4)
+    monkeypatch.setattr(specs, "VERSIONS_KEPT", 4)
     async with worker():
         for factor in range(7):
             await load(client, linear(weights=[factor, 1]))

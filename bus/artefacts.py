@@ -1,0 +1,717 @@
+"""The object store of artefacts: bytes under the SHA-256 that they come to.
+
+Laid out as ADR-20 says, so that `nats object get` reads what we write: the chunks of an object
+stand under a random id, and a message with its name says which id, how many chunks and how many
+bytes. The name is written last. So what breaks off has no name, and is taken up again or deleted
+under its id.
+
+Chunks are sent some ahead of their acknowledgements. After a failure nobody knows which of those
+were stored, so they are looked for, deleted, and sent anew one by one. Before the name is written
+the broker's count must be ours: with the sequences of all chunks in rising order, what is stored
+is what was sent.
+"""
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import secrets
+from base64 import urlsafe_b64encode
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import structlog
+
+from bus.errors import (
+    BusError,
+    Conflict,
+    DeadlineExceeded,
+    InvalidRequest,
+    NotFound,
+    TooLarge,
+    Unavailable,
+    Unprocessable,
+)
+from bus.streams import Stored, StoreFullError, Stream
+from bus.subjects import token
+
+CHUNK_BYTES: Final = 128 * 1024
+# Chunks that wait for their acknowledgements: 4 MiB, 80 MB/s at a round trip of 50 ms.
+WINDOW: Final = 32
+ACK_S: Final = 30.0
+LOOK_S: Final = 0.5
+# How long a broker that went away in the middle may take to come back.
+RECOVER_S: Final = 30.0
+# An artefact of which nothing more comes for this long is given up.
+STALL_S: Final = 30.0
+LEAVE_S: Final = 10.0
+# What the broker stores beside a chunk: lengths, subject, headers, checksum.
+BESIDE_CHUNK_BYTES: Final = 512
+_OFFSET: Final = "Bkg-Offset"
+_TRIES: Final = 20
+
+log = structlog.get_logger("bus.artefacts")
+
+
+class Committed(NamedTuple):
+    """An upload that has become an artefact: its SHA-256 in hex, and its size in bytes."""
+
+    digest: str
+    size: int
+
+
+class Unfinished(NamedTuple):
+    """What is stored of an upload that has no name (yet)."""
+
+    upload_id: str
+    bytes: int
+    written_at: datetime
+
+
+class Kept(NamedTuple):
+    """An artefact that is stored; `stored_at` is when it was last brought."""
+
+    digest: str
+    size: int
+    stored_at: datetime
+
+
+@dataclass(frozen=True)
+class _Info:
+    """The message with an object's name: its sequence, and what it says."""
+
+    seq: int
+    name: str
+    nuid: str
+    size: int
+    chunks: int
+    at: int
+
+
+class Artefacts:
+    """The object store of artefacts, named by their SHA-256 and so immutable (ADR-20).
+
+    Args:
+        stream: The stream behind it.
+        bucket: Its name.
+    """
+
+    def __init__(self, stream: Stream, bucket: str) -> None:
+        self._bucket = bucket
+        self._stream = stream
+
+    # --- Read -------------------------------------------------------------------------------------
+
+    async def size(self, digest: str) -> int | None:
+        """Return how many bytes an artefact has; None if it is not stored."""
+        info = await self._info(digest)
+        return info.size if info else None
+
+    async def read(
+        self, digest: str, start: int = 0, stop: int | None = None
+    ) -> AsyncIterator[bytes]:
+        """Give the bytes of an artefact, or those that a slice of it has, a chunk at a time.
+
+        Raises:
+            NotFound: It is not stored.
+            Unprocessable: It is stored broken: bytes are missing.
+            DeadlineExceeded: Nothing more came for `STALL_S`.
+        """
+        info = await self._info(digest)
+        if info is None:
+            raise NotFound(f"the artefact {digest} is not stored")
+        start, stop, _ = slice(start, stop).indices(info.size)
+        if start >= stop:
+            return
+        subject = self._chunks_of(info.nuid)
+        after, at = await self._seek(info, start) if start >= CHUNK_BYTES else (0, 0)
+        chunks = self._stream.read(subject, after=after)
+        async with contextlib.aclosing(chunks):  # type: ignore[type-var]
+            while at < stop:
+                try:
+                    async with asyncio.timeout(STALL_S):
+                        chunk = await anext(chunks, None)
+                except TimeoutError:
+                    raise DeadlineExceeded(
+                        f"the artefact {digest} stopped coming: {at:,} of {info.size:,} bytes, "
+                        f"then nothing for {STALL_S:g} s"
+                    ) from None
+                if chunk is None or not _follows(chunk, at):
+                    raise Unprocessable(
+                        f"the artefact {digest} is stored broken: {at:,} of {info.size:,} bytes, "
+                        "and the next ones are missing; load its file again"
+                    )
+                end = at + len(chunk.body)
+                if end > start:
+                    yield chunk.body[max(0, start - at) : stop - at]
+                at = end
+
+    async def fetch(
+        self, digest: str, path: Path, *, told: Callable[[float], None] = lambda _share: None
+    ) -> None:
+        """Write an artefact to a file, whole and sound or not at all.
+
+        Args:
+            digest: Which one.
+            path: Where it goes.
+            told: Is called with the share that has come, 0 to 1.
+
+        Raises:
+            NotFound: It is not stored.
+            Unprocessable: What is stored has not the digest of its name.
+            DeadlineExceeded: Nothing more came for `STALL_S`.
+        """
+        size = await self.size(digest)
+        if size is None:
+            raise NotFound(f"the artefact {digest} is not stored")
+        found, sha = 0, hashlib.sha256()
+        part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
+        blocks = self.read(digest)
+        try:
+            async with contextlib.aclosing(blocks):  # type: ignore[type-var]
+                with part.open("wb") as file:
+                    async for block in blocks:
+                        file.write(block)
+                        sha.update(block)
+                        found += len(block)
+                        told(found / size)
+            if sha.hexdigest() != digest:
+                raise Unprocessable(
+                    f"the artefact {digest} is stored broken: {found:,} of {size:,} bytes, and "
+                    "another digest; load its file again"
+                )
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+
+    async def all(self) -> list[Kept]:
+        """Return every artefact that is stored, by digest."""
+        found = [_info_of(stored) async for stored in self._names()]
+        kept = [Kept(i.name, i.size, _moment(i.at)) for i in found if i is not None]
+        return sorted(kept)
+
+    async def unfinished(self) -> list[Unfinished]:
+        """Return what is stored of uploads that have no name (yet), the oldest first."""
+        chunks = f"$O.{self._bucket}.C.*"
+        ids = [subject.rpartition(".")[2] for subject in (await self._subjects(chunks))]
+        # Asked for second: what was named meanwhile is in it.
+        names = [_info_of(stored) async for stored in self._names()]
+        named = {info.nuid for info in names if info is not None}
+        found = []
+        for upload_id in ids:
+            if upload_id in named:
+                continue
+            last = await self._stream.last(self._chunks_of(upload_id))
+            if last is not None:
+                stored = int(last.headers.get(_OFFSET, 0)) + len(last.body)
+                found.append(Unfinished(upload_id, stored, _moment(last.at)))
+        return sorted(found, key=lambda one: one.written_at)
+
+    async def room(self) -> int | None:
+        """Return how many bytes the store can still take; None without a limit."""
+        held = await self._stream.occupied()
+        free = None if held.max_bytes is None else max(0, held.max_bytes - held.size_bytes)
+        account = await self._stream.account_room()
+        rooms = [room for room in (free, account) if room is not None]
+        return _payload(min(rooms)) if rooms else None
+
+    # --- Write ------------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def writing(self, expect_bytes: int | None = None) -> AsyncGenerator["Upload"]:
+        """Have an upload to write to while inside; left without commit or keep, it is deleted.
+
+        Args:
+            expect_bytes: How many bytes will come, where that is known.
+
+        Raises:
+            TooLarge: So many never fit; says how many do.
+            Unavailable: There is no room for so many now; says how many there is room for.
+        """
+        await self._check_room(expect_bytes)
+        async with self._inside(Upload(self, secrets.token_hex(11))) as upload:
+            yield upload
+
+    @asynccontextmanager
+    async def resuming(self, upload_id: str) -> AsyncGenerator["Upload"]:
+        """Have an upload that was kept while inside; it goes on at its `offset`.
+
+        What is stored of it is read, for the digest.
+
+        Raises:
+            NotFound: It is gone, or was committed.
+        """
+        if upload_id not in {one.upload_id for one in await self.unfinished()}:
+            raise NotFound(f"there is no unfinished upload {upload_id!r}", field="upload")
+        upload = Upload(self, upload_id, kept=True)
+        await upload.take_up()
+        async with self._inside(upload):
+            yield upload
+
+    async def touch(self, digest: str) -> int | None:
+        """Have an artefact count as just brought; return its size, None if it is not stored.
+
+        Whoever deletes what is old and unused leaves it for a while then.
+        """
+        subject = self._name(digest)
+        for _ in range(_TRIES):
+            last = await self._stream.last(subject)
+            info = _info_of(last) if last else None
+            if last is None or info is None:
+                return None
+            with contextlib.suppress(Conflict):
+                await self._write_name(subject, json.loads(last.body), last.seq)
+                return info.size
+        raise Conflict(f"others keep storing the artefact {digest}; try again")
+
+    async def put(self, digest: str, path: Path) -> None:
+        """Store a file under its digest; one that is there already, and whole, stays.
+
+        Raises:
+            TooLarge: It never fits.
+            Unavailable: The broker did not take it, for want of room for example; says why.
+            Unprocessable: The file has another digest.
+        """
+        info = await self._info(digest)
+        if info is not None and await self._whole(info) and await self.touch(digest) is not None:
+            return
+        size = (await asyncio.to_thread(path.stat)).st_size
+        async with self.writing(size) as upload:
+            with path.open("rb") as file:
+                while block := await asyncio.to_thread(file.read, 8 * CHUNK_BYTES):
+                    await upload.write(block)
+            await upload.commit(digest)
+
+    async def discard(self, upload_id: str) -> None:
+        """Delete what is stored of an unfinished upload; one that is not there is no error.
+
+        Raises:
+            Conflict: It has become an artefact.
+        """
+        names = [_info_of(stored) async for stored in self._names()]
+        if any(info is not None and info.nuid == upload_id for info in names):
+            raise Conflict(f"the upload {upload_id!r} has become an artefact")
+        await self._stream.purge(self._chunks_of(upload_id))
+
+    async def delete(self, digest: str, *, unless_since: datetime | None = None) -> bool:
+        """Delete an artefact; tell whether it was there.
+
+        Args:
+            digest: Which one.
+            unless_since: Leave it if it was brought, or brought again, at this moment or later.
+        """
+        info = await self._info(digest)
+        if info is None or (unless_since is not None and _moment(info.at) >= unless_since):
+            return False
+        # First the name, so that none leads to chunks that are not there; and only as it was read.
+        await self._stream.purge(self._name(digest), keep_from=info.seq + 1)
+        again = await self._info(digest)
+        if again is not None and again.nuid == info.nuid:
+            # Brought again in between.
+            return False
+        await self._stream.purge(self._chunks_of(info.nuid))
+        return True
+
+    # --- For uploads ------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def _inside(self, upload: "Upload") -> AsyncGenerator["Upload"]:
+        try:
+            yield upload
+        finally:
+            await upload.leave()
+
+    async def _check_room(self, expect_bytes: int | None) -> None:
+        if expect_bytes is None:
+            return
+        held = await self._stream.occupied()
+        if held.max_bytes is not None and expect_bytes > (fits := _payload(held.max_bytes)):
+            raise TooLarge(
+                f"an artefact of {expect_bytes:,} bytes does not fit into the store, which holds "
+                f"at most {fits:,} bytes"
+            )
+        room = await self.room()
+        if room is not None and expect_bytes > room:
+            raise Unavailable(
+                f"the store has no room for an artefact of {expect_bytes:,} bytes: {room:,} bytes "
+                "are free; remove models that nobody needs",
+                retry_after_s=60,
+            )
+
+    async def _named(self, digest: str, upload: "Upload") -> bool:
+        """Give chunks their name, once; tell whether they are the ones that it leads to now."""
+        subject = self._name(digest)
+        for _ in range(_TRIES):
+            last = await self._stream.last(subject)
+            info = _info_of(last) if last else None
+            stays = info is not None and await self._whole(info)
+            body: Any = {
+                "name": digest,
+                "options": {"max_chunk_size": CHUNK_BYTES},
+                "bucket": self._bucket,
+                "nuid": upload.id,
+                "size": upload.offset,
+                "chunks": upload.chunks,
+                "digest": f"SHA-256={urlsafe_b64encode(bytes.fromhex(digest)).decode()}",
+            }
+            if stays and info is not None and last is not None:
+                # The same bytes are there. Their name is written anew, so that whoever deletes
+                # what is old and unused sees that somebody has just brought them.
+                body = json.loads(last.body)
+            try:
+                await self._write_name(subject, body, last.seq if last else 0)
+            except Conflict:
+                continue
+            except StoreFullError as error:
+                raise await self._full(error) from None
+            if info is not None and not stays and info.nuid != upload.id:
+                await self._stream.purge(self._chunks_of(info.nuid))
+            return not stays
+        raise Conflict(f"others keep storing the artefact {digest}; try again")
+
+    async def _write_name(self, subject: str, body: dict[str, Any], before: int) -> None:
+        body = body | {"mtime": datetime.now(UTC).isoformat()}
+        await self._stream.append(
+            subject,
+            json.dumps(body).encode(),
+            headers={"Nats-Rollup": "sub"},
+            expect=(subject, before),
+        )
+
+    async def _full(self, error: StoreFullError) -> Unavailable:
+        try:
+            room = await self.room()
+        except BusError:
+            room = None
+        free = "" if room is None else f"; {room:,} bytes are free"
+        return Unavailable(
+            f"the store of artefacts is full: {error.message}{free}; remove models that nobody "
+            "needs",
+            retry_after_s=60,
+        )
+
+    async def _whole(self, info: _Info) -> bool:
+        """Tell whether as many chunks are there as the name says."""
+        return await self._count(info.nuid) == info.chunks
+
+    async def _count(self, nuid: str) -> int:
+        subject = self._chunks_of(nuid)
+        return (await self._subjects(subject)).get(subject, 0)
+
+    async def _subjects(self, subject: str) -> dict[str, int]:
+        return dict((await self._stream.occupied(subject)).subjects)
+
+    async def _seek(self, info: _Info, start: int) -> tuple[int, int]:
+        """Return after which sequence the chunk with a byte comes, and where that chunk begins.
+
+        By halving the sequences between the first chunk and the name: what is between is not read.
+        Chunks that somebody else's client wrote do not say where they begin: (0, 0).
+        """
+        subject = self._chunks_of(info.nuid)
+        first = await self._stream.at_or_after(1, subject)
+        if first is None or _OFFSET not in first.headers:
+            return 0, 0
+        found = first.seq, 0
+        low, high = first.seq + 1, info.seq
+        while low < high:
+            middle = (low + high) // 2
+            chunk = await self._stream.at_or_after(middle, subject)
+            if chunk is None:
+                high = middle
+                continue
+            at = int(chunk.headers.get(_OFFSET, 0))
+            if at > start:
+                high = middle
+            else:
+                found = chunk.seq, at
+                low = chunk.seq + 1
+        return found[0] - 1, found[1]
+
+    async def _info(self, digest: str) -> _Info | None:
+        found = await self._stream.last(self._name(digest))
+        return _info_of(found) if found else None
+
+    def _names(self) -> AsyncIterator[Stored]:
+        return self._stream.read(f"$O.{self._bucket}.M.*", latest_only=True)
+
+    def _name(self, digest: str) -> str:
+        return f"$O.{self._bucket}.M.{urlsafe_b64encode(digest.encode()).decode()}"
+
+    def _chunks_of(self, upload_id: str) -> str:
+        return f"$O.{self._bucket}.C.{token(upload_id)}"
+
+
+@dataclass
+class _Sent:
+    """A chunk on its way, at an offset; the answer is its sequence."""
+
+    at: int
+    body: bytes
+    answer: asyncio.Task[int]
+    reconnects: int
+
+
+class Upload:
+    """Bytes on their way into the store; made by `Artefacts.writing` and `resuming`.
+
+    One task writes. Memory is bounded: `write` returns when its bytes are sent, and no more than
+    `WINDOW` chunks wait for the broker's acknowledgement.
+
+    Attributes:
+        id: Names it for `resuming` and `discard`.
+        offset: How many bytes it has taken.
+        chunks: How many chunks are stored.
+    """
+
+    def __init__(self, store: Artefacts, upload_id: str, *, kept: bool = False) -> None:
+        self.id = upload_id
+        self.offset = 0
+        self.chunks = 0
+        self._store = store
+        self._stream = store._stream  # noqa: SLF001 - one thing in two classes
+        self._subject = store._chunks_of(upload_id)  # noqa: SLF001
+        self._sha = hashlib.sha256()
+        self._tail = bytearray()
+        self._window: deque[_Sent] = deque()
+        self._stored_bytes = 0
+        self._last_seq = 0
+        self._kept = kept
+        self._ended = False
+
+    async def write(self, block: bytes | bytearray | memoryview) -> None:
+        """Take more bytes; waits while too many are on their way.
+
+        Raises:
+            Unavailable: The store is full, or the broker went away and did not come back in time.
+        """
+        self._check_open()
+        view = memoryview(block).cast("B")
+        while view:
+            room = CHUNK_BYTES - len(self._tail)
+            piece, view = view[:room], view[room:]
+            self._tail += piece
+            self._sha.update(piece)
+            self.offset += len(piece)
+            if len(self._tail) == CHUNK_BYTES:
+                await self._send()
+
+    async def commit(self, sha256: str | None = None) -> Committed:
+        """Make the bytes an artefact; the same bytes are stored once.
+
+        Args:
+            sha256: What they must come to, in hex.
+
+        Raises:
+            Unprocessable: They come to another digest.
+            Unavailable: As `write`.
+            Conflict: Somebody else writes this upload, or has discarded it.
+        """
+        self._check_open()
+        digest = self._sha.hexdigest()
+        if sha256 is not None and sha256.lower() != digest:
+            self._kept = False
+            raise Unprocessable(
+                f"the bytes have the SHA-256 {digest}, but {sha256} was said; send them again",
+                field="sha256",
+            )
+        await self._settle()
+        await self._check_count()
+        if await self._store._named(digest, self):  # noqa: SLF001
+            self._ended = True
+        else:
+            self._kept = False
+        return Committed(digest, self.offset)
+
+    async def keep(self) -> None:
+        """Leave the bytes in the store for `resuming`: those so far, and those still to come.
+
+        Raises:
+            Unavailable: As `write`.
+        """
+        self._check_open()
+        self._kept = True
+        await self._settle()
+
+    async def take_up(self) -> None:
+        """Read what is stored of it, as far as it is without a gap; the rest is deleted."""
+        surplus: list[int] = []
+        chunks = self._stream.read(self._subject)
+        async with contextlib.aclosing(chunks):  # type: ignore[type-var]
+            async for chunk in chunks:
+                if surplus or not _follows(chunk, self.offset):
+                    surplus.append(chunk.seq)
+                    continue
+                self._sha.update(chunk.body)
+                self.offset += len(chunk.body)
+                self.chunks += 1
+                self._last_seq, self._stored_bytes = chunk.seq, self.offset
+        for seq in surplus:
+            await self._stream.remove(seq)
+
+    async def leave(self) -> None:
+        """End: what is kept is stored as far as it can be, and what nobody keeps is deleted."""
+        try:
+            async with asyncio.timeout(LEAVE_S):
+                if self._kept and not self._ended:
+                    await self._settle()
+                elif self._window:
+                    # What is on its way would come in behind the purge.
+                    await asyncio.wait({sent.answer for sent in self._window})
+        except (BusError, TimeoutError) as error:
+            log.info("upload.shortened", upload=self.id, cause=str(error))
+        finally:
+            await self._call_off()
+        if self._ended or self._kept:
+            self._ended = True
+            return
+        self._ended = True
+        try:
+            async with asyncio.timeout(LEAVE_S):
+                await self._stream.purge(self._subject)
+        except (BusError, TimeoutError) as error:
+            # Whoever collects garbage finds it.
+            log.warning("upload.left", upload=self.id, cause=str(error))
+
+    # --- Chunks on their way ----------------------------------------------------------------------
+
+    def _check_open(self) -> None:
+        if self._ended:
+            raise InvalidRequest(f"the upload {self.id} has ended")
+
+    async def _send(self) -> None:
+        """Send the tail as a chunk, as soon as there is a place in the window."""
+        while len(self._window) >= WINDOW:
+            await self._take_answer()
+        at, body = self.offset - len(self._tail), bytes(self._tail)
+        self._tail.clear()
+        answer = asyncio.create_task(self._append(at, body))
+        self._window.append(_Sent(at, body, answer, self._stream.reconnects))
+
+    async def _append(self, at: int, body: bytes) -> int:
+        return await self._stream.append_once(self._subject, body, {_OFFSET: str(at)}, ACK_S)
+
+    async def _settle(self) -> None:
+        """Send what is left, and wait until all is stored."""
+        if self._tail:
+            await self._send()
+        while self._window:
+            await self._take_answer()
+
+    async def _take_answer(self) -> None:
+        """Wait for the acknowledgement of the oldest chunk that is on its way."""
+        sent = self._window[0]
+        while not sent.answer.done() and self._stream.reconnects == sent.reconnects:
+            await asyncio.wait({sent.answer}, timeout=LOOK_S)
+        seq = 0
+        if sent.answer.done():
+            try:
+                seq = sent.answer.result()
+            except StoreFullError as error:
+                raise await self._store._full(error) from None  # noqa: SLF001
+            except BusError as error:
+                log.info("upload.interrupted", upload=self.id, cause=error.message)
+        if seq > self._last_seq:
+            self._count_in(sent, seq)
+            self._window.popleft()
+        else:
+            await self._recover()
+
+    async def _call_off(self) -> None:
+        for sent in self._window:
+            sent.answer.cancel()
+        await asyncio.gather(*(sent.answer for sent in self._window), return_exceptions=True)
+
+    def _count_in(self, sent: _Sent, seq: int) -> None:
+        self._last_seq = seq
+        self.chunks += 1
+        self._stored_bytes += len(sent.body)
+
+    async def _recover(self) -> None:
+        """Store what is on its way one by one behind the last chunk that is known to be there."""
+        await self._call_off()
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + RECOVER_S
+        pause_s, cause = 0.1, "it does not answer"
+        while self._window:
+            try:
+                async with asyncio.timeout_at(deadline):
+                    await self._remove_strays()
+                    while self._window:
+                        await self._store_one(self._window[0])
+                        self._window.popleft()
+                        deadline = loop.time() + RECOVER_S
+            except StoreFullError as error:
+                raise await self._store._full(error) from None  # noqa: SLF001
+            except (Unavailable, Conflict) as error:
+                cause = error.message
+            except TimeoutError:
+                pass
+            if self._window:
+                if loop.time() + pause_s > deadline:
+                    raise Unavailable(
+                        f"the broker took nothing more of the upload {self.id} for "
+                        f"{RECOVER_S:g} s, behind {self._stored_bytes:,} bytes: {cause}",
+                        retry_after_s=5,
+                    )
+                await asyncio.sleep(pause_s)
+                pause_s = min(2 * pause_s, 2.0)
+
+    async def _store_one(self, sent: _Sent) -> None:
+        headers = {_OFFSET: str(sent.at)}
+        # Whatever of us was still on its way is stored before this, and then it is refused.
+        expect = self._subject, self._last_seq
+        seq = await self._stream.append(self._subject, sent.body, headers=headers, expect=expect)
+        self._count_in(sent, seq)
+
+    async def _remove_strays(self) -> None:
+        """Delete the chunks behind the last one that is known to be there in its order."""
+        chunks = self._stream.read(self._subject, after=self._last_seq)
+        async with contextlib.aclosing(chunks):  # type: ignore[type-var]
+            strays = [chunk.seq async for chunk in chunks]
+        for seq in strays:
+            await self._stream.remove(seq)
+
+    async def _check_count(self) -> None:
+        count = await self._store._count(self.id)  # noqa: SLF001
+        if count != self.chunks or self._stored_bytes != self.offset:
+            raise Conflict(
+                f"the upload {self.id} is not whole: of {self.chunks:,} chunks that were sent "
+                f"{count:,} are there; somebody else writes it, or has discarded it; send it again"
+            )
+
+
+def _follows(chunk: Stored, at: int) -> bool:
+    """Tell whether a chunk begins at a byte, as far as it says where it begins."""
+    return int(chunk.headers.get(_OFFSET, at)) == at
+
+
+def _info_of(stored: Stored) -> _Info | None:
+    """Return what the message with a name says; None if the object was deleted, or says nothing."""
+    try:
+        said = json.loads(stored.body)
+        if said.get("deleted"):
+            return None
+        return _Info(
+            stored.seq,
+            str(said["name"]),
+            str(said["nuid"]),
+            int(said.get("size", 0)),
+            int(said.get("chunks", 0)),
+            stored.at,
+        )
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _payload(free_bytes: int) -> int:
+    """Return how many bytes of an artefact fit where the broker has so many left."""
+    return free_bytes * CHUNK_BYTES // (CHUNK_BYTES + BESIDE_CHUNK_BYTES)
+
+
+def _moment(ns: int) -> datetime:
+    return datetime.fromtimestamp(ns / 1e9, tz=UTC)

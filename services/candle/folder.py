@@ -1,0 +1,240 @@
+"""The watched models folder: a file that is dropped there becomes a version, not yet served.
+
+`iris.onnx` becomes the model `iris`, and `iris/2/model.onnx`, as Triton lays repositories out, its
+version `2`. What is taken out of the folder stays in the repository.
+"""
+
+import asyncio
+import contextlib
+import hashlib
+import os
+import time
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Final
+
+import msgspec
+import structlog
+
+from bus import messages as m
+from bus.errors import BusError, Unavailable
+from bus.tasks import beside, to_its_end
+from services.candle.cache import sha256_of
+from services.candle.repository import SAMPLES, Repository
+from services.candle.runtimes import FORMATS
+
+LOOK_S: Final = 2.0
+# A file that nobody has written to for so long is whole.
+SETTLED_S: Final = 2.0
+FILES_MAX: Final = 1_000
+# Looked at in one folder, whatever they are.
+ENTRIES_MAX: Final = 10_000
+AGAIN_S: Final = 30.0
+SAMPLES_LICENCE: Final = "Apache-2.0"
+
+log = structlog.get_logger("candle.folder")
+
+
+@dataclass(frozen=True)
+class State:
+    """How a file is; another one, or one that was written to, has another state."""
+
+    size_bytes: int
+    modified_ns: int
+    changed_ns: int
+    inode: int
+
+
+@dataclass(frozen=True)
+class Found:
+    """A file of the folder.
+
+    Attributes:
+        path: Below the folder.
+        model: Which model it is.
+        version: Which version, where its path says so.
+        state: How it is.
+    """
+
+    path: str
+    model: str
+    version: str | None
+    state: State
+
+
+class Folder:
+    """Offers the repository what lies in the models folder.
+
+    Args:
+        folder: The models folder; may come and go.
+        repository: Where its files are entered.
+        watched: Whether that is wanted, now.
+    """
+
+    def __init__(self, folder: Path, repository: Repository, watched: Callable[[], bool]) -> None:
+        self._folder = folder
+        self._repository = repository
+        self._watched = watched
+        self._settling: dict[str, tuple[State, float]] = {}
+        self._handled: dict[str, State] = {}
+        self._not_before: dict[str, float] = {}
+        self._full = False
+
+    @asynccontextmanager
+    async def watching(self) -> AsyncGenerator[None]:
+        """Watch it while inside."""
+        async with beside(self._keep_looking()):
+            yield
+
+    async def _keep_looking(self) -> None:
+        while True:
+            if self._watched():
+                await self._look()
+            await asyncio.sleep(LOOK_S)
+
+    async def _look(self) -> None:
+        found = await to_its_end(scanned, self._folder)
+        self._say_full(len(found) > FILES_MAX)
+        there = {one.path: one for one in found[:FILES_MAX]}
+        for known in (self._settling, self._handled, self._not_before):
+            for path in known.keys() - there.keys():
+                del known[path]
+        now = time.monotonic()
+        for one in there.values():
+            if self._handled.get(one.path) == one.state:
+                continue
+            state, since = self._settling.get(one.path, (None, now))
+            if state != one.state:
+                self._settling[one.path] = one.state, now
+            elif now - since >= SETTLED_S and now >= self._not_before.get(one.path, 0.0):
+                await self._offer(one)
+
+    async def _offer(self, one: Found) -> None:
+        """Enter a file, unless the repository has it; said once, and again when it changes."""
+        try:
+            added = await self._entered(one)
+        except (Unavailable, OSError) as error:
+            # The broker or its room, or the file was taken away under our eyes.
+            self._not_before[one.path] = time.monotonic() + AGAIN_S
+            log.warning("folder.waiting", path=one.path, cause=str(error))
+            return
+        except BusError as error:
+            log.warning("folder.refused", path=one.path, cause=error.message)
+        else:
+            if added is not None:
+                log.info(
+                    "folder.entered",
+                    path=one.path,
+                    model=added.id,
+                    version=added.version,
+                    sound=added.report.sound,
+                )
+        self._handled[one.path] = one.state
+        self._settling.pop(one.path, None)
+
+    async def _entered(self, one: Found) -> m.AddedModel | None:
+        """Make a file a version; None when the repository has these bytes already."""
+        store = self._repository.store
+        entry = await store.models.get(one.model)
+        versions = entry.value.versions if entry and entry.value else []
+        if any(_came_from(version, one) for version in versions):
+            return None
+        path = await to_its_end(self._repository.find, one.path)
+        checksum = await to_its_end(sha256_of, path)
+        if any(
+            version.checksum == checksum and one.version in (None, version.version)
+            for version in versions
+        ):
+            return None
+        await store.artefacts.put(checksum, path)
+        return await self._repository.enter(
+            m.AddModel(
+                id=one.model,
+                checksum=checksum,
+                file_name=one.path,
+                version=one.version,
+                source=m.ModelSource(kind="folder", file_name=one.path),
+                licence=SAMPLES_LICENCE if checksum in _samples() else None,
+            )
+        )
+
+    def _say_full(self, full: bool) -> None:
+        if full and not self._full:
+            log.warning("folder.full", path=str(self._folder), files_max=FILES_MAX)
+        self._full = full
+
+
+def scanned(folder: Path) -> list[Found]:
+    """Return the files that may be models, by path; a few more than may be, at most. Blocks."""
+    found: list[Found] = []
+    for entry in _entries(folder):
+        if len(found) > FILES_MAX:
+            break
+        name = Path(entry.name)
+        if entry.is_file() and name.suffix.lower() in FORMATS:
+            found += _as_found(entry, entry.name, name.stem, None)
+        elif entry.is_dir():
+            for version in _entries(Path(entry.path)):
+                if version.is_dir():
+                    found += _model_files(version, entry.name)
+    return sorted(found, key=lambda one: one.path)
+
+
+def _model_files(version: os.DirEntry[str], model: str) -> Iterator[Found]:
+    for file in _entries(Path(version.path)):
+        name = Path(file.name)
+        if name.stem == "model" and name.suffix.lower() in FORMATS and file.is_file():
+            path = f"{model}/{version.name}/{file.name}"
+            yield from _as_found(file, path, model, version.name)
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    """Return what is in a folder, but for what is hidden; nothing, if it cannot be read."""
+    entries: list[os.DirEntry[str]] = []
+    with contextlib.suppress(OSError), os.scandir(folder) as there:
+        for entry in there:
+            if not entry.name.startswith("."):
+                entries.append(entry)
+            if len(entries) >= ENTRIES_MAX:
+                break
+    return entries
+
+
+def _as_found(
+    entry: os.DirEntry[str], path: str, model: str, version: str | None
+) -> Iterator[Found]:
+    """Give a file as found, unless it has gone or its name can be no model's."""
+    try:
+        msgspec.convert({"id": model, "version": version}, m.ValidateModel)
+        path.encode()
+        stat = entry.stat()
+    except (msgspec.ValidationError, UnicodeError, OSError):
+        return
+    state = State(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
+    yield Found(path, model, version, state)
+
+
+def _came_from(version: m.ModelVersion, one: Found) -> bool:
+    """Tell whether a version is what a file was when it was last changed, without reading it."""
+    changed_at = datetime.fromtimestamp(one.state.changed_ns / 1e9, UTC)
+    return (
+        version.path == one.path
+        and version.size_bytes == one.state.size_bytes
+        and version.added_at >= changed_at
+        and version.source is not None
+        and version.source.kind == "folder"
+    )
+
+
+@cache
+def _samples() -> frozenset[str]:
+    """Return the digests of the models that ship."""
+    folder = files("services.candle").joinpath("models")
+    return frozenset(
+        hashlib.sha256(folder.joinpath(name).read_bytes()).hexdigest() for name in SAMPLES
+    )

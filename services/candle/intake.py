@@ -1,0 +1,56 @@
+"""What brings models in beside requests: imports from elsewhere, and the watched folder."""
+
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from aiohttp.abc import AbstractResolver
+
+from bus import messages as m
+from bus.client import Client
+from bus.instance import Instance
+from bus.subjects import MODEL_LOAD
+from services.candle.folder import Folder
+from services.candle.imports import Imports
+from services.candle.jobs import Jobs
+from services.candle.repository import Repository
+from services.candle.settings import LIVE_IMPORTS, CandleSettings
+
+
+@asynccontextmanager
+async def taking_in(
+    client: Client,
+    instance: Instance,
+    repository: Repository,
+    parts_dir: Path,
+    models_dir: Path,
+    *,
+    resolver: AbstractResolver | None = None,
+) -> AsyncGenerator[Jobs]:
+    """Do jobs and watch the models folder while inside.
+
+    Args:
+        client: The bus.
+        instance: This process's place on it; its settings are taken live.
+        repository: Where models go.
+        parts_dir: Where what is being fetched lies.
+        models_dir: The models folder.
+        resolver: Turns names into addresses; the system's, if not given.
+
+    Raises:
+        InvalidRequest: A setting cannot be meant; names it.
+    """
+
+    def settings() -> CandleSettings:
+        return instance.settings(CandleSettings)
+
+    async def load(request: m.LoadModel) -> None:
+        await instance.answer_here(MODEL_LOAD, request)
+
+    imports = Imports(parts_dir, repository, settings, load, resolver=resolver)
+    imports.check()
+    instance.on_config(LIVE_IMPORTS, imports.check)
+    jobs = Jobs(client, instance, imports, lambda: settings().import_jobs)
+    folder = Folder(models_dir, repository, lambda: settings().watch_folder)
+    async with folder.watching(), jobs.serving():
+        yield jobs
