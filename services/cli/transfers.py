@@ -30,7 +30,7 @@ from services.cli.progress import Meter
 
 BLOCK_BYTES: Final = 1024 * 1024
 # An upload that was broken off is remembered for so long; what it left is garbage by then.
-REMEMBERED_S: Final = 7 * 86_400
+REMEMBERED_S: Final = 86_400
 
 
 async def push(
