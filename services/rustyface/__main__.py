@@ -8,10 +8,10 @@ from bus.client import connect
 from bus.instance import join
 from bus.process import run
 from bus.settings import Settings
-from services.rustyface import weights
 from services.rustyface.galleries import Galleries
 from services.rustyface.service import SERVED, Rustyface, make_encoder
 from services.rustyface.settings import RustyfaceSettings, settings_of
+from services.rustyface.weights import shipped
 
 
 async def main() -> None:
@@ -26,16 +26,14 @@ async def main() -> None:
             description="Turns faces into embeddings, keeps datasets of them and searches them",
             capabilities=[e.capability for e in SERVED],
             config_schema=codec.schema(RustyfaceSettings),
-            meta={"ships": codec.plain(weights.shipped())},
+            meta={"ships": codec.plain(shipped())},
         ) as instance,
     ):
-        wanted = settings_of(instance)
-        encoder = await asyncio.to_thread(
-            make_encoder, wanted, settings.data_dir, settings.cache_dir
-        )
+        asked = settings_of(instance)
+        encoder = await asyncio.to_thread(make_encoder, asked, settings.data_dir, settings.cache_dir)
         galleries = Galleries(client.store.galleries, client.root, encoder.name, encoder.dimensions)
-        datasets = settings.data_dir / wanted.datasets_path if wanted.datasets_path else None
-        await Rustyface(instance, galleries, encoder, wanted, datasets).run()
+        datasets = settings.data_dir / asked.datasets_path if asked.datasets_path else None
+        await Rustyface(instance, galleries, encoder, asked, datasets).run()
 
 
 if __name__ == "__main__":
