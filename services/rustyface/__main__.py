@@ -16,12 +16,12 @@ from services.rustyface.weights import shipped
 
 async def main() -> None:
     """Serve until cancelled."""
-    settings = Settings.from_env()
+    env = Settings.from_env()
     async with (
-        connect(settings.nats_url, name="rustyface", root=settings.root) as client,
+        connect(env.nats_url, name="rustyface", root=env.root) as client,
         join(
             client,
-            settings,
+            env,
             plugin="rustyface",
             description="Turns faces into embeddings, keeps datasets of them and searches them",
             capabilities=[e.capability for e in SERVED],
@@ -29,11 +29,11 @@ async def main() -> None:
             meta={"ships": codec.plain(shipped())},
         ) as instance,
     ):
-        asked = settings_of(instance)
-        encoder = await asyncio.to_thread(make_encoder, asked, settings.data_dir, settings.cache_dir)
+        wanted = settings_of(instance)
+        encoder = await asyncio.to_thread(make_encoder, wanted, env.data_dir, env.cache_dir)
         galleries = Galleries(client.store.galleries, client.root, encoder.name, encoder.dimensions)
-        datasets = settings.data_dir / asked.datasets_path if asked.datasets_path else None
-        await Rustyface(instance, galleries, encoder, asked, datasets).run()
+        datasets = env.data_dir / wanted.datasets_path if wanted.datasets_path else None
+        await Rustyface(instance, galleries, encoder, wanted, datasets).run()
 
 
 if __name__ == "__main__":
