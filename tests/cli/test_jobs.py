@@ -149,7 +149,9 @@ async def test_an_interrupted_watch_leaves_the_job_running_and_says_how_to_go_on
     assert process.returncode == 130
     assert b"`bkg jobs watch a1` follows it, `bkg jobs cancel a1` ends it" in rest
     entry = await client.store.jobs.get("a1")
-    assert entry and entry.value and not entry.value.cancelling
+    assert entry
+    assert entry.value
+    assert not entry.value.cancelling
 
 
 @pytest.mark.parametrize(("url", "name"), [

@@ -1,24 +1,19 @@
 """`bkg models` on a real broker with a real candle worker: the repository from a terminal."""
 
 import asyncio
-import contextlib
 import hashlib
-import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import pytest_asyncio
 
 from bus.client import Client, connect
-from bus.errors import BusError
 from bus.instance import join
 from bus.messages import LoadModel, ModelSpec
 from bus.settings import Settings
