@@ -2,7 +2,9 @@
 
 import asyncio
 import hashlib
+import json
 import os
+import pty
 import shutil
 import subprocess
 import sys
@@ -12,14 +14,16 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
+from aiohttp import web
 
 from bus.client import Client, connect
 from bus.instance import join
-from bus.messages import LoadModel, ModelSpec
+from bus.messages import DesiredState, LoadModel, ModelSpec, PluginConfig, now
 from bus.settings import Settings
 from bus.subjects import MODEL_INFER, MODEL_LOAD
 from bus.testing import until
 from services.candle.cache import Cache
+from services.candle.intake import taking_in
 from services.candle.models import make
 from services.candle.models.shipped import shipped
 from services.candle.repository import Repository
@@ -66,22 +70,48 @@ def done(models: Any) -> Callable[..., Awaitable[Any]]:
     return run
 
 
+@pytest.fixture
+def linear(tmp_path: Path) -> Callable[..., Path]:
+    """Write a linear model, sound unless changed, and return its file."""
+
+    def write(**changes: object) -> Path:
+        content = {"input_dim": 2, "output_dim": 1, "weights": [1, 1], "bias": [0], **changes}
+        path = tmp_path / "linear.json"
+        path.write_text(json.dumps(content))
+        return path
+
+    return write
+
+
 @pytest_asyncio.fixture
 async def candle(client: Client, settings: Settings, tmp_path: Path) -> AsyncIterator[Candle]:
     """A worker in the test's own process, with the samples in its models folder."""
     folder = tmp_path / "models"
     folder.mkdir()
     make.make(folder)
+    config = PluginConfig(
+        name="candle",
+        description="a test",
+        entrypoint="services.candle",
+        capabilities=[],
+        settings={"import_allow": ["127.0.0.0/8"], "watch_folder": False},
+    )
+    wanted = DesiredState(
+        config=config, enabled=True, generation=1, changed_by="test", changed_at=now()
+    )
+    await client.store.desired.put(wanted, "candle")
     async with (
         connect(settings.nats_url, name="candle", root=settings.root) as own,
         join(own, settings, plugin="candle", description="a test") as instance,
     ):
         repository = Repository(own.store, folder, Cache(tmp_path / "artefacts", 1 << 30))
         worker = Candle(instance, repository, CandleSettings(), own.store.served)
+        parts = tmp_path / "imports"
         serving = asyncio.create_task(worker.run())
         await until(lambda: instance._registration.status == "running" or serving.done(), 30)
         try:
-            yield worker
+            async with taking_in(own, instance, repository, parts, folder):
+                yield worker
         finally:
             serving.cancel()
             await asyncio.gather(serving, return_exceptions=True)
@@ -218,6 +248,157 @@ async def test_what_ships_with_the_plugins_is_shown_with_its_licence(
         told = (await done("shipped", "--json")).json
     assert "Apache-2.0" in listed
     assert {one["name"] for one in told} == {"iris.onnx", "linear-demo.json"}
+
+
+async def test_a_pushed_file_is_a_version_with_its_report_and_serves(
+    client: Client, done: Any, models: Any, candle: Candle, linear: Callable[..., Path]
+):
+    more = ["--licence", "MIT", "--label", "team=vision", "--description", "Iris species"]
+    said = await done("push", str(IRIS), "iris", *more, "--load")
+    assert f"iris:1 is in the repository, sha256 {DIGEST}" in said.out
+    assert "sound" in said.out
+    assert "flower FP32 [-1, 4]" in said.out
+    assert "iris:1 is served" in said.out
+    assert "pushing iris.onnx: " in said.err
+    entry = await client.store.models.get("iris")
+    assert entry
+    assert entry.value
+    assert (entry.value.licence, entry.value.labels) == ("MIT", {"team": "vision"})
+    assert (entry.value.versions[0].sound, entry.value.versions[0].wanted) == (True, True)
+
+    # The same bytes again are the same version, and are not sent.
+    again = await done("push", str(IRIS), "iris:1", "--json")
+    assert (again.json["created"], again.err) == (False, "")
+    ended = await models("push", str(linear()), "iris:1")
+    assert ended.status == 1
+    assert "1" in ended.err
+    assert (await done("list", "--label", "team=vision", "--json")).json[0]["id"] == "iris"
+
+
+async def test_what_is_not_sound_is_kept_told_of_and_not_loaded(
+    models: Any, candle: Candle, linear: Callable[..., Path]
+):
+    ended = await models("push", str(linear(weights=[1])), "broken", "--load")
+    assert ended.status == 1
+    assert "not sound: " in ended.out
+    assert "is served" not in ended.out
+    assert "unsound" in (await models("list")).out
+    ended = await models("load", "broken:1")
+    assert ended.status == 1
+    assert "weights" in ended.err
+    told = await models("validate", "broken:1", "--json")
+    assert (told.status, told.json["sound"]) == (1, False)
+
+
+async def test_a_version_is_validated_again_with_a_sample(
+    models: Any, done: Any, iris: ModelSpec, tmp_path: Path
+):
+    sample = tmp_path / "sample.json"
+    tensor = {"name": "flower", "datatype": "FP32", "shape": [2, 4], "data": [1.0] * 8}
+    sample.write_text(json.dumps({"inputs": [tensor]}))
+    told = (await done("validate", "iris", "--sample", str(sample), "--json")).json
+    assert (told["sound"], told["checksum"]) == (True, DIGEST)
+    sample.write_text("{")
+    ended = await models("validate", "iris", "--sample", str(sample))
+    assert ended.status == 1
+    assert "is not JSON" in ended.err
+
+
+async def test_a_description_changes_and_the_rest_stays(done: Any, iris: ModelSpec):
+    await done("describe", "iris", "--licence", "MIT")
+    told = (await done("describe", "iris", "--description", "Flowers", "--json")).json
+    assert (told["description"], told["licence"]) == ("Flowers", "MIT")
+    assert "Flowers" in (await done("show", "iris")).out
+
+
+async def test_a_model_is_removed_only_when_nothing_uses_it_or_by_force(
+    client: Client, done: Any, models: Any, iris: ModelSpec
+):
+    planned = await done("rm", "iris:1", "--dry-run")
+    assert f"artefact {DIGEST}" in planned.out
+    assert "used: " in planned.out
+    assert (await done("rm", "iris", "--dry-run", "--json")).json["dry_run"] is True
+    ended = await models("rm", "iris", "--yes")
+    assert ended.status == 1
+    assert "nothing was removed, --force" in ended.err
+    assert await client.store.models.get("iris")
+    assert "are free again" in (await done("rm", "iris", "--yes", "--force")).out
+    assert (await done("list", "--json")).json == []
+    assert await client.store.artefacts.size(DIGEST) is None
+
+
+@pytest.mark.parametrize(("answer", "status", "left"), [("n", 1, 1), ("y", 0, 0)])
+async def test_removal_is_asked_for_at_a_terminal(
+    done: Any, candle: Candle, ours: dict[str, str], answer: str, status: int, left: int
+):
+    await done("push", str(IRIS), "iris")
+    ours_end, terminal = pty.openpty()
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *BKG, "models", "rm", "iris", stdin=terminal, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, env=ours,
+        )  # fmt: skip
+        os.write(ours_end, f"{answer}\n".encode())
+        _, err = await asyncio.wait_for(process.communicate(), 60)
+    finally:
+        os.close(ours_end)
+        os.close(terminal)
+    assert process.returncode == status, err
+    assert b"Remove it?" in err
+    assert len((await done("list", "--json")).json) == left
+
+
+async def test_what_nobody_needs_is_collected_and_what_is_young_stays(
+    client: Client, done: Any, candle: Candle
+):
+    async with client.store.artefacts.writing() as upload:
+        await upload.write(b"nobody's")
+        await upload.commit()
+    assert "0 bytes would be free again" in (await done("gc", "--dry-run")).out
+    assert (await done("gc", "--json")).json["artefacts"] == []
+
+
+async def test_a_model_is_imported_and_its_job_followed(
+    done: Any, models: Any, bkg: Any, candle: Candle
+):
+    async def file(request: web.Request) -> web.StreamResponse:
+        if request.path == "/absent.onnx":
+            return web.Response(status=404)
+        return web.FileResponse(IRIS)
+
+    runner = web.ServerRunner(web.Server(file))
+    await runner.setup()
+    try:
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        address = "http://127.0.0.1:{}".format(runner.addresses[0][1])
+        said = await done("import", f"{address}/iris.onnx", "--load", "--sha256", DIGEST)
+        assert f"iris:1 is in the repository, sha256 {DIGEST}" in said.out
+        assert "iris" in said.err
+        assert "iris:1" in (await done("ps")).out
+
+        detached = (await done("import", f"{address}/absent.onnx", "lost", "--detach")).out
+        job = detached.split()[1]
+        ended = await bkg("jobs", "watch", job)
+        assert ended.status == 1
+        assert "404" in ended.out
+        ended = await bkg("jobs", "retry", job)
+        assert ended.status == 0, ended.err
+        assert (await bkg("jobs", "cancel", job)).status == 0
+        assert (await bkg("jobs", "show", job, "--json")).json["state"] in {"cancelled", "failed"}
+    finally:
+        await runner.cleanup()
+
+
+async def test_a_file_here_is_validated_without_a_platform(
+    bkg: Any, tmp_path: Path, linear: Callable[..., Path]
+):
+    told = await bkg("models", "validate", str(IRIS))
+    assert told.status == 0, told.err
+    assert "flower FP32 [-1, 4]" in told.out
+    told = await bkg("models", "validate", str(linear(weights=[1])), "--json")
+    assert (told.status, told.json["sound"]) == (1, False)
+    assert told.json["problems"]
 
 
 async def test_a_push_that_was_broken_off_goes_on_where_it_was(
