@@ -176,9 +176,9 @@ async def _watched(client: Client, job_id: str, at: Platform) -> m.Job:
     try:
         with Meter(f"job {job_id}", quiet=at.as_json) as meter:
             async for job in told_of(client, job_id):
-                if last is None:
+                if last is None and job.state not in ENDED:
                     meter.begin_at(job.bytes)
-                meter.to(job.bytes, job.total_bytes, f"{job.request.id}: {job.stage or job.state}")
+                meter.to(_bytes(job), job.total_bytes, f"{job.request.id}: {_stage(job)}")
                 last = job
     except asyncio.CancelledError:
         sys.stderr.write(
@@ -209,8 +209,7 @@ def _show(job: m.Job, at: Platform) -> None:
         show_json(job)
         return
     request = job.request
-    stage = f" ({job.stage})" if job.stage and job.state == "running" else ""
-    line = Text(job.job, "cyan").append(f"  {job.state}{stage}", COLOURS[job.state])
+    line = Text(job.job, "cyan").append(f"  {_stage(job)}", COLOURS[job.state])
     out.print(line.append(", is to be cancelled" if job.cancelling else "", "yellow"))
     facts = [
         ("model", request.id + (f":{request.version}" if request.version else "")),
@@ -231,8 +230,17 @@ def _show(job: m.Job, at: Platform) -> None:
             out.print(Text(f"{title:<10} ", "dim").append(text, ""))
 
 
+def _stage(job: m.Job) -> str:
+    return job.stage if job.stage and job.state == "running" else job.state
+
+
+def _bytes(job: m.Job) -> int:
+    """Return what has come; what came in a moment was never counted on its way."""
+    return max(job.bytes, job.result.report.size_bytes if job.result else 0)
+
+
 def _how_far(job: m.Job) -> str:
-    text = decimal(job.bytes)
+    text = decimal(_bytes(job))
     if job.total_bytes:
         text += f" of {decimal(job.total_bytes)}"
     if job.state == "running" and job.bytes_per_s:

@@ -46,7 +46,7 @@ async def tell(client: Client, one: Job) -> None:
 def result(*problems: ModelProblem) -> AddedModel:
     report = ModelReport(
         checksum="ab" * 32, sound=not problems, validated_at=now(), problems=list(problems),
-        format="onnx", size_bytes=1_000,
+        format="onnx", size_bytes=100,
     )  # fmt: skip
     return AddedModel(id="iris", version="3", checksum="ab" * 32, created=True, report=report)
 
