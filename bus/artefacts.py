@@ -4,11 +4,6 @@ Laid out as ADR-20 says, so that `nats object get` reads what we write: the chun
 stand under a random id, and a message with its name says which id, how many chunks and how many
 bytes. The name is written last. So what breaks off has no name, and is taken up again or deleted
 under its id.
-
-Chunks are sent some ahead of their acknowledgements. After a failure nobody knows which of those
-were stored, so they are looked for, deleted, and sent anew one by one. Before the name is written
-the broker's count must be ours: with the sequences of all chunks in rising order, what is stored
-is what was sent.
 """
 
 import asyncio
@@ -17,21 +12,17 @@ import hashlib
 import json
 import secrets
 from base64 import urlsafe_b64encode
-from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Final, NamedTuple
-
-import structlog
 
 from bus.errors import (
     BusError,
     Conflict,
     DeadlineExceeded,
-    InvalidRequest,
     NotFound,
     TooLarge,
     Unavailable,
@@ -39,30 +30,13 @@ from bus.errors import (
 )
 from bus.streams import Stored, StoreFullError, Stream
 from bus.subjects import token
+from bus.uploads import CHUNK_BYTES, OFFSET, Upload, follows
 
-CHUNK_BYTES: Final = 128 * 1024
-# Chunks that wait for their acknowledgements: 4 MiB, 80 MB/s at a round trip of 50 ms.
-WINDOW: Final = 32
-ACK_S: Final = 30.0
-LOOK_S: Final = 0.5
-# How long a broker that went away in the middle may take to come back.
-RECOVER_S: Final = 30.0
 # An artefact of which nothing more comes for this long is given up.
 STALL_S: Final = 30.0
-LEAVE_S: Final = 10.0
 # What the broker stores beside a chunk: lengths, subject, headers, checksum.
 BESIDE_CHUNK_BYTES: Final = 512
-_OFFSET: Final = "Bkg-Offset"
 _TRIES: Final = 20
-
-log = structlog.get_logger("bus.artefacts")
-
-
-class Committed(NamedTuple):
-    """An upload that has become an artefact: its SHA-256 in hex, and its size in bytes."""
-
-    digest: str
-    size: int
 
 
 class Unfinished(NamedTuple):
@@ -141,7 +115,7 @@ class Artefacts:
                         f"the artefact {digest} stopped coming: {at:,} of {info.size:,} bytes, "
                         f"then nothing for {STALL_S:g} s"
                     ) from None
-                if chunk is None or not _follows(chunk, at):
+                if chunk is None or not follows(chunk, at):
                     raise Unprocessable(
                         f"the artefact {digest} is stored broken: {at:,} of {info.size:,} bytes, "
                         "and the next ones are missing; load its file again"
@@ -208,7 +182,7 @@ class Artefacts:
                 continue
             last = await self._stream.last(self._chunks_of(upload_id))
             if last is not None:
-                stored = int(last.headers.get(_OFFSET, 0)) + len(last.body)
+                stored = int(last.headers.get(OFFSET, 0)) + len(last.body)
                 found.append(Unfinished(upload_id, stored, _moment(last.at)))
         return sorted(found, key=lambda one: one.written_at)
 
@@ -223,7 +197,7 @@ class Artefacts:
     # --- Write ------------------------------------------------------------------------------------
 
     @asynccontextmanager
-    async def writing(self, expect_bytes: int | None = None) -> AsyncGenerator["Upload"]:
+    async def writing(self, expect_bytes: int | None = None) -> AsyncGenerator[Upload]:
         """Have an upload to write to while inside; left without commit or keep, it is deleted.
 
         Args:
@@ -234,11 +208,11 @@ class Artefacts:
             Unavailable: There is no room for so many now; says how many there is room for.
         """
         await self._check_room(expect_bytes)
-        async with self._inside(Upload(self, secrets.token_hex(11))) as upload:
+        async with self._inside(self._upload(secrets.token_hex(11))) as upload:
             yield upload
 
     @asynccontextmanager
-    async def resuming(self, upload_id: str) -> AsyncGenerator["Upload"]:
+    async def resuming(self, upload_id: str) -> AsyncGenerator[Upload]:
         """Have an upload that was kept while inside; it goes on at its `offset`.
 
         What is stored of it is read, for the digest.
@@ -248,7 +222,7 @@ class Artefacts:
         """
         if upload_id not in {one.upload_id for one in await self.unfinished()}:
             raise NotFound(f"there is no unfinished upload {upload_id!r}", field="upload")
-        upload = Upload(self, upload_id, kept=True)
+        upload = self._upload(upload_id)
         await upload.take_up()
         async with self._inside(upload):
             yield upload
@@ -320,11 +294,14 @@ class Artefacts:
     # --- For uploads ------------------------------------------------------------------------------
 
     @asynccontextmanager
-    async def _inside(self, upload: "Upload") -> AsyncGenerator["Upload"]:
+    async def _inside(self, upload: Upload) -> AsyncGenerator[Upload]:
         try:
             yield upload
         finally:
             await upload.leave()
+
+    def _upload(self, upload_id: str) -> Upload:
+        return Upload(self._stream, self._chunks_of(upload_id), upload_id, self)
 
     async def _check_room(self, expect_bytes: int | None) -> None:
         if expect_bytes is None:
@@ -343,7 +320,7 @@ class Artefacts:
                 retry_after_s=60,
             )
 
-    async def _named(self, digest: str, upload: "Upload") -> bool:
+    async def name(self, digest: str, upload: Upload) -> bool:
         """Give chunks their name, once; tell whether they are the ones that it leads to now."""
         subject = self._name(digest)
         for _ in range(_TRIES):
@@ -368,7 +345,7 @@ class Artefacts:
             except Conflict:
                 continue
             except StoreFullError as error:
-                raise await self._full(error) from None
+                raise await self.full(error) from None
             if info is not None and not stays and info.nuid != upload.id:
                 await self._stream.purge(self._chunks_of(info.nuid))
             return not stays
@@ -383,7 +360,8 @@ class Artefacts:
             expect=(subject, before),
         )
 
-    async def _full(self, error: StoreFullError) -> Unavailable:
+    async def full(self, error: StoreFullError) -> Unavailable:
+        """Return the error for whoever wanted to store more than there is room for."""
         try:
             room = await self.room()
         except BusError:
@@ -414,7 +392,7 @@ class Artefacts:
         """
         subject = self._chunks_of(info.nuid)
         first = await self._stream.at_or_after(1, subject)
-        if first is None or _OFFSET not in first.headers:
+        if first is None or OFFSET not in first.headers:
             return 0, 0
         found = first.seq, 0
         low, high = first.seq + 1, info.seq
@@ -424,7 +402,7 @@ class Artefacts:
             if chunk is None:
                 high = middle
                 continue
-            at = int(chunk.headers.get(_OFFSET, 0))
+            at = int(chunk.headers.get(OFFSET, 0))
             if at > start:
                 high = middle
             else:
@@ -444,250 +422,6 @@ class Artefacts:
 
     def _chunks_of(self, upload_id: str) -> str:
         return f"$O.{self._bucket}.C.{token(upload_id)}"
-
-
-@dataclass
-class _Sent:
-    """A chunk on its way, at an offset; the answer is its sequence."""
-
-    at: int
-    body: bytes
-    answer: asyncio.Task[int]
-    reconnects: int
-
-
-class Upload:
-    """Bytes on their way into the store; made by `Artefacts.writing` and `resuming`.
-
-    One task writes. Memory is bounded: `write` returns when its bytes are sent, and no more than
-    `WINDOW` chunks wait for the broker's acknowledgement.
-
-    Attributes:
-        id: Names it for `resuming` and `discard`.
-        offset: How many bytes it has taken.
-        chunks: How many chunks are stored.
-    """
-
-    def __init__(self, store: Artefacts, upload_id: str, *, kept: bool = False) -> None:
-        self.id = upload_id
-        self.offset = 0
-        self.chunks = 0
-        self._store = store
-        self._stream = store._stream  # noqa: SLF001 - one thing in two classes
-        self._subject = store._chunks_of(upload_id)  # noqa: SLF001
-        self._sha = hashlib.sha256()
-        self._tail = bytearray()
-        self._window: deque[_Sent] = deque()
-        self._stored_bytes = 0
-        self._last_seq = 0
-        self._kept = kept
-        self._ended = False
-
-    async def write(self, block: bytes | bytearray | memoryview) -> None:
-        """Take more bytes; waits while too many are on their way.
-
-        Raises:
-            Unavailable: The store is full, or the broker went away and did not come back in time.
-        """
-        self._check_open()
-        view = memoryview(block).cast("B")
-        while view:
-            room = CHUNK_BYTES - len(self._tail)
-            piece, view = view[:room], view[room:]
-            self._tail += piece
-            self._sha.update(piece)
-            self.offset += len(piece)
-            if len(self._tail) == CHUNK_BYTES:
-                await self._send()
-
-    async def commit(self, sha256: str | None = None) -> Committed:
-        """Make the bytes an artefact; the same bytes are stored once.
-
-        Args:
-            sha256: What they must come to, in hex.
-
-        Raises:
-            Unprocessable: They come to another digest.
-            Unavailable: As `write`.
-            Conflict: Somebody else writes this upload, or has discarded it.
-        """
-        self._check_open()
-        digest = self._sha.hexdigest()
-        if sha256 is not None and sha256.lower() != digest:
-            self._kept = False
-            raise Unprocessable(
-                f"the bytes have the SHA-256 {digest}, but {sha256} was said; send them again",
-                field="sha256",
-            )
-        await self._settle()
-        await self._check_count()
-        if await self._store._named(digest, self):  # noqa: SLF001
-            self._ended = True
-        else:
-            self._kept = False
-        return Committed(digest, self.offset)
-
-    async def keep(self) -> None:
-        """Leave the bytes in the store for `resuming`: those so far, and those still to come.
-
-        Raises:
-            Unavailable: As `write`.
-        """
-        self._check_open()
-        self._kept = True
-        await self._settle()
-
-    async def take_up(self) -> None:
-        """Read what is stored of it, as far as it is without a gap; the rest is deleted."""
-        surplus: list[int] = []
-        chunks = self._stream.read(self._subject)
-        async with contextlib.aclosing(chunks):  # type: ignore[type-var]
-            async for chunk in chunks:
-                if surplus or not _follows(chunk, self.offset):
-                    surplus.append(chunk.seq)
-                    continue
-                self._sha.update(chunk.body)
-                self.offset += len(chunk.body)
-                self.chunks += 1
-                self._last_seq, self._stored_bytes = chunk.seq, self.offset
-        for seq in surplus:
-            await self._stream.remove(seq)
-
-    async def leave(self) -> None:
-        """End: what is kept is stored as far as it can be, and what nobody keeps is deleted."""
-        try:
-            async with asyncio.timeout(LEAVE_S):
-                if self._kept and not self._ended:
-                    await self._settle()
-                elif self._window:
-                    # What is on its way would come in behind the purge.
-                    await asyncio.wait({sent.answer for sent in self._window})
-        except (BusError, TimeoutError) as error:
-            log.info("upload.shortened", upload=self.id, cause=str(error))
-        finally:
-            await self._call_off()
-        if self._ended or self._kept:
-            self._ended = True
-            return
-        self._ended = True
-        try:
-            async with asyncio.timeout(LEAVE_S):
-                await self._stream.purge(self._subject)
-        except (BusError, TimeoutError) as error:
-            # Whoever collects garbage finds it.
-            log.warning("upload.left", upload=self.id, cause=str(error))
-
-    # --- Chunks on their way ----------------------------------------------------------------------
-
-    def _check_open(self) -> None:
-        if self._ended:
-            raise InvalidRequest(f"the upload {self.id} has ended")
-
-    async def _send(self) -> None:
-        """Send the tail as a chunk, as soon as there is a place in the window."""
-        while len(self._window) >= WINDOW:
-            await self._take_answer()
-        at, body = self.offset - len(self._tail), bytes(self._tail)
-        self._tail.clear()
-        answer = asyncio.create_task(self._append(at, body))
-        self._window.append(_Sent(at, body, answer, self._stream.reconnects))
-
-    async def _append(self, at: int, body: bytes) -> int:
-        return await self._stream.append_once(self._subject, body, {_OFFSET: str(at)}, ACK_S)
-
-    async def _settle(self) -> None:
-        """Send what is left, and wait until all is stored."""
-        if self._tail:
-            await self._send()
-        while self._window:
-            await self._take_answer()
-
-    async def _take_answer(self) -> None:
-        """Wait for the acknowledgement of the oldest chunk that is on its way."""
-        sent = self._window[0]
-        while not sent.answer.done() and self._stream.reconnects == sent.reconnects:
-            await asyncio.wait({sent.answer}, timeout=LOOK_S)
-        seq = 0
-        if sent.answer.done():
-            try:
-                seq = sent.answer.result()
-            except StoreFullError as error:
-                raise await self._store._full(error) from None  # noqa: SLF001
-            except BusError as error:
-                log.info("upload.interrupted", upload=self.id, cause=error.message)
-        if seq > self._last_seq:
-            self._count_in(sent, seq)
-            self._window.popleft()
-        else:
-            await self._recover()
-
-    async def _call_off(self) -> None:
-        for sent in self._window:
-            sent.answer.cancel()
-        await asyncio.gather(*(sent.answer for sent in self._window), return_exceptions=True)
-
-    def _count_in(self, sent: _Sent, seq: int) -> None:
-        self._last_seq = seq
-        self.chunks += 1
-        self._stored_bytes += len(sent.body)
-
-    async def _recover(self) -> None:
-        """Store what is on its way one by one behind the last chunk that is known to be there."""
-        await self._call_off()
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + RECOVER_S
-        pause_s, cause = 0.1, "it does not answer"
-        while self._window:
-            try:
-                async with asyncio.timeout_at(deadline):
-                    await self._remove_strays()
-                    while self._window:
-                        await self._store_one(self._window[0])
-                        self._window.popleft()
-                        deadline = loop.time() + RECOVER_S
-            except StoreFullError as error:
-                raise await self._store._full(error) from None  # noqa: SLF001
-            except (Unavailable, Conflict) as error:
-                cause = error.message
-            except TimeoutError:
-                pass
-            if self._window:
-                if loop.time() + pause_s > deadline:
-                    raise Unavailable(
-                        f"the broker took nothing more of the upload {self.id} for "
-                        f"{RECOVER_S:g} s, behind {self._stored_bytes:,} bytes: {cause}",
-                        retry_after_s=5,
-                    )
-                await asyncio.sleep(pause_s)
-                pause_s = min(2 * pause_s, 2.0)
-
-    async def _store_one(self, sent: _Sent) -> None:
-        headers = {_OFFSET: str(sent.at)}
-        # Whatever of us was still on its way is stored before this, and then it is refused.
-        expect = self._subject, self._last_seq
-        seq = await self._stream.append(self._subject, sent.body, headers=headers, expect=expect)
-        self._count_in(sent, seq)
-
-    async def _remove_strays(self) -> None:
-        """Delete the chunks behind the last one that is known to be there in its order."""
-        chunks = self._stream.read(self._subject, after=self._last_seq)
-        async with contextlib.aclosing(chunks):  # type: ignore[type-var]
-            strays = [chunk.seq async for chunk in chunks]
-        for seq in strays:
-            await self._stream.remove(seq)
-
-    async def _check_count(self) -> None:
-        count = await self._store._count(self.id)  # noqa: SLF001
-        if count != self.chunks or self._stored_bytes != self.offset:
-            raise Conflict(
-                f"the upload {self.id} is not whole: of {self.chunks:,} chunks that were sent "
-                f"{count:,} are there; somebody else writes it, or has discarded it; send it again"
-            )
-
-
-def _follows(chunk: Stored, at: int) -> bool:
-    """Tell whether a chunk begins at a byte, as far as it says where it begins."""
-    return int(chunk.headers.get(_OFFSET, at)) == at
 
 
 def _info_of(stored: Stored) -> _Info | None:
@@ -714,4 +448,4 @@ def _payload(free_bytes: int) -> int:
 
 
 def _moment(ns: int) -> datetime:
-    return datetime.fromtimestamp(ns / 1e9, tz=UTC)
+    return datetime(1970, 1, 1, tzinfo=UTC) + timedelta(microseconds=ns // 1_000)

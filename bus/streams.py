@@ -13,7 +13,7 @@ import secrets
 from base64 import b64decode
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
 import nats.errors
@@ -32,6 +32,7 @@ LOOK_S: Final = 1.0
 WRITE_PATIENCE_S: Final = 15.0
 
 _WRONG_LAST_SEQUENCE = {10071, 10164}
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _NO_MESSAGE = 10037
 _STREAM_NOT_FOUND = 10059
 # The account's limits, the server's memory and disk, and what the stream's own store refuses.
@@ -338,7 +339,7 @@ async def ask_jetstream(
 
 def _from(since: datetime) -> dict[str, Any]:
     # Before 1970 nothing was stored, and the broker's clock cannot say it.
-    moment = max(since, datetime(1970, 1, 1, tzinfo=UTC)).astimezone(UTC)
+    moment = max(since, _EPOCH).astimezone(UTC)
     start = moment.isoformat(timespec="microseconds").replace("+00:00", "Z")
     return {"deliver_policy": "by_start_time", "opt_start_time": start}
 
@@ -466,5 +467,5 @@ def _stored_in_json(message: Mapping[str, Any]) -> Stored:
         int(message["seq"]),
         b64decode(message.get("data", "")),
         headers,
-        int(at.timestamp() * 1e6) * 1_000,
+        (at - _EPOCH) // timedelta(microseconds=1) * 1_000,
     )

@@ -14,6 +14,7 @@ FLOORS = (
     {"codec", "masking", "subjects", "tasks", "settings", "process", "redaction", "wire"},
     {"log_search", "statistics", "packs"},
     {"streams"},
+    {"uploads"},
     {"artefacts"},
     {"state"},
     {"client", "plugins", "models", "broker", "reference"},

@@ -15,12 +15,12 @@ from services.candle.settings import MIB, CandleSettings
 
 async def main() -> None:
     """Serve until cancelled."""
-    env = Settings.from_env()
+    settings = Settings.from_env()
     async with (
-        connect(env.nats_url, name="candle", root=env.root) as client,
+        connect(settings.nats_url, name="candle", root=settings.root) as client,
         join(
             client,
-            env,
+            settings,
             plugin="candle",
             description="Runs models: linear ones from JSON, and ONNX",
             capabilities=[endpoint.capability for endpoint in SERVED],
@@ -29,10 +29,10 @@ async def main() -> None:
         ) as instance,
     ):
         wanted = instance.settings(CandleSettings)
-        models_dir = env.data_dir / wanted.models_path
-        cache = Cache(env.cache_dir / "artefacts", wanted.cache_max_mb * MIB)
+        models_dir = settings.data_dir / wanted.models_path
+        cache = Cache(settings.cache_dir / "artefacts", wanted.cache_max_mb * MIB)
         repository = Repository(client.store, models_dir, cache)
-        async with taking_in(client, instance, repository, env.cache_dir / "imports", models_dir):
+        async with taking_in(client, instance, repository, settings.cache_dir, models_dir):
             await Candle(instance, repository, wanted, client.store.served).run()
 
 

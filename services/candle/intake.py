@@ -22,7 +22,7 @@ async def taking_in(
     client: Client,
     instance: Instance,
     repository: Repository,
-    parts_dir: Path,
+    cache_dir: Path,
     models_dir: Path,
     *,
     resolver: AbstractResolver | None = None,
@@ -33,7 +33,7 @@ async def taking_in(
         client: The bus.
         instance: This process's place on it; its settings are taken live.
         repository: Where models go.
-        parts_dir: Where what is being fetched lies.
+        cache_dir: Where what is being fetched lies, in a folder of its own.
         models_dir: The models folder.
         resolver: Turns names into addresses; the system's, if not given.
 
@@ -47,7 +47,7 @@ async def taking_in(
     async def load(request: m.LoadModel) -> None:
         await instance.answer_here(MODEL_LOAD, request)
 
-    imports = Imports(parts_dir, repository, settings, load, resolver=resolver)
+    imports = Imports(cache_dir / "imports", repository, settings, load, resolver=resolver)
     imports.check()
     instance.on_config(LIVE_IMPORTS, imports.check)
     jobs = Jobs(client, instance, imports, lambda: settings().import_jobs)

@@ -325,7 +325,9 @@ class Jobs:
                 async with beside(self._keep_lease(held)):
                     result = await self._work.carry(held.job, self._secrets.get(name), told)
             except _CancelledError:
-                await self._write(held, lambda job: ended(job, "cancelled", m.now()))
+                await self._write(
+                    held, lambda job: ended(renewed_by(job, held, m.now()), "cancelled", m.now())
+                )
                 log.info("job.cancelled", job=name)
             except BusError as error:
                 failure, added = error, error.added if isinstance(error, UnsoundError) else None
@@ -337,8 +339,12 @@ class Jobs:
                 why = f"{type(error).__name__}: the log of {self._instance.host} has the cause"
                 await self._write(held, lambda job: ended(job, "failed", m.now(), error=why))
             else:
+                done = result
                 await self._write(
-                    held, lambda job: ended(job, "done", m.now(), error=None, result=result)
+                    held,
+                    lambda job: ended(
+                        renewed_by(job, held, m.now()), "done", m.now(), result=done
+                    ),
                 )
                 self._secrets.pop(name, None)
                 log.info("job.done", job=name, version=result.version)

@@ -18,10 +18,13 @@ from bus.probes import Route
 from bus.state import Bucket, Entry
 from bus.subjects import (
     CANDLE_STATS,
+    JOB_CANCEL,
+    JOB_RETRY,
     MODEL_ADD,
     MODEL_ALIAS,
     MODEL_DESCRIBE,
     MODEL_GC,
+    MODEL_IMPORT,
     MODEL_INFER,
     MODEL_LOAD,
     MODEL_REMOVE,
@@ -52,6 +55,9 @@ SERVED: Final = (
     MODEL_DESCRIBE,
     MODEL_REMOVE,
     MODEL_GC,
+    MODEL_IMPORT,
+    JOB_CANCEL,
+    JOB_RETRY,
     CANDLE_STATS,
 )
 TELL_S: Final = 1.0

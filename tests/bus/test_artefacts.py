@@ -12,8 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import bus.artefacts as store_of
-from bus.artefacts import CHUNK_BYTES, Upload
+from bus import uploads
 from bus.broker import running_broker
 from bus.client import connect
 from bus.errors import (
@@ -26,6 +25,7 @@ from bus.errors import (
     Unprocessable,
 )
 from bus.testing import declared, until
+from bus.uploads import CHUNK_BYTES, Upload
 
 
 def chance(seed: int) -> random.Random:
@@ -354,9 +354,9 @@ async def test_an_upload_goes_on_when_the_broker_is_killed_and_comes_back(tmp_pa
 
 
 async def test_an_upload_fails_when_the_broker_does_not_come_back(tmp_path, monkeypatch):
-    monkeypatch.setattr(store_of, "RECOVER_S", 2.0)
-    monkeypatch.setattr(store_of, "ACK_S", 1.0)
-    monkeypatch.setattr(store_of, "LEAVE_S", 1.0)
+    monkeypatch.setattr(uploads, "RECOVER_S", 2.0)
+    monkeypatch.setattr(uploads, "ACK_S", 1.0)
+    monkeypatch.setattr(uploads, "LEAVE_S", 1.0)
     body = some(60 * CHUNK_BYTES)
     async with contextlib.AsyncExitStack() as first:
         broker = await first.enter_async_context(running_broker(tmp_path))

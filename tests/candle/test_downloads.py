@@ -6,8 +6,7 @@ import hashlib
 import socket
 import ssl
 import subprocess
-from collections.abc import AsyncGenerator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -36,103 +35,9 @@ DIGEST = hashlib.sha256(CONTENT).hexdigest()
 HOUSE = rules_from(allow=["127.0.0.0/8"])
 
 
-class Source:
-    """An HTTP server that has one file, and does with it what a test wants.
-
-    Attributes:
-        asked: The headers of each request for a file.
-        break_after: The connection ends after so many bytes of each answer.
-        stall_after: Nothing more comes after so many bytes of an answer, once.
-        etag: What it calls the file.
-        ranges: Whether it understands `Range`.
-    """
-
-    def __init__(self) -> None:
-        self.content = CONTENT
-        self.asked: list[dict[str, str]] = []
-        self.break_after: int | None = None
-        self.stall_after: int | None = None
-        self.etag: str | None = '"one"'
-        self.modified: str | None = None
-        self.ranges = True
-        self.shift = 0
-        self.declared: int | None = None
-        self.refusals: list[tuple[int, dict[str, str]]] = []
-        self.redirects: dict[str, str] = {}
-        self.more: dict[str, str] = {}
-        self.port = 0
-
-    @property
-    def url(self) -> URL:
-        return URL(f"http://127.0.0.1:{self.port}/m.onnx")
-
-    async def answer(self, request: web.Request) -> web.StreamResponse:
-        self.asked.append({"path": request.path, **request.headers})
-        if self.refusals:
-            status, headers = self.refusals.pop(0)
-            return web.Response(status=status, headers=headers)
-        if to := self.redirects.get(request.path):
-            return web.Response(status=302, headers={"Location": to, **self.more})
-        start, status = 0, 200
-        condition = request.headers.get("If-Range")
-        held = condition is None or condition in (self.etag, self.modified)
-        headers = {**self.more}
-        if self.etag:
-            headers["ETag"] = self.etag
-        if self.modified:
-            headers["Last-Modified"] = self.modified
-        if self.ranges and held and (wanted := request.headers.get("Range")):
-            start, status = int(wanted.removeprefix("bytes=").rstrip("-")), 206
-            total = len(self.content)
-            if start >= total:
-                return web.Response(status=416, headers={"Content-Range": f"bytes */{total}"})
-            first = start + self.shift
-            headers["Content-Range"] = f"bytes {first}-{total - 1}/{total}"
-        body = self.content[start:]
-        response = web.StreamResponse(status=status, headers=headers)
-        response.content_length = self.declared if self.declared is not None else len(body)
-        await response.prepare(request)
-        for at in range(0, len(body), 50_000):
-            if self.break_after is not None and at >= self.break_after:
-                request.transport.abort()
-                return response
-            if self.stall_after is not None and at >= self.stall_after:
-                self.stall_after = None
-                with contextlib.suppress(asyncio.CancelledError, ConnectionError):
-                    await asyncio.sleep(60)
-                return response
-            try:
-                await response.write(body[at : at + 50_000])
-            except ConnectionError:
-                return response
-        return response
-
-    @asynccontextmanager
-    async def serving(self, tls: ssl.SSLContext | None = None) -> AsyncGenerator["Source"]:
-        app = web.Application()
-        app.router.add_route("*", "/{path:.*}", self.answer)
-        runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0)
-        await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", 0, ssl_context=tls)
-        await site.start()
-        self.port = site._server.sockets[0].getsockname()[1]
-        try:
-            yield self
-        finally:
-            await runner.cleanup()
-
-
 @pytest.fixture(autouse=True)
-def no_proxy_from_outside(monkeypatch):
-    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
-        monkeypatch.delenv(name, raising=False)
-        monkeypatch.delenv(name.upper(), raising=False)
-
-
-@pytest.fixture
-async def source() -> AsyncGenerator[Source]:
-    async with Source().serving() as one:
-        yield one
+def as_it_is_outside(no_proxy_from_outside, source):
+    source.content = CONTENT
 
 
 @pytest.fixture
@@ -302,7 +207,7 @@ async def test_a_file_that_grows_too_large_is_cut_off(source, fetch, tmp_path, m
         return response
 
     monkeypatch.setattr(source, "answer", chunked)
-    async with Source.serving(source):
+    async with source.serving():
         with pytest.raises(TooLarge):
             await fetch(limits=Limits(max_bytes=5_000_000))
     assert part(tmp_path).stat().st_size == 0
@@ -386,8 +291,8 @@ async def test_a_redirect_to_no_address_is_refused(source, fetch, to):
         await fetch()
 
 
-async def test_credentials_stay_with_the_host_that_they_are_for(source, fetch):
-    async with Source().serving() as other:
+async def test_credentials_stay_with_the_host_that_they_are_for(source, another_source, fetch):
+    async with another_source(CONTENT) as other:
         source.redirects = {"/m.onnx": "/n.onnx", "/n.onnx": str(other.url)}
         await fetch(headers={"Authorization": "Bearer geheim"})
         assert [one.get("Authorization") for one in source.asked] == ["Bearer geheim"] * 2
@@ -445,11 +350,13 @@ def certificate(tmp_path_factory) -> tuple[Path, Path]:
     return key, chain
 
 
-async def test_an_authority_of_the_house_is_trusted_when_it_is_named(tmp_path, certificate, source):
+async def test_an_authority_of_the_house_is_trusted_when_it_is_named(
+    tmp_path, certificate, source, another_source
+):
     key, chain = certificate
     tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     tls.load_cert_chain(chain, key)
-    async with Source().serving(tls) as secure:
+    async with another_source(CONTENT, tls) as secure:
         wanted = Wanted(url=secure.url.with_scheme("https"))
         with pytest.raises(NotAllowed, match="import_ca_file"):
             await Downloads(tmp_path, HOUSE).fetch("a", wanted, Limits())
@@ -522,10 +429,10 @@ def test_what_is_no_file_of_the_hub_is_refused(url):
 
 
 async def test_a_file_of_the_hub_comes_with_a_token_and_the_hubs_own_digest(
-    source, fetch, monkeypatch
+    source, another_source, fetch, monkeypatch
 ):
     pytest.importorskip("huggingface_hub")
-    async with Source().serving() as store:
+    async with another_source(CONTENT) as store:
         monkeypatch.setenv("HF_ENDPOINT", str(source.url.origin()))
         wanted = hub.on_the_hub("hf://owner/repo/a b.onnx@v1", "hf_geheim")
         source.redirects = {"/owner/repo/resolve/v1/a b.onnx": str(store.url)}

@@ -106,7 +106,7 @@ async def candle(client: Client, settings: Settings, tmp_path: Path) -> AsyncIte
     ):
         repository = Repository(own.store, folder, Cache(tmp_path / "artefacts", 1 << 30))
         worker = Candle(instance, repository, CandleSettings(), own.store.served)
-        parts = tmp_path / "imports"
+        parts = tmp_path / "cache"
         serving = asyncio.create_task(worker.run())
         await until(lambda: instance._registration.status == "running" or serving.done(), 30)
         try:
