@@ -390,7 +390,7 @@ def _facts(report: m.ModelReport) -> Iterable[tuple[str, str]]:
     if report.runtime:
         yield "runtime", report.runtime
     if report.confined:
-        yield "kept from", ", ".join(report.confined)
+        yield "confined", ", ".join(report.confined)
     yield "validated", _moment(report.validated_at)
 
 

@@ -177,9 +177,13 @@ async def _store(
                 if upload.offset:
                     sys.stderr.write(f"going on behind {decimal(upload.offset)}\n")
                 meter.begin_at(upload.offset)
-                async for block in _blocks(file, upload.offset):
-                    await upload.write(block)
-                    meter.to(upload.offset)
+                try:
+                    async for block in _blocks(file, upload.offset):
+                        await upload.write(block)
+                        meter.to(upload.offset)
+                except asyncio.CancelledError:
+                    sys.stderr.write("what was sent is kept; give the same command to go on\n")
+                    raise
             try:
                 await upload.commit(digest)
             except Unprocessable:

@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -401,22 +402,26 @@ async def test_a_file_here_is_validated_without_a_platform(
     assert told.json["problems"]
 
 
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 async def test_a_push_that_was_broken_off_goes_on_where_it_was(
-    client: Client, ours: dict[str, str], tmp_path: Path
+    client: Client, ours: dict[str, str], tmp_path: Path, how: signal.Signals
 ):
     file = tmp_path / "large.onnx"
     file.write_bytes(os.urandom(192 << 20))
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     process = await asyncio.create_subprocess_exec(
-        *BKG, "models", "push", str(file), "large", env=ours, stderr=subprocess.DEVNULL
+        *BKG, "models", "push", str(file), "large", env=ours, stderr=subprocess.PIPE
     )
 
     async def begun() -> bool:
         return any(one.bytes for one in await client.store.artefacts.unfinished())
 
     await until(begun, 60)
-    process.kill()
-    await process.wait()
+    process.send_signal(how)
+    _, err = await asyncio.wait_for(process.communicate(), 60)
+    if how == signal.SIGINT:
+        assert process.returncode == 130
+        assert b"give the same command to go on" in err
     [left] = await client.store.artefacts.unfinished()
     assert 0 < left.bytes < file.stat().st_size
 
@@ -430,6 +435,24 @@ async def test_a_push_that_was_broken_off_goes_on_where_it_was(
     assert await client.store.artefacts.size(digest) == file.stat().st_size
     assert await client.store.artefacts.unfinished() == []
     assert list((tmp_path / "user-cache" / "bkg" / "uploads").iterdir()) == []
+
+
+async def test_a_terminal_gets_a_bar_with_bytes_and_rate(
+    client: Client, ours: dict[str, str], iris: ModelSpec, tmp_path: Path
+):
+    ours_end, terminal = pty.openpty()
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *BKG, "models", "pull", "iris", "-o", str(tmp_path / "got.onnx"),
+            stdout=subprocess.DEVNULL, stderr=terminal, env=ours | {"TERM": "xterm"},
+        )  # fmt: skip
+        assert await asyncio.wait_for(process.wait(), 60) == 0
+        shown = os.read(ours_end, 65_536).decode()
+    finally:
+        os.close(ours_end)
+        os.close(terminal)
+    assert "pulling iris:1" in shown
+    assert "760/760 bytes" in shown
 
 
 async def test_two_pushes_of_one_file_do_not_share_an_upload(
