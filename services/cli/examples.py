@@ -87,7 +87,7 @@ def _body(inputs: Sequence[TensorInfo]) -> list[dict[str, Any]] | None:
 def _literal(inputs: Sequence[TensorInfo]) -> str:
     """Return the same as Python writes it, however large."""
     tensors = [
-        f'{{"name": {one.name!r}, "datatype": "{one.datatype}", "shape": {_shape(one)}, '
+        f'{{"name": {json.dumps(one.name)}, "datatype": "{one.datatype}", "shape": {_shape(one)}, '
         f'"data": [{_zero(one.datatype)!r}] * {math.prod(_shape(one))}}}'
         for one in inputs
     ]

@@ -288,12 +288,12 @@ async def shipped(at: Platform) -> None:
     for one in found.models:
         table.add_row(
             one.plugin,
-            Text(one.name, "cyan"),
+            Text(one.name, "cyan", overflow="fold"),
             one.version,
             one.licence,
             decimal(one.size_bytes),
             one.used_for,
-            one.source,
+            Text(one.source, overflow="fold"),
         )
     out.print(table, soft_wrap=False)
 

@@ -27,14 +27,18 @@ class Meter:
         what: What is done, and to what: `pushing iris.onnx`.
         total: How many bytes there will be, if that is known.
         quiet: Whether lines are left out; a bar is for people, and shown to them.
+        sums_up: Whether a line at the end says what came of it.
     """
 
-    def __init__(self, what: str, total: int | None = None, *, quiet: bool = False) -> None:
+    def __init__(
+        self, what: str, total: int | None = None, *, quiet: bool = False, sums_up: bool = True
+    ) -> None:
         console = Console(stderr=True, highlight=False)
         self._what = what
         self._total = total
         self._done = self._before = 0
         self._quiet = quiet
+        self._sums_up = sums_up
         self._began = self._said = time.monotonic()
         self._bar: Progress | None = None
         if console.is_terminal:
@@ -61,7 +65,7 @@ class Meter:
     ) -> None:
         if self._bar:
             self._bar.stop()
-        elif self._done:
+        elif self._done and self._sums_up:
             self._say()
 
     def begin_at(self, done: int) -> None:

@@ -147,7 +147,7 @@ async def _copy(
 async def _digest_of(file: Path, size: int, *, quiet: bool) -> str:
     """Return a file's SHA-256: what is stored already is not sent again, and what is sent fits."""
     sha, done = hashlib.sha256(), 0
-    with Meter(f"reading {file.name}", size, quiet=quiet) as meter:
+    with Meter(f"reading {file.name}", size, quiet=quiet, sums_up=False) as meter:
         async for block in _blocks(file):
             sha.update(block)
             done += len(block)
