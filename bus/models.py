@@ -6,11 +6,21 @@ to ask another one.
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager
 from typing import Final
 
-from bus.messages import ModelSpec, ModelVersion, ServedModel, ServedModels
+import msgspec
+
+from bus.messages import (
+    ModelSpec,
+    ModelVersion,
+    Registration,
+    ServedModel,
+    ServedModels,
+    ShippedModel,
+    ShippedModels,
+)
 from bus.state import Changes, Store
 from bus.tasks import beside
 
@@ -55,6 +65,23 @@ def next_version(spec: ModelSpec | None) -> str:
     """Return the name of the next version: one more than the highest number."""
     numbers = [int(v.version) for v in spec.versions if v.version.isdecimal()] if spec else []
     return str(max(numbers, default=0) + 1)
+
+
+def shipped_by(registrations: Iterable[Registration]) -> ShippedModels:
+    """Return what comes with the plugins of these instances, each file once.
+
+    What an instance tells in another form is passed over: others than ours write registrations.
+    """
+    found: dict[tuple[str, str, str], ShippedModel] = {}
+    for told in registrations:
+        listed = told.meta.get("ships")
+        for one in listed if isinstance(listed, list) else ():
+            with contextlib.suppress(msgspec.ValidationError):
+                model = msgspec.structs.replace(
+                    msgspec.convert(one, ShippedModel), plugin=told.plugin
+                )
+                found[model.plugin, model.name, model.checksum] = model
+    return ShippedModels(models=[found[key] for key in sorted(found)])
 
 
 def _order(version: ModelVersion) -> tuple[int, float]:

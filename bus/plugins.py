@@ -166,6 +166,10 @@ class PluginsView:
         """Return every replica as its supervisor sees it."""
         return list(self._processes.values())
 
+    def registrations(self) -> Sequence[Registration]:
+        """Return every instance as it tells of itself."""
+        return list(self._instances.values())
+
     def list(self) -> list[PluginState]:
         """Return all states, by name."""
         return [self._states[name] for name in sorted(self._states)]

@@ -248,6 +248,36 @@ class KeptAnswer(Message, frozen=True):
     body: bytes
 
 
+class ShippedModel(Message, frozen=True, omit_defaults=False):
+    """Weights that come with a plugin; a worker lists them in its registration, `meta.ships`.
+
+    Attributes:
+        name: What they are called.
+        version: Which of them.
+        checksum: SHA-256 of the file, hex.
+        size_bytes: Size of the file.
+        licence: Under which they may be used, an SPDX identifier.
+        source: Where they come from.
+        used_for: What they do there.
+        plugin: Whose they are; a registration says it already.
+    """
+
+    name: str
+    version: str
+    checksum: str
+    size_bytes: int
+    licence: str
+    source: str
+    used_for: str
+    plugin: str = ""
+
+
+class ShippedModels(Message, frozen=True, omit_defaults=False):
+    """What comes with the plugins that run, by plugin and name."""
+
+    models: list[ShippedModel]
+
+
 # --- Jobs -----------------------------------------------------------------------------------------
 
 JobState = Literal["queued", "running", "done", "failed", "cancelled"]

@@ -1,7 +1,5 @@
 """Starts a candle worker: settings from the environment, things made and handed to each other."""
 
-import sys
-
 from bus import codec
 from bus.client import connect
 from bus.instance import join
@@ -9,6 +7,7 @@ from bus.process import run
 from bus.settings import Settings
 from services.candle.cache import Cache
 from services.candle.intake import taking_in
+from services.candle.models.shipped import shipped
 from services.candle.repository import Repository
 from services.candle.service import SERVED, Candle
 from services.candle.settings import MIB, CandleSettings
@@ -26,6 +25,7 @@ async def main() -> None:
             description="Runs models: linear ones from JSON, and ONNX",
             capabilities=[endpoint.capability for endpoint in SERVED],
             config_schema=codec.schema(CandleSettings),
+            meta={"ships": codec.plain(shipped())},
         ) as instance,
     ):
         wanted = instance.settings(CandleSettings)
@@ -37,4 +37,4 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    raise SystemExit(run(main))

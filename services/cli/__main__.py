@@ -7,10 +7,22 @@ allowed; 130 interrupted.
 
 import os
 import sys
-from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+
+from services.cli.models_parser import jobs_app, models_app
+from services.cli.options import (
+    CommandTimeout,
+    DataDir,
+    HostName,
+    Nats,
+    Platform,
+    PluginName,
+    Since,
+    absolute,
+    reaching,
+)
 
 app = typer.Typer(
     name="bkg",
@@ -25,32 +37,8 @@ app.add_typer(plugins_app, name="plugins")
 hosts_app = typer.Typer(help="Show hosts; drain one and take it back.")
 app.add_typer(hosts_app, name="hosts")
 
-DataDir = Annotated[
-    Path | None,
-    typer.Option(
-        envvar="BKG_DATA_DIR", help="Where everything is kept.", show_default="the user's data"
-    ),
-]
-Nats = Annotated[
-    str | None,
-    typer.Option(
-        envvar="BKG_NATS_URL",
-        help="The broker, nats://USER:PASSWORD@HOST:PORT.",
-        show_default="that of the running platform",
-    ),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
-HostName = Annotated[str, typer.Argument(metavar="HOST", help="The host's name.")]
-PluginName = Annotated[str, typer.Argument(metavar="PLUGIN", help="The plugin's name.")]
-Since = Annotated[
-    str | None,
-    typer.Option(
-        metavar="TIME", help="How long ago, as 15m, 2h, 1d, or a time.", show_default="ever"
-    ),
-]
-CommandTimeout = Annotated[
-    float, typer.Option("--timeout", min=0.1, max=600, help="Seconds to wait until it is done.")
-]
+app.add_typer(models_app, name="models")
+app.add_typer(jobs_app, name="jobs")
 
 
 @app.command()
@@ -77,7 +65,7 @@ def up(
     from services.cli.up import Options, run
 
     options = Options(
-        host=host, port=port, data_dir=_data_dir(data_dir), nats=nats or None, no_auth=no_auth
+        host=host, port=port, data_dir=absolute(data_dir), nats=nats or None, no_auth=no_auth
     )
     raise typer.Exit(run(options))
 
@@ -95,7 +83,7 @@ def worker(
     """Run one worker of a plugin here, and let it join a running platform."""
     from services.cli.plugins import worker
 
-    worker(plugin, nats or None, _data_dir(data_dir), slot)
+    worker(plugin, nats or None, absolute(data_dir), slot)
 
 
 @app.command()
@@ -115,89 +103,90 @@ def join(
     """Make this machine a host of a running platform, until Ctrl-C."""
     from services.cli.hosts import join
 
-    join(nats, _data_dir(data_dir), name, label or [])
+    join(nats, absolute(data_dir), name, label or [])
 
 
 @hosts_app.callback(invoke_without_command=True)
-def hosts(
-    context: typer.Context, nats: Nats = None, data_dir: DataDir = None, as_json: AsJson = False
-) -> None:
+@reaching
+def hosts(context: typer.Context, at: Platform) -> None:
     """Show every host with what runs on it."""
     if context.invoked_subcommand is None:
         from services.cli import hosts, plugins
 
-        plugins.run(hosts.show(nats or None, _data_dir(data_dir), as_json=as_json))
+        plugins.run(hosts.show(at.nats, at.data_dir, as_json=at.as_json))
 
 
 @hosts_app.command()
+@reaching
 def drain(
     host: HostName,
     timeout: CommandTimeout = 60.0,
-    nats: Nats = None,
-    data_dir: DataDir = None,
-    as_json: AsJson = False,
+    *,
+    at: Platform,
 ) -> None:
     """Move a host's replicas away, and wait until none is left."""
-    _host_command("drain", host, timeout, nats, data_dir, as_json=as_json)
+    _host_command("drain", host, timeout, at)
 
 
 @hosts_app.command()
+@reaching
 def undrain(
     host: HostName,
     timeout: CommandTimeout = 30.0,
-    nats: Nats = None,
-    data_dir: DataDir = None,
-    as_json: AsJson = False,
+    *,
+    at: Platform,
 ) -> None:
     """Let a drained host take replicas again."""
-    _host_command("undrain", host, timeout, nats, data_dir, as_json=as_json)
+    _host_command("undrain", host, timeout, at)
 
 
 @app.command()
-def status(nats: Nats = None, data_dir: DataDir = None, as_json: AsJson = False) -> None:
+@reaching
+def status(*, at: Platform) -> None:
     """Show every plugin with its state."""
     from services.cli import plugins
 
-    plugins.run(plugins.status(nats or None, _data_dir(data_dir), as_json=as_json))
+    plugins.run(plugins.status(at.nats, at.data_dir, as_json=at.as_json))
 
 
 @plugins_app.command()
+@reaching
 def start(
     plugin: PluginName,
     timeout: CommandTimeout = 30.0,
-    nats: Nats = None,
-    data_dir: DataDir = None,
-    as_json: AsJson = False,
+    *,
+    at: Platform,
 ) -> None:
     """Start a plugin, and wait until it is ready."""
-    _command("start", plugin, timeout, nats, data_dir, as_json=as_json)
+    _command("start", plugin, timeout, at)
 
 
 @plugins_app.command()
+@reaching
 def stop(
     plugin: PluginName,
     timeout: CommandTimeout = 30.0,
-    nats: Nats = None,
-    data_dir: DataDir = None,
-    as_json: AsJson = False,
+    *,
+    at: Platform,
 ) -> None:
     """Stop a plugin, and wait until it has stopped."""
-    _command("stop", plugin, timeout, nats, data_dir, as_json=as_json)
+    _command("stop", plugin, timeout, at)
 
 
 @plugins_app.command()
+@reaching
 def restart(
     plugin: PluginName,
     timeout: CommandTimeout = 30.0,
-    nats: Nats = None,
-    data_dir: DataDir = None,
-    as_json: AsJson = False,
+    *,
+    at: Platform,
 ) -> None:
     """Replace every replica of a plugin in turn, and wait until the last is ready."""
-    _command("restart", plugin, timeout, nats, data_dir, as_json=as_json)
+    _command("restart", plugin, timeout, at)
 
 
 @plugins_app.command("log-level")
+@reaching
 def log_level(
     plugin: PluginName,
     level: Annotated[
@@ -208,21 +197,18 @@ def log_level(
     lasts: Annotated[
         str, typer.Option("--for", metavar="TIME", help="As 90s, 10m, 2h; at most a day.")
     ] = "10m",
-    nats: Nats = None,
-    data_dir: DataDir = None,
-    as_json: AsJson = False,
+    at: Platform,
 ) -> None:
     """Change what a plugin's instances log, for a while; then it falls back by itself."""
     from services.cli import plugins
 
     plugins.run(
-        plugins.log_level(
-            plugin, level, nats or None, _data_dir(data_dir), lasts=lasts, as_json=as_json
-        )
+        plugins.log_level(plugin, level, at.nats, at.data_dir, lasts=lasts, as_json=at.as_json)
     )
 
 
 @app.command()
+@reaching
 def events(
     name: Annotated[
         str | None, typer.Argument(metavar="NAME", help="Plugin or host.", show_default="all")
@@ -233,9 +219,7 @@ def events(
     limit: Annotated[
         int, typer.Option("--limit", "-n", min=1, max=100_000, help="How many of the newest.")
     ] = 200,
-    nats: Nats = None,
-    data_dir: DataDir = None,
-    as_json: AsJson = False,
+    at: Platform,
 ) -> None:
     """Show what happened to plugins and hosts, the oldest first."""
     from services.cli import plugins
@@ -243,38 +227,37 @@ def events(
     plugins.run(
         plugins.events(
             name,
-            nats or None,
-            _data_dir(data_dir),
+            at.nats,
+            at.data_dir,
             follow=follow,
             since=since,
             limit=limit,
-            as_json=as_json,
+            as_json=at.as_json,
         )
     )
 
 
 @plugins_app.command()
+@reaching
 def scale(
     plugin: PluginName,
     replicas: Annotated[
         int, typer.Argument(metavar="N", min=0, max=100, help="How many instances are wanted.")
     ],
     timeout: CommandTimeout = 30.0,
-    nats: Nats = None,
-    data_dir: DataDir = None,
-    as_json: AsJson = False,
+    *,
+    at: Platform,
 ) -> None:
     """Change how many instances of a plugin there are, and wait until they are there."""
     from services.cli import config, plugins
 
     plugins.run(
-        config.scale(
-            plugin, replicas, nats or None, _data_dir(data_dir), timeout_s=timeout, as_json=as_json
-        )
+        config.scale(plugin, replicas, at.nats, at.data_dir, timeout_s=timeout, as_json=at.as_json)
     )
 
 
 @plugins_app.command()
+@reaching
 def config(
     plugin: PluginName,
     file: Annotated[
@@ -290,9 +273,7 @@ def config(
         bool, typer.Option("--check", help="Say what would change, and store nothing.")
     ] = False,
     timeout: CommandTimeout = 30.0,
-    nats: Nats = None,
-    data_dir: DataDir = None,
-    as_json: AsJson = False,
+    at: Platform,
 ) -> None:
     """Show a plugin's configuration; with FILE or --set, change it and wait until it is taken."""
     from services.cli import config, plugins
@@ -302,53 +283,54 @@ def config(
             plugin,
             file,
             assignments or [],
-            nats or None,
-            _data_dir(data_dir),
+            at.nats,
+            at.data_dir,
             check=check,
             timeout_s=timeout,
-            as_json=as_json,
+            as_json=at.as_json,
         )
     )
 
 
 @plugins_app.command()
+@reaching
 def history(
     plugin: PluginName,
     limit: Annotated[
         int, typer.Option("--limit", "-n", min=1, max=64, help="How many of the newest.")
     ] = 20,
-    nats: Nats = None,
-    data_dir: DataDir = None,
-    as_json: AsJson = False,
+    *,
+    at: Platform,
 ) -> None:
     """Show who changed what of a plugin, the newest first."""
     from services.cli import config, plugins
 
-    plugins.run(config.history(plugin, limit, nats or None, _data_dir(data_dir), as_json=as_json))
+    plugins.run(config.history(plugin, limit, at.nats, at.data_dir, as_json=at.as_json))
 
 
 @plugins_app.command()
+@reaching
 def rollback(
     plugin: PluginName,
     revision: Annotated[
         int, typer.Argument(metavar="REVISION", help="Whose configuration; see history.")
     ],
     timeout: CommandTimeout = 30.0,
-    nats: Nats = None,
-    data_dir: DataDir = None,
-    as_json: AsJson = False,
+    *,
+    at: Platform,
 ) -> None:
     """Store an older configuration of a plugin again, and wait until it is taken."""
     from services.cli import config, plugins
 
     plugins.run(
         config.rollback(
-            plugin, revision, nats or None, _data_dir(data_dir), timeout_s=timeout, as_json=as_json
+            plugin, revision, at.nats, at.data_dir, timeout_s=timeout, as_json=at.as_json
         )
     )
 
 
 @app.command()
+@reaching
 def logs(
     plugin: Annotated[
         str | None, typer.Argument(metavar="PLUGIN", help="Whose.", show_default="all")
@@ -371,9 +353,7 @@ def logs(
     limit: Annotated[
         int, typer.Option("--limit", "-n", min=1, max=100_000, help="How many of the newest.")
     ] = 200,
-    nats: Nats = None,
-    data_dir: DataDir = None,
-    as_json: AsJson = False,
+    at: Platform,
 ) -> None:
     """Show log records, the oldest first."""
     from services.cli import plugins
@@ -381,20 +361,21 @@ def logs(
     plugins.run(
         plugins.logs(
             plugin,
-            nats or None,
-            _data_dir(data_dir),
+            at.nats,
+            at.data_dir,
             follow=follow,
             level=level,
             slot=slot,
             since=since,
             grep=grep,
             limit=limit,
-            as_json=as_json,
+            as_json=at.as_json,
         )
     )
 
 
 @app.command()
+@reaching
 def call(
     capability: Annotated[str, typer.Argument(help="Such as candle.model.run.")],
     request: Annotated[
@@ -405,9 +386,7 @@ def call(
     ] = None,
     *,
     timeout: Annotated[float, typer.Option(min=0.1, max=600, help="Seconds to wait.")] = 30.0,
-    nats: Nats = None,
-    data_dir: DataDir = None,
-    as_json: AsJson = False,
+    at: Platform,
 ) -> None:
     """Ask a capability, and show its answer."""
     from services.cli import plugins
@@ -416,10 +395,10 @@ def call(
         plugins.call(
             capability,
             request,
-            nats or None,
-            _data_dir(data_dir),
+            at.nats,
+            at.data_dir,
             timeout_s=timeout,
-            as_json=as_json,
+            as_json=at.as_json,
         )
     )
 
@@ -458,46 +437,20 @@ def _tell(error: Exception) -> int:
     return 4 if isinstance(error, NotAllowed) else 1
 
 
-def _command(
-    verb: str,
-    plugin: str,
-    timeout_s: float,
-    nats: str | None,
-    data_dir: Path | None,
-    *,
-    as_json: bool,
-) -> None:
+def _command(verb: str, plugin: str, timeout_s: float, at: Platform) -> None:
     from services.cli import plugins
 
     plugins.run(
-        plugins.command(
-            verb, plugin, nats or None, _data_dir(data_dir), timeout_s=timeout_s, as_json=as_json
-        )
+        plugins.command(verb, plugin, at.nats, at.data_dir, timeout_s=timeout_s, as_json=at.as_json)
     )
 
 
-def _host_command(
-    verb: str,
-    host: str,
-    timeout_s: float,
-    nats: str | None,
-    data_dir: Path | None,
-    *,
-    as_json: bool,
-) -> None:
+def _host_command(verb: str, host: str, timeout_s: float, at: Platform) -> None:
     from services.cli import hosts, plugins
 
     plugins.run(
-        hosts.command(
-            verb, host, nats or None, _data_dir(data_dir), timeout_s=timeout_s, as_json=as_json
-        )
+        hosts.command(verb, host, at.nats, at.data_dir, timeout_s=timeout_s, as_json=at.as_json)
     )
-
-
-def _data_dir(given: Path | None) -> Path:
-    from bus.settings import default_data_dir
-
-    return (given or default_data_dir()).absolute()
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from typing import Any
 
 import msgspec
 import typer
-from rich.table import Table
 from rich.text import Text
 
 from bus import codec
@@ -23,7 +22,7 @@ from bus.subjects import (
     PLUGINS_ROLLBACK,
     PLUGINS_SCALE,
 )
-from services.cli.console import out, show_json, show_plugins
+from services.cli.console import out, plain_table, show_json, show_plugins
 from services.cli.plugins import WAY_S, connected
 
 
@@ -96,9 +95,7 @@ async def history(
     if as_json:
         show_json(revisions)
         return
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    for title in ("revision", "when", "who", "generation", "state", "changes"):
-        table.add_column(title)
+    table = plain_table("revision", "when", "who", "generation", "state", "changes")
     for one in revisions:
         table.add_row(
             str(one.revision),

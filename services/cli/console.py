@@ -44,11 +44,19 @@ def show_answer(body: bytes) -> None:
         sys.stdout.write(body.decode() + "\n")
 
 
+def plain_table(*titles: str) -> Table:
+    """Return a table without lines, with a column for each title."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for title in titles:
+        table.add_column(title)
+    return table
+
+
 def show_plugins(plugins: Iterable[PluginState]) -> None:
     """Print a table of plugins, with the reason under each that does not run well."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    for title in ("plugin", "status", "ready", "pid", "port", "since", "restarts", "capabilities"):
-        table.add_column(title)
+    table = plain_table(
+        "plugin", "status", "ready", "pid", "port", "since", "restarts", "capabilities"
+    )
     for plugin in plugins:
         since = min((i.since for i in plugin.instances), default=None)
         table.add_row(
@@ -57,7 +65,7 @@ def show_plugins(plugins: Iterable[PluginState]) -> None:
             f"{plugin.replicas.ready}/{plugin.replicas.desired}",
             str(plugin.pid or "-"),
             str(plugin.port or "-"),
-            _age((now() - since).total_seconds()) if since else "-",
+            age((now() - since).total_seconds()) if since else "-",
             str(sum(i.restarts for i in plugin.instances)),
             Text(", ".join(plugin.capabilities) or "-", overflow="fold"),
         )
@@ -68,9 +76,9 @@ def show_plugins(plugins: Iterable[PluginState]) -> None:
 
 def show_hosts(hosts: Iterable[HostInfo]) -> None:
     """Print a table of hosts."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    for title in ("host", "status", "memory free", "processors", "labels", "since", "replicas"):
-        table.add_column(title)
+    table = plain_table(
+        "host", "status", "memory free", "processors", "labels", "since", "replicas"
+    )
     for host in hosts:
         table.add_row(
             host.name,
@@ -78,7 +86,7 @@ def show_hosts(hosts: Iterable[HostInfo]) -> None:
             f"{host.mem_available_bytes / 1e9:.1f} of {host.mem_total_bytes / 1e9:.1f} GB",
             str(host.processors),
             ", ".join(f"{key}={value}" for key, value in sorted(host.labels.items())) or "-",
-            _age((now() - host.since).total_seconds()),
+            age((now() - host.since).total_seconds()),
             Text(", ".join(host.replicas) or "-", overflow="fold"),
         )
     out.print(table, soft_wrap=False)
@@ -160,7 +168,8 @@ class Progress:
             out.print(line)
 
 
-def _age(seconds: float) -> str:
+def age(seconds: float) -> str:
+    """Return how long something is ago, in its largest unit."""
     for unit, length in (("d", 86_400), ("h", 3_600), ("min", 60)):
         if seconds >= length:
             return f"{seconds / length:.0f} {unit}"

