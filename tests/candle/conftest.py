@@ -2,14 +2,15 @@
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 
 import msgspec
 import pytest
 
-from bus.client import connect
+from bus import messages as m
+from bus.client import Client, connect
 from bus.instance import join
 from bus.settings import Settings
 from bus.testing import until
@@ -20,6 +21,7 @@ from services.candle.service import Candle
 from services.candle.settings import CandleSettings
 
 Worker = Callable[..., AbstractAsyncContextManager[Candle]]
+SetTo = Callable[..., Awaitable[None]]
 
 
 @pytest.fixture
@@ -39,6 +41,22 @@ def linear(models_dir: Path) -> Callable[..., str]:
         content = {"input_dim": 2, "output_dim": 1, "weights": [1, 1], "bias": [0], **changes}
         (models_dir / name).write_text(json.dumps(content))
         return name
+
+    return write
+
+
+@pytest.fixture
+def set_to(client: Client) -> SetTo:
+    """Write candle's settings, as the supervisor does when somebody changes them."""
+
+    async def write(**changes: object) -> None:
+        config = m.PluginConfig(
+            name="candle", description="", entrypoint="x", capabilities=[], settings=changes
+        )
+        desired = m.DesiredState(
+            config=config, enabled=True, generation=1, changed_by="t", changed_at=m.now()
+        )
+        await client.store.desired.put(desired, "candle")
 
     return write
 
