@@ -5,6 +5,7 @@ import os
 import time
 import uuid
 from collections.abc import Generator
+from pathlib import Path
 
 import psutil
 import pytest
@@ -20,6 +21,8 @@ examples.load_profile("unhurried")
 # Every process that a test starts inherits it, as far down as it goes.
 MARK = "TEST_PROCESS_OF"
 PROCESSES_MAX = 4
+HERE = Path(__file__).parent
+LONGEST_FIRST = ("journeys", "supervisor", "cli", "test_bench.py", "candle", "rustyface")
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -31,6 +34,17 @@ def pytest_xdist_auto_num_workers() -> int:
 def processors() -> int:
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of several processes none shall begin with the longest tests when the others are done."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: place(item.path))
+
+
+def place(path: Path) -> int:
+    part = path.relative_to(HERE).parts[0]
+    return LONGEST_FIRST.index(part) if part in LONGEST_FIRST else len(LONGEST_FIRST)
 
 
 @pytest.fixture(scope="session", autouse=True)

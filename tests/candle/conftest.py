@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import shutil
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
@@ -24,13 +25,18 @@ Worker = Callable[..., AbstractAsyncContextManager[Candle]]
 SetTo = Callable[..., Awaitable[None]]
 
 
-@pytest.fixture
-def models_dir(tmp_path: Path) -> Path:
-    """The folder that models are loaded from, with the samples in it."""
-    folder = tmp_path / "models"
-    folder.mkdir()
+@pytest.fixture(scope="session")
+def samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The sample models, trained once for all tests."""
+    folder = tmp_path_factory.mktemp("samples")
     make.make(folder)
     return folder
+
+
+@pytest.fixture
+def models_dir(tmp_path: Path, samples: Path) -> Path:
+    """The folder that models are loaded from, with the samples in it."""
+    return shutil.copytree(samples, tmp_path / "models")
 
 
 @pytest.fixture

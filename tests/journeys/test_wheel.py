@@ -20,10 +20,12 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         check=True, capture_output=True, timeout=240,
     )  # fmt: skip
     [wheel] = made.glob("*.whl")
-    venv.create(made / "venv", with_pip=True, symlinks=True)
+    venv.create(made / "venv", symlinks=True)
     python = made / "venv" / "bin" / "python"
+    # With the pip that is there: one more would have to be installed first.
     subprocess.run(
-        [str(python), "-m", "pip", "install", "--quiet", f"{wheel}[embedded,faces]"],
+        [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet",
+         f"{wheel}[embedded,faces]"],
         check=True, cwd=made, timeout=280,
     )  # fmt: skip
     return python.parent
