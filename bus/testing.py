@@ -84,7 +84,7 @@ async def declared(url: str, root: str) -> AsyncGenerator[Client]:
 
 
 async def until(
-    condition: Callable[[], object | Awaitable[object]], timeout_s: float = 10.0
+    condition: Callable[[], object | Awaitable[object]], timeout_s: float = 30.0
 ) -> None:
     """Wait until a condition holds, looking again every 20 ms.
 
