@@ -14,8 +14,9 @@ help: ## list the targets
 run: .venv/run.stamp ## run the platform; ARGS="--port 8080" passes options on
 	@exec $(BIN)/bkg up $(ARGS)
 
-test: lint ## check and test everything
-	@BKG_BROWSER=$$($(BIN)/python tests/browser.py) && export BKG_BROWSER && exec $(BIN)/python -m pytest
+test: lint ## check and test everything; ARGS="-n 0" tests in one process
+	@BKG_BROWSER=$$($(BIN)/python tests/browser.py) && export BKG_BROWSER && \
+		exec $(BIN)/python -m pytest -n auto $(ARGS)
 
 lint: .venv/test.stamp ## check style and types
 	@$(BIN)/ruff check && $(BIN)/ruff format --check && $(BIN)/mypy

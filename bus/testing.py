@@ -1,7 +1,8 @@
 """pytest fixtures on a real broker, for us and for writers of plugins.
 
-Load them with `pytest_plugins = ["bus.testing"]`. One broker serves the whole run; each test has
-a root token of its own on it, and so sees nothing of the others.
+Load them with `pytest_plugins = ["bus.testing"]`. One broker serves the whole run, or each process
+of it with pytest-xdist; each test has a root token of its own on it, and so sees nothing of the
+others.
 """
 
 import asyncio
@@ -83,7 +84,7 @@ async def declared(url: str, root: str) -> AsyncGenerator[Client]:
 
 
 async def until(
-    condition: Callable[[], object | Awaitable[object]], timeout_s: float = 10.0
+    condition: Callable[[], object | Awaitable[object]], timeout_s: float = 30.0
 ) -> None:
     """Wait until a condition holds, looking again every 20 ms.
 

@@ -72,8 +72,9 @@ async def test_requests_run_at_the_same_time(client, settings):
     assert sorted(reply.outputs[0][0] for reply in replies) == list(range(10))
 
 
-async def test_one_request_too_many_is_refused_at_once(client, settings, monkeypatch):
-    monkeypatch.setattr(instance, "MAX_IN_FLIGHT", 2)
+@contextlib.asynccontextmanager
+async def held_up(client, settings):
+    """Serve a model that answers nobody before `go_on` is set; gives the instance and `go_on`."""
     go_on = asyncio.Event()
 
     async def wait(request: m.RunModel) -> m.ModelOutput:
@@ -84,6 +85,12 @@ async def test_one_request_too_many_is_refused_at_once(client, settings, monkeyp
         join(client, settings, plugin="candle", description="a test") as candle,
         candle.serving(MODEL_RUN, wait, "m"),
     ):
+        yield candle, go_on
+
+
+async def test_one_request_too_many_is_refused_at_once(client, settings, monkeypatch):
+    monkeypatch.setattr(instance, "MAX_IN_FLIGHT", 2)
+    async with held_up(client, settings) as (candle, go_on):
         taken = [asyncio.create_task(client.call(MODEL_RUN, ask(i))) for i in range(2)]
         await until(lambda: candle.in_flight == 2)
         with pytest.raises(Overloaded, match="works on 2 requests already"):
@@ -94,16 +101,7 @@ async def test_one_request_too_many_is_refused_at_once(client, settings, monkeyp
 
 async def test_of_a_burst_as_many_are_taken_as_there_is_room_for(client, settings, monkeypatch):
     monkeypatch.setattr(instance, "MAX_IN_FLIGHT", 3)
-    go_on = asyncio.Event()
-
-    async def wait(request: m.RunModel) -> m.ModelOutput:
-        await go_on.wait()
-        return await echo(request)
-
-    async with (
-        join(client, settings, plugin="candle", description="a test") as candle,
-        candle.serving(MODEL_RUN, wait, "m"),
-    ):
+    async with held_up(client, settings) as (candle, go_on):
         asked = [asyncio.create_task(client.call(MODEL_RUN, ask(i))) for i in range(20)]
         await until(lambda: sum(one.done() for one in asked) == 17)
         assert candle.in_flight == 3

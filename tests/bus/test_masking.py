@@ -4,8 +4,7 @@ from typing import Annotated
 
 import msgspec
 import pytest
-from hypothesis import HealthCheck, given
-from hypothesis import settings as hypothesis_settings
+from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import Meta
 
@@ -16,8 +15,6 @@ from bus.plugins import plugin_state
 from bus.state import Entry
 
 SECRET = "hunter2-never-to-be-shown"
-# Other work on the machine is no failure.
-unhurried = hypothesis_settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 PASSWORD = {"type": "string", "format": "password"}
 DEFS = {"$defs": {"x/y": PASSWORD}}
 
@@ -120,7 +117,6 @@ pairs = st.recursive(
 documents = st.dictionaries(names, pairs, max_size=3)
 
 
-@unhurried
 @given(documents)
 def test_a_secret_never_appears_in_an_encoded_state(found):
     schema = {"properties": {key: one for key, (one, _) in found.items()}}
@@ -139,7 +135,6 @@ def test_a_secret_never_appears_in_an_encoded_state(found):
             assert SECRET.encode() not in codec.encode(state, content_type)
 
 
-@unhurried
 @given(documents)
 def test_what_was_shown_and_sent_back_is_what_is_stored(found):
     schema = {"properties": {key: one for key, (one, _) in found.items()}}

@@ -3,8 +3,9 @@
 import asyncio
 import contextlib
 import json
+import shutil
 import ssl
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 
@@ -13,7 +14,8 @@ import pytest
 from aiohttp import web
 from yarl import URL
 
-from bus.client import connect
+from bus import messages as m
+from bus.client import Client, connect
 from bus.instance import join
 from bus.settings import Settings
 from bus.testing import until
@@ -24,15 +26,21 @@ from services.candle.service import Candle
 from services.candle.settings import CandleSettings
 
 Worker = Callable[..., AbstractAsyncContextManager[Candle]]
+SetTo = Callable[..., Awaitable[None]]
+
+
+@pytest.fixture(scope="session")
+def samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The sample models, trained once for all tests."""
+    folder = tmp_path_factory.mktemp("samples")
+    make.make(folder)
+    return folder
 
 
 @pytest.fixture
-def models_dir(tmp_path: Path) -> Path:
+def models_dir(tmp_path: Path, samples: Path) -> Path:
     """The folder that models are loaded from, with the samples in it."""
-    folder = tmp_path / "models"
-    folder.mkdir()
-    make.make(folder)
-    return folder
+    return shutil.copytree(samples, tmp_path / "models")
 
 
 @pytest.fixture
@@ -43,6 +51,22 @@ def linear(models_dir: Path) -> Callable[..., str]:
         content = {"input_dim": 2, "output_dim": 1, "weights": [1, 1], "bias": [0], **changes}
         (models_dir / name).write_text(json.dumps(content))
         return name
+
+    return write
+
+
+@pytest.fixture
+def set_to(client: Client) -> SetTo:
+    """Write candle's settings, as the supervisor does when somebody changes them."""
+
+    async def write(**changes: object) -> None:
+        config = m.PluginConfig(
+            name="candle", description="", entrypoint="x", capabilities=[], settings=changes
+        )
+        desired = m.DesiredState(
+            config=config, enabled=True, generation=1, changed_by="t", changed_at=m.now()
+        )
+        await client.store.desired.put(desired, "candle")
 
     return write
 

@@ -710,7 +710,7 @@ requests = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     st.lists(requests, min_size=1, max_size=30),
     st.integers(1, 8),

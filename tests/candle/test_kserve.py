@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 import orjson
 import pytest
-from hypothesis import HealthCheck, example, given
-from hypothesis import settings as hypothesis_settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from tritonclient.http import InferenceServerClient, InferInput, InferRequestedOutput
@@ -19,8 +18,6 @@ from services.candle import models
 from services.candle.kserve import HEADER_LENGTH, Codec, Output, Request
 from services.candle.runtimes.base import DTYPES, Signature, TensorSpec
 from services.candle.runtimes.onnx import Onnx
-
-unhurried = hypothesis_settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 TINY = Signature((TensorSpec("x", "FP32", (-1, 2)),), (TensorSpec("y", "FP32", (-1, 2)),))
 NUMBERS = [name for name in DTYPES if name != "BYTES"]
@@ -130,7 +127,6 @@ def named(arrays: list[np.ndarray]) -> tuple[TensorSpec, ...]:
     return tuple(spec(f"t{i}", array) for i, array in enumerate(arrays))
 
 
-@unhurried
 @given(arrays=FOR_JSON)
 def test_what_the_client_sends_as_json_is_read_to_the_last_bit(arrays):
     sent, header = from_client(arrays, as_binary=[False] * len(arrays))
@@ -138,7 +134,6 @@ def test_what_the_client_sends_as_json_is_read_to_the_last_bit(arrays):
     assert all(same(read.tensors[f"t{i}"], array) for i, array in enumerate(arrays))
 
 
-@unhurried
 @given(arrays=FOR_BINARY, front=st.integers(0, 8), view=st.booleans())
 def test_what_the_client_sends_as_binary_data_is_read_wherever_it_lies(arrays, front, view):
     sent, header = from_client(arrays, as_binary=[True] * len(arrays))
@@ -148,7 +143,6 @@ def test_what_the_client_sends_as_binary_data_is_read_wherever_it_lies(arrays, f
     assert all(same(read.tensors[f"t{i}"], array) for i, array in enumerate(arrays))
 
 
-@unhurried
 @given(arrays=FOR_JSON, coins=st.lists(st.booleans(), min_size=3, max_size=3))
 def test_json_and_binary_inputs_can_be_mixed(arrays, coins):
     sent, header = from_client(arrays, as_binary=coins[: len(arrays)])
@@ -156,7 +150,6 @@ def test_json_and_binary_inputs_can_be_mixed(arrays, coins):
     assert all(same(read.tensors[f"t{i}"], array) for i, array in enumerate(arrays))
 
 
-@unhurried
 @given(arrays=FOR_JSON)
 def test_data_may_be_nested_like_the_shape(arrays):
     inputs = [
@@ -172,7 +165,6 @@ def test_data_may_be_nested_like_the_shape(arrays):
         assert same(read.tensors[given_["name"]], array)
 
 
-@unhurried
 @given(arrays=FOR_JSON, turned=st.booleans())
 def test_the_client_reads_what_is_written_as_json_to_the_last_bit(arrays, turned):
     arrays = [array.T if turned else array for array in arrays]
@@ -185,7 +177,6 @@ def test_the_client_reads_what_is_written_as_json_to_the_last_bit(arrays, turned
     assert all(same(result.as_numpy(f"t{i}"), array) for i, array in enumerate(arrays))
 
 
-@unhurried
 @given(arrays=FOR_BINARY, turned=st.booleans())
 def test_the_client_reads_what_is_written_as_binary_data(arrays, turned):
     arrays = [array.T if turned else array for array in arrays]
@@ -232,7 +223,6 @@ def test_the_body_that_the_next_tests_spoil_is_sound():
     assert read.timeout_us == 7
 
 
-@unhurried
 @given(sent=st.binary(max_size=200), header=st.none() | st.text(max_size=5))
 @example(b"", None)
 @example(b"[" * 100_000, None)
@@ -244,14 +234,12 @@ def test_arbitrary_bytes_are_refused_and_nothing_worse(sent, header):
         read_or_refuse(reader, sent, header)
 
 
-@unhurried
 @given(end=st.integers(0, len(SOUND) - 1), move_header=st.booleans())
 def test_a_body_cut_short_is_refused(end, move_header):
     header = str(min(end, int(SOUND_HEADER))) if move_header else SOUND_HEADER
     assert refused(ANY_INPUTS, SOUND[:end], header).message
 
 
-@unhurried
 @given(
     changes=st.lists(
         st.tuples(st.integers(0, len(SOUND) - 1), st.integers(0, 255)), min_size=1, max_size=4
@@ -279,7 +267,6 @@ JSON_VALUES = st.recursive(
 )  # fmt: skip
 
 
-@unhurried
 @given(
     value=JSON_VALUES,
     place=st.sampled_from(["inputs", "outputs", "parameters", "id", "name", "shape", "datatype",
@@ -821,7 +808,6 @@ def test_no_rows_and_no_classes_give_no_texts(shape):
     assert classes(np.zeros(shape, np.float32), 2, (-1, -1))[1] == []
 
 
-@unhurried
 @given(
     array=hnp.arrays(
         # Those whose values Python compares as numpy does.

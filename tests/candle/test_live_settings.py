@@ -14,18 +14,8 @@ def limits_of(candle, model: str):
     return candle._models[model].versions[0]._loaded.batcher.limits
 
 
-async def want(client, **settings: object) -> None:
-    config = m.PluginConfig(
-        name="candle", description="", entrypoint="x", capabilities=[], settings=settings
-    )
-    desired = m.DesiredState(
-        config=config, enabled=True, generation=1, changed_by="t", changed_at=m.now()
-    )
-    await client.store.desired.put(desired, "candle")
-
-
-async def test_limits_of_loaded_models_change_without_a_restart(client, worker, linear):
-    await want(client)
+async def test_limits_of_loaded_models_change_without_a_restart(client, worker, linear, set_to):
+    await set_to()
     async with worker() as candle:
         assert candle._instance._registration.live_settings == [
             "cache_max_mb",
@@ -37,7 +27,7 @@ async def test_limits_of_loaded_models_change_without_a_restart(client, worker, 
             "threads",
         ]
         await client.call(MODEL_LOAD, m.LoadModel(id="m", path=linear()))
-        await want(client, max_batch_rows=1, max_waiting_rows=1)
+        await set_to(max_batch_rows=1, max_waiting_rows=1)
         await until(lambda: candle._settings.max_waiting_rows == 1)
         limits = limits_of(candle, "m")
         assert (limits.max_rows, limits.max_waiting_rows) == (1, 1)

@@ -342,41 +342,33 @@ async def test_a_full_queue_names_itself_its_limit_and_the_setting(client, worke
 # --- Settings -------------------------------------------------------------------------------------
 
 
-async def set_to(client, **settings: object) -> None:
-    config = m.PluginConfig(
-        name="candle", description="", entrypoint="x", capabilities=[], settings=settings
-    )
-    desired = m.DesiredState(
-        config=config, enabled=True, generation=1, changed_by="t", changed_at=m.now()
-    )
-    await client.store.desired.put(desired, "candle")
-
-
-async def test_a_smaller_budget_puts_out_whoever_was_not_asked_for_longest(client, worker, linear):
-    await set_to(client)
+async def test_a_smaller_budget_puts_out_whoever_was_not_asked_for_longest(
+    client, worker, linear, set_to
+):
+    await set_to()
     async with worker() as candle:
         for name in ("a", "b", "c"):
             await load(client, linear(f"{name}.json"), name=name, pinned=name == "c")
             version_of(candle, name).memory_bytes = 4 * 1024**2
         await infer(client, model="a")
-        await set_to(client, memory_budget_mb=9)
+        await set_to(memory_budget_mb=9)
         await until(lambda: state_is(client, "cold", "b"))
         assert await state(client, "a") == await state(client, "c") == "ready"
         assert "memory_budget_mb" in version_of(candle, "b").reason
-        await set_to(client, memory_budget_mb=100)
+        await set_to(memory_budget_mb=100)
         await client.call(MODEL_WAKE, m.WakeModel(id="b"))
         await until(lambda: answers(client, model="b"))
 
 
-async def test_threads_the_cache_and_the_delay_follow_the_settings(client, worker, linear):
-    await set_to(client)
+async def test_threads_the_cache_and_the_delay_follow_the_settings(client, worker, linear, set_to):
+    await set_to()
     async with worker() as candle:
         await load(client, linear())
-        await set_to(client, threads=3, cache_max_mb=7, max_delay_ms=1.5)
+        await set_to(threads=3, cache_max_mb=7, max_delay_ms=1.5)
         await until(lambda: candle._repository.cache.max_bytes == 7 * 1024**2)
         assert version_of(candle)._loaded.batcher.limits.max_delay_s == 0.0015
         assert (await load(client, linear("n.json"), name="n")).threads == 3
-        await set_to(client)
+        await set_to()
         await until(lambda: version_of(candle)._loaded.batcher.limits.max_delay_s == 0)
 
 

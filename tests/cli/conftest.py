@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import signal
 import subprocess
 import sys
 from asyncio.subprocess import Process
@@ -78,6 +79,11 @@ async def run_bkg(*args: str, env: dict[str, str] | None = None) -> Ended:
     return Ended(process.returncode, out.decode(), err.decode())
 
 
+def with_hangup() -> None:
+    """Let a hang-up count, though `nohup` may have started the tests."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 async def none_left(processes: list[psutil.Process], within_s: float) -> None:
     """Wait until none of the processes is there; fail when one still is."""
     _, alive = await asyncio.to_thread(psutil.wait_procs, processes, timeout=within_s)
@@ -115,8 +121,9 @@ def up(data_dir: Path, env: dict[str, str]) -> StartUp:
     async def started(*args: str) -> AsyncIterator[Up]:
         options = ["--data-dir", str(data_dir), *(args or ("--port", "0"))]
         process = await asyncio.create_subprocess_exec(
-            *BKG, "up", *options, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env
-        )
+            *BKG, "up", *options,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env, preexec_fn=with_hangup,
+        )  # fmt: skip
         platform = Up(process, data_dir)
         try:
             platform.welcome = await platform.read_until("stop  ")

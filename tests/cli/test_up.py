@@ -95,17 +95,19 @@ async def test_a_second_one_on_the_same_data_is_refused(up: Any, bkg: Any):
         assert ended.err.count("\n") == 1
 
 
-@pytest.mark.parametrize("part", ["broker", "supervisor", "gateway"])
-async def test_a_part_that_dies_is_started_again_at_the_same_place(up: Any, part: str):
+async def test_a_part_that_dies_is_started_again_at_the_same_place(up: Any):
     async with up() as platform:
-        before = platform.run
-        os.kill(before["pids"][part], signal.SIGKILL)
-        said = await platform.read_until("runs again")
-        assert f"the {part} was ended by SIGKILL" in said
-        after = platform.run
-        assert after["pids"][part] != before["pids"][part]
-        assert (after["url"], after["nats_url"]) == (before["url"], before["nats_url"])
-        await until(lambda: is_ready(after["url"]), timeout_s=30)
+        for part in ("broker", "supervisor", "gateway"):
+            before = platform.run
+            os.kill(before["pids"][part], signal.SIGKILL)
+            said = await platform.read_until("runs again")
+            assert f"the {part} was ended by SIGKILL" in said
+            after = platform.run
+            others = {name: pid for name, pid in before["pids"].items() if name != part}
+            assert after["pids"] == others | {part: after["pids"][part]}
+            assert after["pids"][part] != before["pids"][part]
+            assert (after["url"], after["nats_url"]) == (before["url"], before["nats_url"])
+            await until(lambda url=before["url"]: is_ready(url), timeout_s=30)
 
 
 async def test_a_broker_of_ones_own_is_used_and_left_alone(

@@ -311,7 +311,7 @@ async def test_a_caller_who_goes_away_is_not_waited_for(gate, client):
 
 
 async def test_whatever_the_body_is_the_answer_is_no_500(gate, worker):
-    @runs(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
+    @runs(max_examples=50, suppress_health_check=list(HealthCheck))
     @given(st.binary(max_size=200))
     def bodies(body):
         tried.append(body)

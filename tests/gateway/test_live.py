@@ -401,7 +401,7 @@ async def test_a_frame_over_the_limit_ends_the_connection_with_1009(gate):
 
 
 async def test_whatever_text_comes_the_connection_stays(gate):
-    @runs(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+    @runs(max_examples=100, suppress_health_check=list(HealthCheck))
     @given(
         st.text(max_size=200)
         | st.dictionaries(

@@ -11,7 +11,7 @@ from bus.testing import until
 from tests.journeys.conftest import REPOSITORY, ask, without_bkg
 from tests.journeys.test_replicas import steady_load
 
-ROUNDS = 10
+ROUNDS = 5
 
 
 @pytest.fixture
@@ -61,6 +61,8 @@ async def scale(session, replicas: int) -> None:
     await until(done, 30)
 
 
+# Twenty processes are started in it.
+@pytest.mark.timeout(300)
 async def test_restarts_and_scaling_under_load_lose_no_request(session):
     async with steady_load(session) as (answers, failures):
         for _ in range(ROUNDS):

@@ -13,6 +13,9 @@ from bus.testing import until
 from tests.journeys.conftest import REPOSITORY, ask, without_bkg
 
 CALLERS = 16
+# Together some hundred requests a second: no moment without a replica passes unseen, and the
+# processes that start meanwhile still find a processor.
+PAUSE_S = 0.02
 
 
 @asynccontextmanager
@@ -33,7 +36,7 @@ async def by_hand(platform):
 
 @asynccontextmanager
 async def steady_load(session):
-    """Callers without a pause; gives what each was answered."""
+    """Callers who ask again and again; gives what each was answered."""
     answers: list[dict[str, object]] = []
     failures: list[str] = []
     stop = False
@@ -50,6 +53,7 @@ async def steady_load(session):
                     answers.append(body)
                 else:
                     failures.append(str(body))
+            await asyncio.sleep(PAUSE_S)
 
     callers = [asyncio.create_task(keep_asking()) for _ in range(CALLERS)]
     try:

@@ -1,5 +1,6 @@
 """The wheel alone, in a fresh virtual environment outside the checkout."""
 
+import shutil
 import subprocess
 import sys
 import venv
@@ -15,15 +16,23 @@ from tests.journeys.conftest import REPOSITORY, ask, up_and_running, without_bkg
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Build the wheel, install it, and return the folder with its programs."""
     made = tmp_path_factory.mktemp("wheel")
+    # Building writes beside the sources, where other tests read at the same time.
+    source = made / "source"
+    for folder in ("bus", "services"):
+        shutil.copytree(REPOSITORY / folder, source / folder)
+    for file in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(REPOSITORY / file, source)
     subprocess.run(
-        [sys.executable, "-m", "build", "--wheel", "--outdir", str(made), str(REPOSITORY)],
+        [sys.executable, "-m", "build", "--wheel", "--outdir", str(made), str(source)],
         check=True, capture_output=True, timeout=240,
     )  # fmt: skip
     [wheel] = made.glob("*.whl")
-    venv.create(made / "venv", with_pip=True, symlinks=True)
+    venv.create(made / "venv", symlinks=True)
     python = made / "venv" / "bin" / "python"
+    # With the pip that is there: one more would have to be installed first.
     subprocess.run(
-        [str(python), "-m", "pip", "install", "--quiet", f"{wheel}[embedded,faces]"],
+        [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet",
+         f"{wheel}[embedded,faces]"],
         check=True, cwd=made, timeout=280,
     )  # fmt: skip
     return python.parent

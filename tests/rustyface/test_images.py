@@ -111,7 +111,7 @@ def test_a_tiff_with_tiles_far_larger_than_the_picture_is_refused(order: str):
 
 @pytest.mark.parametrize("extension", FORMATS)
 @given(share=st.floats(0, 1, exclude_max=True))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_file_cut_off_is_refused_unless_no_pixel_is_missing(extension: str, share: float):
     data = encoded(extension)
     whole = decode(data)
@@ -157,7 +157,7 @@ BEGINNINGS = [encoded(e)[:n] for e in FORMATS for n in (4, 14, 30, 60)] + [b"", 
 
 
 @given(st.sampled_from(BEGINNINGS), st.binary(max_size=200))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_whatever_the_bytes_are_they_give_a_picture_or_a_clear_refusal(head: bytes, tail: bytes):
     try:
         pixels = decode(head + tail, max_pixels=10_000)
@@ -167,7 +167,7 @@ def test_whatever_the_bytes_are_they_give_a_picture_or_a_clear_refusal(head: byt
 
 
 @given(st.sampled_from(FORMATS), st.data())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_damaged_pictures_give_a_picture_or_a_clear_refusal(extension: str, choose: st.DataObject):
     data = bytearray(encoded(extension))
     for _ in range(choose.draw(st.integers(1, 6))):

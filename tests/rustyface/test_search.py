@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from bus.errors import InvalidRequest
@@ -21,7 +21,6 @@ def cosine(a: list[int], b: list[int]) -> float:
 
 
 @given(changes, vectors, st.integers(1, 20), st.sampled_from([-1.0, 0.0, 0.3, 0.9]))
-@settings(deadline=None)
 def test_after_any_changes_it_finds_what_a_plain_search_finds(
     steps: list[tuple[str, int, list[int]]], query: list[int], k: int, threshold: float
 ):

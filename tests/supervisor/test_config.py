@@ -4,8 +4,7 @@ from typing import Annotated, Literal
 
 import msgspec
 import pytest
-from hypothesis import HealthCheck, given
-from hypothesis import settings as hypothesis_settings
+from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import Meta
 
@@ -15,8 +14,6 @@ from bus.messages import Healthcheck, PluginConfig, Registration, now
 from services.supervisor import config as rules
 
 SECRET = "hunter2-never-to-be-shown"
-# Other work on the machine is no failure.
-unhurried = hypothesis_settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 class Inner(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -140,7 +137,6 @@ values = st.recursive(
 known = st.sampled_from([field.name for field in msgspec.structs.fields(Wanted)])
 
 
-@unhurried
 @given(st.dictionaries(known | st.text("abcmax_-", max_size=8), values, max_size=5))
 def test_the_check_agrees_with_what_the_worker_itself_would_say(settings):
     try:
@@ -158,7 +154,6 @@ def test_the_check_agrees_with_what_the_worker_itself_would_say(settings):
 wrong_secrets = values.map(lambda value: [SECRET, value]) | st.just({"x": SECRET})
 
 
-@unhurried
 @given(wrong_secrets, wrong_secrets)
 def test_a_secret_never_appears_in_errors_or_changes(before, after):
     was, new = (config(settings={"password": one, "label": 5}) for one in (before, after))

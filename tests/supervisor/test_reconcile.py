@@ -243,7 +243,7 @@ def happen(cluster: Cluster, what: str, *more: object) -> None:
             )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     st.lists(
         st.tuples(happenings, st.lists(st.permutations(NAMES), max_size=3)),
@@ -287,7 +287,6 @@ def renewed(cluster: Cluster) -> None:
     cluster.wanted["candle"] = Wanted(wanted.generation + 1, wanted.replicas, replica_bytes=5)
 
 
-@settings(deadline=None)
 @given(
     st.integers(1, 4), st.integers(1, 5), st.booleans(),
     st.lists(
@@ -312,7 +311,6 @@ def test_restarts_moves_and_drains_never_go_below_the_floor(hosts, replicas, roo
     assert cluster.fewest.get("candle", replicas) >= replicas - (not room)
 
 
-@settings(deadline=None)
 @given(st.integers(1, 3), st.integers(1, 5), st.booleans())
 def test_a_generation_that_does_not_come_up_leaves_the_old_one_in_place(hosts, replicas, room):
     cluster = steady(hosts, replicas, room=room)
