@@ -34,8 +34,8 @@ from services.gateway.routes import (
     observe,
     page,
     plugins,
-    uploads,
     shipped,
+    uploads,
 )
 from services.gateway.translate import dress, translated, unreadable
 from services.gateway.uploads import Uploads
