@@ -357,8 +357,9 @@ def test_a_contest_measures_bkg_the_door_and_onnxruntime_alone(tmp_path, monkeyp
     }  # fmt: skip
     assert all(one.per_s > 0 and one.failure is None for one in found.windows)
     by_peer = starts(found)
-    # Broker, supervisor, gateway, two workers, and `bkg up` itself.
-    assert by_peer["bkg-capability"].processes == 6
+    # Broker, supervisor, gateway, two workers, and `bkg up` itself; for a moment also one that
+    # validates what lies in the models folder.
+    assert by_peer["bkg-capability"].processes in {6, 7}
     assert by_peer["door"].processes == 1
     assert psutil.Process().children() == before
     assert report.markdown(found)

@@ -14,6 +14,8 @@ import sys
 from pathlib import Path
 from typing import Final
 
+import bus
+
 _LINUX: Final = sys.platform.startswith("linux")
 _LIBC: Final = ctypes.CDLL(None, use_errno=True)
 
@@ -214,7 +216,9 @@ def _readable() -> list[Path]:
     """Return what the interpreter, its packages and the system's libraries lie in."""
     libraries = os.environ.get("LD_LIBRARY_PATH", "").split(os.pathsep)
     own = [sys.prefix, sys.base_prefix, *sys.path, *libraries]
-    return [Path(place) for place in (*_SYSTEM, *own) if place]
+    # Installed to be edited, they lie in no place that the interpreter searches.
+    ours = [Path(__file__).parents[1], Path(bus.__file__).parent]
+    return [*ours, *(Path(place) for place in (*_SYSTEM, *own) if place)]
 
 
 def _limit_reading(places: list[Path]) -> bool:

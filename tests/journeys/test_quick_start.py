@@ -134,6 +134,6 @@ def test_the_quick_start_does_what_it_says(make_run, shell, blocks, home):
     )
     [found_again] = shell("search only")
     assert json.loads("{" + found_again)["results"] == [best, other]
-    blocks["early log"] = blocks["plugins"].splitlines()[3].replace("limit=3", "limit=100")
+    blocks["early log"] = blocks["plugins"].splitlines()[3].replace("limit=10", "limit=100")
     records = json.loads(shell("early log")[0])
     assert sum(record["message"] == "instance.ready" for record in records) == 3
