@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections import Counter
 from contextlib import asynccontextmanager
 
 import pytest
@@ -84,10 +85,12 @@ async def test_a_worker_started_by_hand_shares_the_load_and_leaves_without_a_los
         assert [i["slot"] for i in state["instances"]] == [0, 100]
         assert state["replicas"] == {"desired": 1, "ready": 2}
         before = len(answers)
-        await until(lambda: len(answers) > before + 500)
-        shared = [a["instance"] for a in answers[before:]]
-        # The quicker one gets more.
-        assert min(shared.count(one) for one in set(shared)) > len(shared) / 20
+
+        def shares() -> Counter[object]:
+            return Counter(a["instance"] for a in answers[before:])
+
+        # The quicker one gets more, and with so little to do that may be nearly all.
+        await until(lambda: len(shares()) == 2 and min(shares().values()) > 10)
         worker.send_signal(signal.SIGTERM)
         assert await asyncio.to_thread(worker.wait, 10) == 0
         after = len(answers)
