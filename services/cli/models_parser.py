@@ -109,7 +109,7 @@ def pull(
 ) -> None:  # fmt: skip
     """Write a version's artefact to a file, its digest checked.
 
-    Example: bkg models pull iris:2 -o /tmp/iris.onnx
+    Example: bkg models pull iris:2 -o iris-2.onnx
     """
     from services.cli import plugins, transfers
 

@@ -431,7 +431,6 @@ def test_what_is_no_file_of_the_hub_is_refused(url):
 async def test_a_file_of_the_hub_comes_with_a_token_and_the_hubs_own_digest(
     source, another_source, fetch, monkeypatch
 ):
-    pytest.importorskip("huggingface_hub")
     async with another_source(CONTENT) as store:
         monkeypatch.setenv("HF_ENDPOINT", str(source.url.origin()))
         wanted = hub.on_the_hub("hf://owner/repo/a b.onnx@v1", "hf_geheim")

@@ -21,8 +21,6 @@ from services.candle.validation import Limits, validate
 FLOAT, INT64, BOOL = TensorProto.FLOAT, TensorProto.INT64, TensorProto.BOOL
 MIB = 1 << 20
 
-linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the kernel is Linux's")
-
 
 def saved(path: Path, nodes, weights=()) -> Path:
     graph = helper.make_graph(
@@ -148,7 +146,6 @@ async def test_a_file_that_grows_when_it_is_read_is_not_sound(tmp_path):
 # --- What it may do -------------------------------------------------------------------------------
 
 
-@linux
 async def test_the_process_has_its_limits_before_the_file_is_run(endless, monkeypatch):
     monkeypatch.setenv("BKG_KEY", "secret-of-the-worker")
     task, process = await confined(endless, cpu_s=60)
@@ -167,7 +164,6 @@ async def test_the_process_has_its_limits_before_the_file_is_run(endless, monkey
     await asyncio.gather(task, return_exceptions=True)
 
 
-@linux
 def test_what_is_confined_reaches_neither_network_nor_files_nor_processes(tmp_path):
     there = tmp_path / "there"
     there.write_text("as it was")
@@ -243,7 +239,6 @@ print("tried")
 # --- How it ends ----------------------------------------------------------------------------------
 
 
-@linux
 @pytest.mark.parametrize(
     ("number", "says"),
     [
@@ -265,7 +260,6 @@ async def running(process: psutil.Process) -> None:
     await until(lambda: process.cpu_times().user > started + 1.5, timeout_s=60)
 
 
-@linux
 async def test_a_process_that_is_ended_from_outside_says_nothing_about_the_file(endless):
     task, process = await confined(endless)
     process.terminate()
@@ -281,7 +275,6 @@ async def test_a_validation_that_is_called_off_ends_its_process(endless):
     assert not process.is_running()
 
 
-@linux
 async def test_a_worker_that_is_killed_takes_its_validation_with_it(endless):
     code = (
         "import asyncio, pathlib, sys; from services.candle.validation import validate;"

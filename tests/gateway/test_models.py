@@ -4,7 +4,6 @@ import asyncio
 import hashlib
 import json
 import os
-import shutil
 import sys
 from dataclasses import replace
 from importlib.resources import files
@@ -294,7 +293,6 @@ async def shell(command, **env):
     return said.decode()
 
 
-@pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl here")
 @pytest.mark.parametrize("path", ["iris.onnx", "linear-demo.json", "wide.json"])
 async def test_the_curl_example_is_answered_by_candle(gate, candle, path):
     name = "a model: 1 @home"
