@@ -6,7 +6,6 @@ version `2`. What is taken out of the folder stays in the repository.
 
 import asyncio
 import contextlib
-import hashlib
 import os
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator
@@ -14,7 +13,6 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
-from importlib.resources import files
 from pathlib import Path
 from typing import Final
 
@@ -25,7 +23,8 @@ from bus import messages as m
 from bus.errors import BusError, Unavailable
 from bus.tasks import beside, to_its_end
 from services.candle.cache import sha256_of
-from services.candle.repository import SAMPLES, Repository
+from services.candle.models.shipped import LICENCE, shipped
+from services.candle.repository import Repository
 from services.candle.runtimes import FORMATS
 
 LOOK_S: Final = 2.0
@@ -35,7 +34,6 @@ FILES_MAX: Final = 1_000
 # Looked at in one folder, whatever they are.
 ENTRIES_MAX: Final = 10_000
 AGAIN_S: Final = 30.0
-SAMPLES_LICENCE: Final = "Apache-2.0"
 
 log = structlog.get_logger("candle.folder")
 
@@ -159,7 +157,7 @@ class Folder:
                 file_name=one.path,
                 version=one.version,
                 source=m.ModelSource(kind="folder", file_name=one.path),
-                licence=SAMPLES_LICENCE if checksum in _samples() else None,
+                licence=LICENCE if checksum in _samples() else None,
             )
         )
 
@@ -234,7 +232,4 @@ def _came_from(version: m.ModelVersion, one: Found) -> bool:
 @cache
 def _samples() -> frozenset[str]:
     """Return the digests of the models that ship."""
-    folder = files("services.candle").joinpath("models")
-    return frozenset(
-        hashlib.sha256(folder.joinpath(name).read_bytes()).hexdigest() for name in SAMPLES
-    )
+    return frozenset(one.checksum for one in shipped())

@@ -24,11 +24,11 @@ from bus.state import Changes, Store
 from bus.tasks import to_its_end
 from services.candle import specs
 from services.candle.cache import Cache, sha256_of
+from services.candle.models.shipped import SAMPLES
 from services.candle.runtimes import FORMATS
 from services.candle.validation import validate
 
 MAX_BYTES: Final = 2 * 1024**3
-SAMPLES: Final = ("linear-demo.json", "iris.onnx")
 FILE_NAME_MAX_BYTES: Final = 200
 _TRIES: Final = 20
 
