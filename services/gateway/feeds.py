@@ -33,6 +33,7 @@ from bus.messages import (
 from bus.plugins import PluginsView
 from bus.subjects import LIVE_LOG, TELEMETRY
 from bus.tasks import heed_cancellation
+from services.gateway.masks import without_query
 from services.gateway.telemetry import summed
 
 TICK_S: Final = 0.02
@@ -611,6 +612,7 @@ class Feeds:
                 known = self._jobs.pop(name, None)
                 if job is None:
                     continue
+                job = without_query(job)
                 if job.ended_at is None and job.state in {"queued", "running"}:
                     self._jobs[name] = job
                 if caught_up or known is not None or name in self._jobs:

@@ -179,3 +179,17 @@ async def test_nothing_of_jobs_comes_without_a_wish(gate, client):
         await client.store.jobs.put(job(), "a1")
         await until(lambda: "a1" in gate.parts.feeds._jobs)
         assert not [one for one in await ask(ws, "UNSUB", "status") if one["type"] == "jobs"]
+
+
+async def test_the_query_of_an_address_is_shown_to_nobody(gate, client, importer):
+    body = {"name": "iris", "url": f"{URL}?signature=secret"}
+    async with socket(gate) as ws:
+        await ask(ws, "SUB", "jobs")
+        begun = await gate.post("/api/models/import", body, 202)
+        assert begun["request"]["url"] == f"{URL}?..."
+        assert (await frame(ws, "jobs"))["payload"]["request"]["url"] == f"{URL}?..."
+    assert importer[0].url == body["url"]
+    for path in ("/api/jobs", f"/api/jobs/{begun['job']}"):
+        assert "secret" not in str(await gate.json(path))
+    for verb, status in (("cancel", 200), ("retry", 202)):
+        assert "secret" not in str(await gate.post(f"/api/jobs/{begun['job']}/{verb}", {}, status))

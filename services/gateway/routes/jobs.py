@@ -11,6 +11,7 @@ from msgspec import Meta
 from bus.errors import InvalidRequest, NotFound
 from bus.messages import ImportModel, Job, JobState, NameJob
 from bus.subjects import JOB_CANCEL, JOB_RETRY, MODEL_IMPORT
+from services.gateway.masks import without_query
 from services.gateway.parts import PARTS
 from services.gateway.repository import one_of, page_in
 from services.gateway.translate import answer, asked, read
@@ -69,7 +70,11 @@ async def list_all(request: web.Request) -> web.Response:
     state = one_of(request.query.get("state"), "state", get_args(JobState))
     page = page_in(request.query)
     entries = await at.feeds.ask_store(at.client.store.jobs.all(), "jobs")
-    jobs = [one.value for one in entries if one.value and state in (None, one.value.state)]
+    jobs = [
+        without_query(one.value)
+        for one in entries
+        if one.value and state in (None, one.value.state)
+    ]
     # Two may begin in the same moment; their ids are unique.
     jobs.sort(key=lambda job: (job.created_at or _OLDEST, job.job), reverse=True)
     part = page.of(jobs)
@@ -83,17 +88,18 @@ async def get(request: web.Request) -> web.Response:
     at = request.app[PARTS]
     ask = _named(request)
     entry = await at.feeds.ask_store(at.client.store.jobs.get(ask.job), "jobs")
-    if entry is None:
+    if entry is None or entry.value is None:
         raise NotFound(
             f"there is no job {ask.job!r}: jobs are kept for a week; GET /api/jobs lists them"
         )
-    return answer(entry.value)
+    return answer(without_query(entry.value))
 
 
 async def cancel(request: web.Request) -> web.Response:
     """End a job; one that has ended stays as it is. 404 there is none; 503 no candle."""
     at = request.app[PARTS]
-    return answer(await at.client.call(JOB_CANCEL, _named(request), timeout_s=ASK_S))
+    ended = await at.client.call(JOB_CANCEL, _named(request), timeout_s=ASK_S)
+    return answer(without_query(ended))
 
 
 async def retry(request: web.Request) -> web.Response:
@@ -125,6 +131,6 @@ def _named(request: web.Request) -> NameJob:
 
 
 def _located(job: Job) -> web.Response:
-    response = answer(job, 202)
+    response = answer(without_query(job), 202)
     response.headers[hdrs.LOCATION] = f"/api/jobs/{quote(job.job)}"
     return response
