@@ -24,8 +24,13 @@ from bus.streams import MIB, NS, Stored, Stream, ask_jetstream
 from bus.subjects import (
     BROKER_TELEMETRY,
     EVENT,
+    GALLERY_CHANGE,
     GALLERY_ENTRY,
     GALLERY_HEAD,
+    GALLERY_IMPORT,
+    GALLERY_REJECTION,
+    GALLERY_SETTINGS,
+    GALLERY_SUBJECT,
     HOST_TELEMETRY,
     LIVE_LOG,
     LOG,
@@ -200,6 +205,8 @@ class Store:
         answers: What uploads were answered, by idempotency key.
         served: What each instance of candle serves, by plugin and slot.
         galleries: The events of all galleries.
+        changes: What was done to galleries: their history.
+        faces: Images of galleries that keep them, and files that are imported or exported.
         artefacts: Model files by digest.
     """
 
@@ -219,6 +226,8 @@ class Store:
         self.answers = Bucket(nc, f"{root}-uploads", m.KeptAnswer, 1, "answer")
         self.served = Bucket(nc, f"{root}-observed", m.ServedModels, 2, "models")
         self.galleries = Stream(nc, f"{root}-galleries")
+        self.changes = Stream(nc, f"{root}-gallery-history")
+        self.faces = Artefacts(Stream(nc, f"OBJ_{root}-faces"), f"{root}-faces")
         self.artefacts = Artefacts(Stream(nc, f"OBJ_{root}-artefacts"), f"{root}-artefacts")
         self._logs = Stream(nc, f"{root}-logs")
         self._telemetry = Stream(nc, f"{root}-telemetry")
@@ -568,17 +577,39 @@ def _assets(root: str) -> list[dict[str, Any]]:
     ]
     galleries = {
         "name": f"{root}-galleries",
-        "description": "the events of all galleries: the last one of each entry",
-        "subjects": [GALLERY_HEAD.subject(root), GALLERY_ENTRY.subject(root)],
+        "description": "the events of all galleries: the last one of each entry and person",
+        "subjects": [
+            feed.subject(root)
+            for feed in (
+                GALLERY_HEAD,
+                GALLERY_SETTINGS,
+                GALLERY_ENTRY,
+                GALLERY_SUBJECT,
+                GALLERY_REJECTION,
+                GALLERY_IMPORT,
+            )
+        ],
         "storage": "file",
         "max_msgs_per_subject": 1,
         "max_bytes": 2_048 * MIB,
         "discard": "new",
         "allow_direct": True,
     }
+    changes = {
+        "name": f"{root}-gallery-history",
+        "description": "what was done to galleries, a ring for each person",
+        "subjects": [GALLERY_CHANGE.subject(root)],
+        "storage": "file",
+        "max_msgs_per_subject": 1_000,
+        "max_bytes": 256 * MIB,
+        "max_age": 365 * 86_400 * NS,
+        "discard": "old",
+        "allow_direct": True,
+    }
     return [
         *rings,
         galleries,
+        changes,
         _bucket(f"{root}-desired", "what each plugin should be", history=64),
         _bucket(
             f"{root}-models",
@@ -616,6 +647,16 @@ def _assets(root: str) -> list[dict[str, Any]]:
             "name": f"OBJ_{root}-artefacts",
             "description": "artefacts by SHA-256",
             "subjects": [f"$O.{root}-artefacts.C.>", f"$O.{root}-artefacts.M.>"],
+            "storage": "file",
+            "discard": "new",
+            "allow_rollup_hdrs": True,
+            "allow_direct": True,
+            "max_bytes": 4_096 * MIB,
+        },
+        {
+            "name": f"OBJ_{root}-faces",
+            "description": "kept images of galleries, and files that are imported or exported",
+            "subjects": [f"$O.{root}-faces.C.>", f"$O.{root}-faces.M.>"],
             "storage": "file",
             "discard": "new",
             "allow_rollup_hdrs": True,

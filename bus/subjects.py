@@ -292,6 +292,19 @@ CANDLE_STATS = Endpoint(
 FACES_ENCODE = Endpoint(
     "faces.encode", RUSTYFACE, m.EncodeFace, m.EncodedFace, "Embed a face, and enrol it."
 )
+FACES_DETECT = Endpoint(
+    "faces.detect", RUSTYFACE, m.DetectFaces, m.DetectedFaces, "Find the faces of an image."
+)
+FACES_VERIFY = Endpoint(
+    "faces.verify",
+    RUSTYFACE,
+    m.VerifyFaces,
+    m.VerifiedFaces,
+    "Say whether two faces are one person.",
+)
+FACES_SHEET = Endpoint(
+    "faces.sheet", RUSTYFACE, m.DrawSheet, m.Sheet, "Draw a contact sheet of a dataset or a search."
+)
 FACES_SEARCH = Endpoint(
     "faces.search", RUSTYFACE, m.SearchFaces, m.FaceMatches, "Find the nearest enrolled faces."
 )
@@ -306,7 +319,7 @@ ENDPOINTS: tuple[Endpoint[m.Message, m.Message], ...] = (  # type: ignore[assign
     MODEL_RUN, MODEL_LOAD, MODEL_UNLOAD, MODEL_ALIAS, MODEL_WAKE, CANDLE_STATS,
     MODEL_ADD, MODEL_VALIDATE, MODEL_DESCRIBE, MODEL_REMOVE, MODEL_GC,
     MODEL_IMPORT, JOB_CANCEL, JOB_RETRY,
-    FACES_ENCODE, FACES_SEARCH, DATASET_MANAGE,
+    FACES_ENCODE, FACES_DETECT, FACES_VERIFY, FACES_SEARCH, FACES_SHEET, DATASET_MANAGE,
 )  # fmt: skip
 # One subject per model, and per version of it; see `MODEL_RUN`.
 MODEL_INFER = RawEndpoint(
@@ -370,6 +383,37 @@ GALLERY_ENTRY = Feed(
     sent_by=("rustyface",),
     heard_by=("rustyface",),
 )
+GALLERY_SETTINGS = Feed(
+    "gallery.{gallery}.settings",
+    m.GallerySettings,
+    sent_by=("rustyface",),
+    heard_by=("rustyface",),
+)
+GALLERY_SUBJECT = Feed(
+    "gallery.{gallery}.subject.{subject}",
+    m.GallerySubject,
+    sent_by=("rustyface",),
+    heard_by=("rustyface",),
+)
+GALLERY_REJECTION = Feed(
+    "gallery.{gallery}.rejection.{rejection}",
+    m.GalleryRejection,
+    sent_by=("rustyface",),
+    heard_by=("rustyface",),
+)
+GALLERY_IMPORT = Feed(
+    "gallery.{gallery}.import.{imported}",
+    m.GalleryImport,
+    sent_by=("rustyface",),
+    heard_by=("rustyface",),
+)
+# The newest of each person, and of what concerns no one person (`subject` is then `-`).
+GALLERY_CHANGE = Feed(
+    "gallery-history.{gallery}.{subject}",
+    m.GalleryChange,
+    sent_by=("rustyface",),
+    heard_by=("rustyface", "operator"),
+)
 
 
 def instance_calls(root: str, plugin: str, slot: int) -> str:
@@ -393,5 +437,6 @@ def gallery_events(root: str) -> str:
 
 FEEDS = (
     LOG, LIVE_LOG, TELEMETRY, HOST_TELEMETRY, BROKER_TELEMETRY, LOG_LEVEL,
-    CANCEL, STATUS, HEALTH, EVENT, JOB, GALLERY_HEAD, GALLERY_ENTRY,
+    CANCEL, STATUS, HEALTH, EVENT, JOB, GALLERY_HEAD, GALLERY_SETTINGS, GALLERY_ENTRY,
+    GALLERY_SUBJECT, GALLERY_REJECTION, GALLERY_IMPORT, GALLERY_CHANGE,
 )  # fmt: skip
