@@ -1,8 +1,8 @@
 """rustyface's life: its galleries caught up, its capabilities served, its own HTTP, its counts."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -10,10 +10,13 @@ from typing import Any, Final
 import structlog
 
 from bus import messages as m
+from bus import tasks
 from bus.errors import Conflict, NotFound
 from bus.instance import Instance
 from bus.probes import Route
 from bus.subjects import (
+    DATASET_JOB_CANCEL,
+    DATASET_JOB_RETRY,
     DATASET_MANAGE,
     FACES_DETECT,
     FACES_ENCODE,
@@ -22,7 +25,6 @@ from bus.subjects import (
     FACES_VERIFY,
     Endpoint,
 )
-from bus.tasks import beside
 from services.rustyface.calibration import Thresholds
 from services.rustyface.galleries import Galleries
 from services.rustyface.settings import RustyfaceSettings, settings_of
@@ -36,6 +38,8 @@ SERVED: Final = (
     FACES_VERIFY,
     FACES_SHEET,
     DATASET_MANAGE,
+    DATASET_JOB_CANCEL,
+    DATASET_JOB_RETRY,
 )
 
 log = structlog.get_logger("rustyface.service")
@@ -60,7 +64,7 @@ class Rustyface:
         thresholds: Takes the plugin's setting.
         settings: How.
         datasets_dir: Dataset files in it are taken in at the start; None for none.
-        works: What goes on beside the answers.
+        beside: What is open while it serves; each is entered once the galleries are caught up.
 
     Attributes:
         galleries: As given.
@@ -75,7 +79,7 @@ class Rustyface:
         thresholds: Thresholds,
         settings: RustyfaceSettings,
         datasets_dir: Path | None,
-        works: Sequence[Callable[[], Coroutine[Any, Any, None]]] = (),
+        beside: Sequence[Callable[[], AbstractAsyncContextManager[None]]] = (),
     ) -> None:
         self.galleries = galleries
         self._instance = instance
@@ -83,7 +87,7 @@ class Rustyface:
         self._workers = workers
         self._thresholds = thresholds
         self._datasets_dir = datasets_dir
-        self._works = works
+        self._beside = beside
         self._default = settings.default_dataset
         self._take(settings)
         instance.on_config(("threshold", "max_waiting"), self._take_settings)
@@ -91,7 +95,7 @@ class Rustyface:
     async def run(self) -> None:
         """Serve until cancelled."""
         async with AsyncExitStack() as stack:
-            await stack.enter_async_context(beside(self.galleries.run()))
+            await stack.enter_async_context(tasks.beside(self.galleries.run()))
             await stack.enter_async_context(self._instance.local_routes(*self._routes()))
             await self.galleries.caught_up.wait()
             # First, so that there can be a file of the default dataset.
@@ -105,7 +109,8 @@ class Rustyface:
             self._tell()
             # Not earlier: leaving `serving` answers what the broker had sent here already.
             stack.callback(self._workers.close)
-            await stack.enter_async_context(beside(*(work() for work in self._works)))
+            for opened in self._beside:
+                await stack.enter_async_context(opened())
             for endpoint, handler in self._answers:
                 await stack.enter_async_context(self._instance.serving(endpoint, handler))
             await self._instance.ready()
