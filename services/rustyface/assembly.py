@@ -55,10 +55,10 @@ def assemble(
         changes=store.changes,
         images_gone=kept.gone,
     )
-    own = settings.own_embedder
-    thresholds = Thresholds(
-        encoder.name, own and own.threshold, own and (own.verify_threshold or own.threshold)
-    )
+    thresholds = Thresholds(encoder.name)
+    if own := settings.own_embedder:
+        verify = own.threshold if own.verify_threshold is None else own.verify_threshold
+        thresholds = Thresholds(encoder.name, own.threshold, verify)
     workers = Workers(settings.max_waiting)
     faces = Faces(galleries, encoder, workers, kept, thresholds, settings.default_dataset)
     jobs = GalleryJobs(client, instance, galleries, encoder, cache_dir / "transfers")

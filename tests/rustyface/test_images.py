@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bus.errors import BusError, InvalidRequest, TooLarge, Unprocessable
+from services.rustyface.formats import JPEG_SCAN, jpeg_parts
 from services.rustyface.images import decode, from_base64
 from tests.rustyface.files import PICTURE, SLOPES, chunk, encoded, tiff, with_exif
 
@@ -175,6 +176,21 @@ def test_a_png_that_claims_a_chunk_longer_than_itself_takes_no_memory(length: in
     small[33:37] = struct.pack(">I", length)
     with pytest.raises(Unprocessable, match="PNG image is cut off or damaged"):
         decode(small)
+
+
+def test_a_jpeg_that_keeps_a_decoder_busy_with_empty_scans_is_refused():
+    data = encoded(".jpg", PICTURE, cv2.IMWRITE_JPEG_PROGRESSIVE, 1)
+    last = [part.whole for part in jpeg_parts(data) if part.kind == JPEG_SCAN][-1]
+    assert decode(data[:-2] + 50 * last + data[-2:]).shape == (24, 40, 3)
+    with pytest.raises(Unprocessable, match="JPEG image is cut off or damaged"):
+        decode(data[:-2] + 5_000 * last + data[-2:])
+
+
+def test_16_bits_with_transparency_count_twice_for_they_take_more_memory():
+    data = encoded(".png", np.dstack([DEEP, DEEP[:, :, 0]]))
+    assert decode(data, max_pixels=2 * 960).shape == (24, 40, 3)
+    with pytest.raises(TooLarge, match="40 x 24 pixels of 16 bits with transparency, 959 in all"):
+        decode(data, max_pixels=2 * 960 - 1)
 
 
 @pytest.mark.parametrize("order", "<>")

@@ -417,6 +417,7 @@ async def test_a_file_of_a_dataset_that_is_there_is_left_alone(client, worker, s
 
 
 _THEN = "2024-01-01T00:00:00+00:00"
+_OWN = {"model": "gone.onnx", "name": "mine", "threshold": 0.3}
 
 
 @pytest.mark.parametrize(
@@ -426,6 +427,11 @@ _THEN = "2024-01-01T00:00:00+00:00"
         ({"zzz": 1}, "no setting 'zzz'; there are datasets_path, default_dataset, "),
         ({"embedder": "dlib"}, "embedder: Invalid enum value 'dlib'"),
         ({"max_waiting": 0}, "max_waiting: "),
+        ({"own_embedder": _OWN | {"name": "sface"}}, "'sface' is the name of one that comes with"),
+        ({"own_embedder": _OWN, "embedder": "pixel32"}, "give one of them"),
+        ({"own_embedder": _OWN | {"chanels": "bgr"}}, "did you mean `channels`?"),
+        ({"own_embedder": _OWN}, "own_embedder.model: there is no file "),
+        ({"weights": {"sface": "nobody@2"}}, "weights.sface: there is no model 'nobody@2'"),
     ],
 )
 async def test_settings_that_do_not_fit_stop_the_worker_with_one_sentence(
