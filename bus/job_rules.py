@@ -35,6 +35,7 @@ class Progress:
     eta_s: float | None = None
     entries: int = 0
     total_entries: int | None = None
+    entries_per_s: float | None = None
 
     @property
     def done(self) -> int:
@@ -161,6 +162,7 @@ def renewed_by(job: m.Job, advance: Advance, now: datetime) -> m.Job:
         entries=progress.entries,
         total_entries=progress.total_entries,
         bytes_per_s=progress.bytes_per_s if advance.moving else None,
+        entries_per_s=progress.entries_per_s if advance.moving else None,
         eta_s=progress.eta_s if advance.moving else None,
     )
 
@@ -253,6 +255,7 @@ def ended(
         lease_until=None,
         retry_at=None,
         bytes_per_s=None,
+        entries_per_s=None,
         eta_s=None,
         cancelling=False,
         error=error,
@@ -280,6 +283,7 @@ def _free(job: m.Job, now: datetime) -> m.Job:
         started_at=None,
         stage=None,
         bytes_per_s=None,
+        entries_per_s=None,
         eta_s=None,
     )
 

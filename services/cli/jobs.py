@@ -268,6 +268,8 @@ def how_far(job: m.Job) -> str:
             text += f" of {decimal(job.total_bytes)}"
     if job.state == "running" and job.bytes_per_s:
         text += f", {decimal(int(job.bytes_per_s))}/s"
+    if job.state == "running" and job.entries_per_s:
+        text += f", {job.entries_per_s:,.0f}/s"
     if job.state == "running" and job.eta_s is not None:
         text += f", {job.eta_s:.0f} s left"
     return text

@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bus.errors import BusError, Unprocessable
-from services.rustyface.formats.rows import (
+from services.rustyface.files.rows import (
     BATCH,
     TEXT_MAX,
     Head,

@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 
 from bus.errors import BusError, Unprocessable
-from services.rustyface.formats.rows import (
+from services.rustyface.files.rows import (
     BATCH,
     Head,
     Row,

@@ -17,7 +17,7 @@ import orjson
 
 from bus import codec
 from bus.errors import BusError, Unprocessable
-from services.rustyface.formats.rows import (
+from services.rustyface.files.rows import (
     BATCH,
     ENTRIES_MAX,
     Head,

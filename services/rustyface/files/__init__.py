@@ -4,10 +4,10 @@ from pathlib import Path
 
 from bus.errors import Unprocessable
 from bus.messages import FileFormat
-from services.rustyface.formats.json_file import JsonReader, JsonWriter
-from services.rustyface.formats.npz_file import NpzReader, NpzWriter
-from services.rustyface.formats.parquet_file import ParquetReader, ParquetWriter
-from services.rustyface.formats.rows import BATCH, Head, Reader, Row, Writer
+from services.rustyface.files.json_file import JsonReader, JsonWriter
+from services.rustyface.files.npz_file import NpzReader, NpzWriter
+from services.rustyface.files.parquet_file import ParquetReader, ParquetWriter
+from services.rustyface.files.rows import BATCH, Head, Reader, Row, Writer
 
 __all__ = ["BATCH", "Head", "Reader", "Row", "Writer", "format_of", "reader", "writer"]
 
