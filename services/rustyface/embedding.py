@@ -17,8 +17,8 @@ from services.rustyface.weights import Weights, open_session
 Floats = npt.NDArray[np.float32]
 
 DIMENSIONS_MAX: Final = 16_384
-Levels = float | tuple[float, float, float]
-"""One value for each channel, or one for all."""
+Levels = float | Sequence[float]
+"""One value for each of three channels, or one for all."""
 
 
 class Embedder(Protocol):
