@@ -272,7 +272,7 @@ class Questions:
             # Removed while the rows were searched, it is not shown any more.
             if (kept := there.entries.get(hit.id)) is not None
         ]
-        return Found(matches, revision, found.searched, settings)
+        return Found(matches, revision, found.searched, settings, there.head.embedder)
 
     def check_vector(self, vector: Floats) -> None:
         """Raise InvalidRequest unless a vector from elsewhere could be this embedder's.
