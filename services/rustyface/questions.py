@@ -73,6 +73,11 @@ class Questions:
         return sum(len(there.entries) for there in self._galleries.values())
 
     @property
+    def dimensions(self) -> int:
+        """How long the vectors of new galleries are."""
+        return self._dimensions
+
+    @property
     def images(self) -> set[str]:
         """Every kept image that an entry names, by SHA-256."""
         return {image for image, n in self._ledger.projection.images.items() if n > 0}
