@@ -1,12 +1,16 @@
 """Photos and a pipeline with the real nets."""
 
+import asyncio
 from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from pathlib import Path
 
 import pytest
 
+from bus.testing import until
 from services.rustyface import images, samples
 from services.rustyface import pipeline as pipelines
+from services.rustyface.galleries import Galleries
 from services.rustyface.images import Image
 from services.rustyface.pipeline import Pipeline
 
@@ -35,3 +39,26 @@ def weights_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pipeline(weights_cache: Path) -> Pipeline:
     """YuNet and SFace, loaded once for all tests."""
     return pipelines.load(weights_cache)
+
+
+@pytest.fixture
+def replica(client) -> Callable[..., AbstractAsyncContextManager[Galleries]]:
+    """Gives galleries that are read from the beginning; what ends them comes out of it."""
+
+    @asynccontextmanager
+    async def start(other=None, embedder="test", dimensions=2, **more):
+        store, root = (other or client).store, client.root
+        galleries = Galleries(
+            store.galleries, root, embedder, dimensions, changes=store.changes, **more
+        )
+        async with asyncio.timeout(60):
+            reading = asyncio.create_task(galleries.run())
+            try:
+                await until(lambda: galleries.caught_up.is_set() or reading.done())
+                yield galleries
+            finally:
+                reading.cancel()
+                with suppress(asyncio.CancelledError):
+                    await reading
+
+    return start
