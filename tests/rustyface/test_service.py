@@ -190,7 +190,7 @@ async def test_what_is_removed_is_gone_from_memory_from_the_stream_and_from_a_re
         await encode(client, picture("astronaut"), entry_id="a")
         await encode(client, picture("cameraman"), entry_id="c")
         await manage(client, "remove-entry", dataset="default", entry_id="a")
-        assert galleries.entries == 1
+        assert galleries.count == 1
         await manage(client, "create", dataset="other")
         await encode(client, picture("cameraman"), dataset="other")
         await manage(client, "delete-dataset", dataset="other")
