@@ -11,7 +11,17 @@ WINGS = ("cli", "supervisor", "candle", "rustyface", "gateway")
 # From the ground up; a room may use those below it.
 FLOORS = (
     {"errors", "messages", "balance"},
-    {"codec", "job_rules", "masking", "subjects", "tasks", "settings", "process", "redaction", "wire"},
+    {
+        "codec",
+        "job_rules",
+        "masking",
+        "subjects",
+        "tasks",
+        "settings",
+        "process",
+        "redaction",
+        "wire",
+    },
     {"log_search", "statistics", "packs"},
     {"streams"},
     {"uploads"},
@@ -56,6 +66,8 @@ DEAF = (
     "services/candle/tensors.py",
     "services/candle/joining.py",
     "services/candle/runtimes",
+    "services/rustyface/exif.py",
+    "services/rustyface/formats.py",
     "services/rustyface/images.py",
     "services/rustyface/detection.py",
     "services/rustyface/alignment.py",

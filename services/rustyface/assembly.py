@@ -13,7 +13,8 @@ from bus.subjects import (
     FACES_SHEET,
     FACES_VERIFY,
 )
-from services.rustyface.calibration import Thresholds, expected_false
+from services.rustyface import calibration
+from services.rustyface.calibration import Thresholds
 from services.rustyface.encoder import Encoder
 from services.rustyface.faces import Faces
 from services.rustyface.galleries import Galleries
@@ -31,7 +32,6 @@ def assemble(
     instance: Instance,
     encoder: Encoder,
     settings: RustyfaceSettings,
-    *,
     datasets_dir: Path | None,
     cache_dir: Path,
 ) -> Rustyface:
@@ -64,10 +64,7 @@ def assemble(
     faces = Faces(galleries, encoder, workers, kept, thresholds, settings.default_dataset)
     jobs = GalleryJobs(client, instance, galleries, encoder, cache_dir / "transfers")
     manage = Manage(
-        galleries,
-        jobs,
-        lambda settings: (thresholds.search(settings), thresholds.verify(settings)),
-        partial(expected_false, encoder.name),
+        galleries, jobs, thresholds.both, partial(calibration.expected_false, encoder.name)
     )
     sheets = Sheets(galleries, store.faces, faces.detect, faces.search, client.max_payload)
     return Rustyface(

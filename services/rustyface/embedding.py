@@ -17,8 +17,8 @@ from services.rustyface.weights import Weights, open_session
 Floats = npt.NDArray[np.float32]
 
 DIMENSIONS_MAX: Final = 16_384
-Levels = float | tuple[float, float, float]
-"""One value for each channel, or one for all."""
+Levels = float | Sequence[float]
+"""One value for each of three channels, or one for all."""
 
 
 class Embedder(Protocol):
@@ -184,7 +184,7 @@ def unit(rows: Floats) -> Floats:
 
 def _planes(levels: Levels) -> Floats:
     """Return levels in a shape that goes with ``[3, height, width]``."""
-    return np.asarray(np.broadcast_to(np.float32(levels), (3,)), np.float32).reshape(3, 1, 1)
+    return np.asarray(np.broadcast_to(np.asarray(levels), (3,)), np.float32).reshape(3, 1, 1)
 
 
 def _only_input(session: Any, name: str) -> str:

@@ -1,11 +1,11 @@
 """The import of a dataset file: read it whole and find it sound, then enrol what is in it."""
 
-import asyncio
 import contextlib
 import hashlib
+import secrets
 import shutil
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -15,7 +15,7 @@ import numpy as np
 
 from bus import messages as m
 from bus.artefacts import Artefacts
-from bus.errors import BusError, Conflict, NotFound, Unavailable, Unprocessable
+from bus.errors import Conflict, NotFound, Unavailable, Unprocessable
 from bus.job_rules import Progress
 from bus.jobs import Told
 from bus.tasks import to_its_end
@@ -99,7 +99,7 @@ class Import:
         await self._galleries.wait(await self._galleries.newest())
         dimensions = self._dimensions_of(work.dataset)
         async with self._fetched(job, work) as path:
-            kind = work.format or await to_its_end(format_of, path)
+            kind = await to_its_end(format_of, path) if work.format is None else work.format
 
             def opened() -> Reader:
                 return reader(path, kind, dimensions)
@@ -163,9 +163,10 @@ class Import:
         free = (await to_its_end(shutil.disk_usage, self._folder)).free
         if size + DISK_SPARE_BYTES > free:
             raise Unavailable(
-                f"the file has {size:,} bytes, and {self._folder} has {free:,} free", retry_after_s=60
+                f"the file has {size:,} bytes, and {self._folder} has {free:,} free",
+                retry_after_s=60,
             )
-        path = self._folder / f"{job.job}.import"
+        path = self._folder / f"{job.job}.{secrets.token_hex(4)}.import"
         try:
             await self._store.fetch(work.artefact, path)
             yield path
@@ -238,13 +239,13 @@ class Import:
 
 
 async def checked(
-    opened: Open, look: Callable[[list[Row], int, int | None], object] | None = None
+    opened: Open, look: Callable[[list[Row], int, int | None], Awaitable[None]] | None = None
 ) -> Sound:
     """Read a file to its end.
 
     Args:
         opened: Opens it from the start.
-        look: Is called with each batch, where it begins, and how many rows there are, and awaited.
+        look: Is awaited with each batch, where it begins, and how many rows there are.
 
     Raises:
         Unprocessable: It cannot be taken; says which entry, and why.
@@ -255,9 +256,7 @@ async def checked(
         async for rows in found:
             seen.add(rows)
             if look is not None:
-                waiting = look(rows, first, file.total)
-                if asyncio.iscoroutine(waiting):
-                    await waiting
+                await look(rows, first, file.total)
             first += len(rows)
     if doubled := await to_its_end(seen.doubled):
         await _refuse_doubled(opened, doubled)
