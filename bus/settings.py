@@ -96,6 +96,15 @@ class LogLimits(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
+def artefacts_max_bytes() -> int | None:
+    """Return what the store of artefacts may hold; None: what it may hold already.
+
+    Raises:
+        InvalidRequest: `BKG_ARTEFACTS_MAX_BYTES` is none; says what is allowed.
+    """
+    return _between("BKG_ARTEFACTS_MAX_BYTES", 1024 * 1024, 1024**5)
+
+
 def default_data_dir() -> Path:
     """Return where this platform keeps a user's application data."""
     return Path(platformdirs.user_data_dir("bkg", appauthor=False))
