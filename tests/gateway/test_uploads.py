@@ -303,6 +303,24 @@ async def test_what_the_store_has_no_room_for_is_507_before_it_is_sent(start, ke
     assert "507" in await head_of_answer(gate, *head)
 
 
+async def test_a_store_that_fills_up_on_the_way_is_507_with_the_numbers(
+    into, client, monkeypatch
+):
+    monkeypatch.setenv("BKG_ARTEFACTS_MAX_BYTES", str(2 * MIB))
+    await client.store.declare()
+
+    async def blocks():
+        for _ in range(80):
+            yield bytes(100_000)
+
+    told, _ = await put(into, blocks(), 507)
+    assert told["type"] == "urn:bkg:problem:no-space"
+    assert "bytes are stored" in told["detail"]
+    assert "BKG_ARTEFACTS_MAX_BYTES" in told["detail"]
+    assert await client.store.artefacts.unfinished() == []
+    assert await offset_of(into) is None
+
+
 async def test_without_candle_nothing_is_taken(gate, client):
     told, headers = await put(gate, LINEAR, 503)
     assert "candle" in told["detail"]
