@@ -79,7 +79,7 @@ class Repository:
         Raises:
             NotFound: The object store does not have it.
             Unprocessable: What it has is not what the digest says.
-            Unavailable: The disk is full.
+            NoSpace: The disk is full.
         """
         async with self._held(version.checksum, version.path, version.size_bytes, told) as path:
             yield path
@@ -177,7 +177,7 @@ class Repository:
             InvalidRequest: The file's name names no format, or the version's is an alias.
             NotFound: There is no such artefact.
             Conflict: The version has other bytes; names the next free number.
-            Unavailable: The disk here has no room for it.
+            NoSpace: The disk here has no room for it.
         """
         specs.check_name(request.version)
         format_name = _format_of(request.file_name, "file_name")
