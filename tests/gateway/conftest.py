@@ -19,6 +19,7 @@ from bus.messages import DesiredState, Message, PluginConfig, now
 from bus.models import next_version
 from bus.settings import Settings
 from bus.subjects import MODEL_ADD, MODEL_LOAD, Endpoint
+from bus.testing import until
 from services.gateway.app import Options, gateway
 from services.gateway.pages import Pages
 from services.gateway.parts import Parts
@@ -259,3 +260,10 @@ async def keeper(client: Client, settings: Settings) -> AsyncGenerator[Keeper]:
         )
         await client.store.served.put(told, "candle", 0)
         yield one
+
+
+@pytest_asyncio.fixture
+async def into(gate: Running, keeper: Keeper) -> Running:  # noqa: ARG001
+    """A gateway that knows an instance of candle."""
+    await until(gate.parts.models.instances)
+    return gate
