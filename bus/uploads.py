@@ -226,7 +226,7 @@ class Upload:
             try:
                 seq = sent.answer.result()
             except StoreFullError as error:
-                raise await self._naming.full(error, self.offset) from None
+                raise await self._naming.full(error, self._stored_bytes) from None
             except BusError as error:
                 log.info("upload.interrupted", upload=self.id, cause=error.message)
         if seq > self._last_seq:
@@ -260,7 +260,7 @@ class Upload:
                         self._window.popleft()
                         deadline = loop.time() + RECOVER_S
             except StoreFullError as error:
-                raise await self._naming.full(error, self.offset) from None
+                raise await self._naming.full(error, self._stored_bytes) from None
             except (Unavailable, Conflict) as error:
                 cause = error.message
             except TimeoutError:

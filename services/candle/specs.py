@@ -86,9 +86,7 @@ def loaded(
     return replaced(spec, made), made.version
 
 
-def same_as(
-    spec: m.ModelSpec | None, version: str | None, checksum: str
-) -> m.ModelVersion | None:
+def same_as(spec: m.ModelSpec | None, version: str | None, checksum: str) -> m.ModelVersion | None:
     """Return the version that already is what somebody brings; None where it would be new.
 
     Args:
@@ -116,8 +114,7 @@ def same_as(
         )
     if version in spec.aliases:
         raise Conflict(
-            f"{version!r} is an alias of {spec.id!r}; the next free number is "
-            f"{next_version(spec)}",
+            f"{version!r} is an alias of {spec.id!r}; the next free number is {next_version(spec)}",
             field="version",
         )
     return None

@@ -173,7 +173,7 @@ def show_shipped(found: Iterable[m.ShippedModel]) -> None:
             one.version,
             one.licence,
             decimal(one.size_bytes),
-            one.used_for,
+            Text(one.used_for, overflow="fold"),
             Text(one.source, overflow="fold"),
         )
     out.print(table, soft_wrap=False)

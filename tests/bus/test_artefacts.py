@@ -306,7 +306,7 @@ async def test_what_never_fits_and_what_does_not_fit_now_is_refused_with_the_num
 async def test_a_store_that_is_full_in_the_middle_says_so_and_loses_nothing_else(client, store):
     await with_limit(client, 2_000_000)
     small = await stored(store, some(1000))
-    says = r"full after [\d,]+ bytes.*: [\d,]+ bytes are stored, [\d,]+ are free.*_MAX_BYTES"
+    says = r"full after [\d,]+ bytes.*; [\d,]+ bytes are stored, [\d,]+ are free.*_MAX_BYTES"
     with pytest.raises(NoSpace, match=says):
         await stored(store, some(40 * CHUNK_BYTES))
     assert await chunks_of(store) == 1

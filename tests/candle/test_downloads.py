@@ -225,8 +225,8 @@ async def test_a_full_disk_is_said_before_anything_is_written(fetch, tmp_path, m
 async def test_what_could_not_be_kept_is_not_fetched(source, tmp_path):
     asked = []
 
-    async def full(*what) -> None:
-        asked.append(what)
+    async def full(size_bytes: int, digest: str | None) -> None:
+        asked.append((size_bytes, digest))
         raise NoSpace("the store is full")
 
     downloading = Downloads(tmp_path / "parts", HOUSE, check_room=full)

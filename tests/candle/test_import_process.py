@@ -1,4 +1,4 @@
-"""Imports by a worker in a process of its own: the broker dies, the store or memory is too small."""
+"""Imports by a worker in a process of its own: the broker dies; store or memory is too small."""
 
 import asyncio
 import hashlib

@@ -263,7 +263,7 @@ async def keeper(client: Client, settings: Settings) -> AsyncGenerator[Keeper]:
 
 
 @pytest_asyncio.fixture
-async def into(gate: Running, keeper: Keeper) -> Running:  # noqa: ARG001
+async def into(gate: Running, keeper: Keeper) -> Running:
     """A gateway that knows an instance of candle."""
     await until(gate.parts.models.instances)
     return gate

@@ -228,7 +228,16 @@ async def test_a_model_shows_its_versions_and_where_they_are_served(gate, client
     assert "/validate" in told["detail"]
 
 
-@pytest.mark.parametrize("path", ["nobody", "nobody/versions/1", "iris/versions/9"])
+async def test_a_models_versions_are_listed_as_the_model_shows_them(gate, know):
+    await know("iris", version("1"), version("2"))
+    listed = await gate.json("/api/models/iris/versions")
+    assert (listed["name"], listed["total"]) == ("iris", 2)
+    assert listed["versions"] == (await gate.json("/api/models/iris"))["versions"]
+
+
+@pytest.mark.parametrize(
+    "path", ["nobody", "nobody/versions", "nobody/versions/1", "iris/versions/9"]
+)
 async def test_what_is_not_there_is_404_and_says_what_is(gate, know, path):
     await know("iris")
     told = await gate.json(f"/api/models/{path}", 404)

@@ -1,7 +1,6 @@
 """Uploads of models: raw bodies and forms, digests, what is refused, the same request again."""
 
 import asyncio
-import json
 
 import pytest
 from aiohttp import FormData
@@ -230,9 +229,7 @@ async def test_what_the_store_has_no_room_for_is_507_before_it_is_sent(start, ke
     assert "507" in await head_of_answer(gate, *head)
 
 
-async def test_a_store_that_fills_up_on_the_way_is_507_with_the_numbers(
-    into, client, monkeypatch
-):
+async def test_a_store_that_fills_up_on_the_way_is_507_with_the_numbers(into, client, monkeypatch):
     monkeypatch.setenv("BKG_ARTEFACTS_MAX_BYTES", str(2 * MIB))
     await client.store.declare()
 
