@@ -135,6 +135,9 @@ def _memory(server: Server) -> dict[str, float]:
     memory: dict[str, float] = {}
     for process, mib in server.memory_mib().items():
         name = name_of(process)
+        if name == "?":
+            # It has ended since.
+            continue
         memory[name] = memory.get(name, 0.0) + mib
     return memory
 
