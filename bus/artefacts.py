@@ -37,10 +37,6 @@ STALL_S: Final = 30.0
 # What the broker stores beside a chunk: lengths, subject, headers, checksum.
 BESIDE_CHUNK_BYTES: Final = 512
 _TRIES: Final = 20
-_MAKE_ROOM: Final = (
-    "remove models that nobody needs (candle.model.remove, candle.model.gc), or allow the store "
-    "more (BKG_ARTEFACTS_MAX_BYTES)"
-)
 
 
 class Unfinished(NamedTuple):
@@ -77,11 +73,15 @@ class Artefacts:
     Args:
         stream: The stream behind it.
         bucket: Its name.
+        setting: What says how much it may hold, where something does; named in errors.
     """
 
-    def __init__(self, stream: Stream, bucket: str) -> None:
+    def __init__(self, stream: Stream, bucket: str, setting: str | None = None) -> None:
         self._bucket = bucket
         self._stream = stream
+        self._limit = f" ({setting})" if setting else ""
+        more = f", or allow the store more{self._limit}" if setting else ""
+        self._way_out = f"remove what nobody needs{more}"
 
     # --- Read -------------------------------------------------------------------------------------
 
@@ -207,13 +207,13 @@ class Artefacts:
         if held.max_bytes is not None and size_bytes > (fits := _payload(held.max_bytes)):
             raise TooLarge(
                 f"an artefact of {size_bytes:,} bytes does not fit into the store, which holds at "
-                f"most {fits:,} bytes (BKG_ARTEFACTS_MAX_BYTES)"
+                f"most {fits:,} bytes{self._limit}"
             )
         room = await self.room()
         if room is not None and size_bytes > room:
             raise NoSpace(
                 f"the store has no room for an artefact of {size_bytes:,} bytes: {room:,} bytes "
-                f"are free; {_MAKE_ROOM}",
+                f"are free; {self._way_out}",
                 retry_after_s=60,
             )
 
@@ -381,7 +381,7 @@ class Artefacts:
 
         Args:
             error: What the broker said.
-            taken_bytes: How much had come of what is stored no further.
+            taken_bytes: How much had been stored of what does not fit.
         """
         try:
             held, room = (await self._stream.occupied()).size_bytes, await self.room()
@@ -390,7 +390,7 @@ class Artefacts:
         free = "" if room is None else f"; {held:,} bytes are stored, {room:,} are free"
         return NoSpace(
             f"the store of artefacts was full after {taken_bytes:,} bytes of this one "
-            f"({error.message}{free}); {_MAKE_ROOM}",
+            f"({error.message}{free}); {self._way_out}",
             retry_after_s=60,
         )
 

@@ -11,6 +11,8 @@ from bus.errors import InvalidRequest
 from bus.subjects import DEFAULT_ROOT
 
 DEFAULT_NATS_URL = "nats://127.0.0.1:4222"
+# What the object store of artefacts may hold, in bytes.
+ARTEFACTS_MAX_BYTES = "BKG_ARTEFACTS_MAX_BYTES"
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -102,7 +104,7 @@ def artefacts_max_bytes() -> int | None:
     Raises:
         InvalidRequest: `BKG_ARTEFACTS_MAX_BYTES` is none; says what is allowed.
     """
-    return _between("BKG_ARTEFACTS_MAX_BYTES", 1024 * 1024, 1024**5)
+    return _between(ARTEFACTS_MAX_BYTES, 1024 * 1024, 1024**5)
 
 
 def default_data_dir() -> Path:

@@ -19,7 +19,7 @@ from bus import messages as m
 from bus.artefacts import Artefacts
 from bus.errors import Conflict, Internal, InvalidRequest, Unavailable
 from bus.log_search import LEVELS, LogPage, LogQuery
-from bus.settings import LogLimits, artefacts_max_bytes
+from bus.settings import ARTEFACTS_MAX_BYTES, LogLimits, artefacts_max_bytes
 from bus.streams import MIB, NS, Stored, Stream, ask_jetstream
 from bus.subjects import (
     BROKER_TELEMETRY,
@@ -222,7 +222,7 @@ class Store:
         self.served = Bucket(nc, f"{root}-observed", m.ServedModels, 2, "models")
         self.galleries = Stream(nc, f"{root}-galleries")
         self._objects = Stream(nc, f"OBJ_{root}-artefacts")
-        self.artefacts = Artefacts(self._objects, f"{root}-artefacts")
+        self.artefacts = Artefacts(self._objects, f"{root}-artefacts", ARTEFACTS_MAX_BYTES)
         self._logs = Stream(nc, f"{root}-logs")
         self._telemetry = Stream(nc, f"{root}-telemetry")
         self._events = Stream(nc, f"{root}-events")
