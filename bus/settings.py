@@ -104,7 +104,8 @@ def artefacts_max_bytes() -> int | None:
     Raises:
         InvalidRequest: `BKG_ARTEFACTS_MAX_BYTES` is none; says what is allowed.
     """
-    return _between(ARTEFACTS_MAX_BYTES, 1024 * 1024, 1024**5)
+    # Twice that still fits beside all else into the broker's `max_file`.
+    return _between(ARTEFACTS_MAX_BYTES, 1024 * 1024, 256 * 1024**3)
 
 
 def default_data_dir() -> Path:

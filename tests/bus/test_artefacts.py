@@ -321,6 +321,9 @@ async def test_what_the_store_may_hold_is_what_the_environment_says_and_stays_so
     monkeypatch.delenv("BKG_ARTEFACTS_MAX_BYTES")
     await client.store.declare()
     assert 2_900_000 < await store.room() < 3_000_000
+    monkeypatch.setenv("BKG_ARTEFACTS_MAX_BYTES", str(200 * 1024**3))
+    await client.store.declare()
+    assert await store.room() > 199 * 1024**3
     monkeypatch.setenv("BKG_ARTEFACTS_MAX_BYTES", "many")
     with pytest.raises(InvalidRequest, match="BKG_ARTEFACTS_MAX_BYTES"):
         await client.store.declare()
