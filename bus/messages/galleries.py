@@ -13,7 +13,7 @@ from bus.messages.repository import Digest
 Quality = Literal["reject", "warn", "off"]
 
 
-class QualityBounds(Message, frozen=True):
+class QualityBounds(Message, frozen=True, omit_defaults=False):
     """What a face has to reach to be enrolled; a bound at null does not count.
 
     Attributes:
@@ -128,7 +128,7 @@ class ManageDataset(Message, frozen=True):
 
 
 class DatasetInfo(Message, frozen=True):
-    """A dataset: how many entries, since when, and what made its vectors."""
+    """A dataset: how many entries, since when, and what made its vectors, in which version."""
 
     id: str
     entries: int
@@ -137,6 +137,7 @@ class DatasetInfo(Message, frozen=True):
     embedder: str
     dimensions: int
     subjects: int = 0
+    embedder_digest: str | None = None
 
 
 class DatasetStats(Message, frozen=True, omit_defaults=False):

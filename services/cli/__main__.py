@@ -423,7 +423,7 @@ def main() -> int:
 
 
 def _tell(error: Exception) -> int:
-    from bus.errors import BusError, NotAllowed, Unavailable
+    from bus.errors import BusError, NoSpace, NotAllowed, Unavailable
 
     if os.environ.get("BKG_DEBUG"):
         raise error
@@ -432,7 +432,8 @@ def _tell(error: Exception) -> int:
         sys.stderr.write(f"bkg: an unexpected error: {what} (BKG_DEBUG=1 shows where)\n")
         return 1
     sys.stderr.write(f"bkg: {error.message}\n")
-    if isinstance(error, Unavailable):
+    # Whoever has no room was reached.
+    if isinstance(error, Unavailable) and not isinstance(error, NoSpace):
         return 3
     return 4 if isinstance(error, NotAllowed) else 1
 

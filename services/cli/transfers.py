@@ -23,7 +23,8 @@ from bus.client import Client
 from bus.errors import NotFound, Unprocessable
 from bus.subjects import MODEL_ADD, MODEL_LOAD
 from services.cli.console import out, show_json
-from services.cli.models import VALIDATE_S, end_unsound, look_up, show_loaded, show_report
+from services.cli.models import VALIDATE_S, end_unsound, look_up
+from services.cli.models_shown import show_loaded, show_report
 from services.cli.options import Platform, named
 from services.cli.plugins import connected
 from services.cli.progress import Meter
