@@ -262,7 +262,7 @@ class Galleries(People):
                 metadata=filters.read(kept.metadata),
                 subject=subject,
                 image=kept.image,
-                quality=kept.quality or {},
+                quality=filters.measures(kept.quality),
                 imported=kept.imported,
             )
             try:

@@ -24,7 +24,7 @@ class Kept(msgspec.Struct, gc=False):
         metadata: As MessagePack; empty for none. Few entries are ever shown: bytes are small.
         person: Who it shows.
         image: SHA-256 of the kept image.
-        quality: Of the face; None for nothing known.
+        quality: Of the face, as MessagePack; empty for nothing known.
         imported: The import that brought it.
     """
 
@@ -35,7 +35,7 @@ class Kept(msgspec.Struct, gc=False):
     metadata: bytes
     person: Person | None
     image: str | None
-    quality: dict[str, float] | None
+    quality: bytes
     imported: str | None
 
 

@@ -197,7 +197,7 @@ class Projection:
             b"" if metadata in _NO_METADATA else metadata,
             None if entry.subject is None else there.person(entry.subject),
             entry.image,
-            entry.quality or None,
+            bytes(entry.quality),
             entry.imported,
         )
         self._arrived.setdefault(gallery, []).append((kept, vector))
@@ -308,7 +308,7 @@ class Projection:
 
 
 class _Entry(msgspec.Struct, frozen=True):
-    """An entry's event with its metadata unread: a replay reads a hundred thousand of them."""
+    """An entry's event, its metadata and measures unread: a replay reads a million of them."""
 
     id: str
     at: datetime
@@ -316,7 +316,7 @@ class _Entry(msgspec.Struct, frozen=True):
     metadata: msgspec.Raw = msgspec.Raw(b"")
     subject: str | None = None
     image: str | None = None
-    quality: dict[str, float] = {}
+    quality: msgspec.Raw = msgspec.Raw(b"")
     imported: str | None = None
 
 
@@ -338,7 +338,7 @@ def _entry(stored: Stored) -> _Entry:
         msgspec.Raw(codec.encode(event.metadata, codec.MSGPACK)),
         event.subject,
         event.image,
-        event.quality,
+        msgspec.Raw(codec.encode(event.quality, codec.MSGPACK) if event.quality else b""),
         event.imported,
     )
 
