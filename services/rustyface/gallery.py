@@ -55,7 +55,7 @@ class Gallery:
         moves: Of all names.
         settings: As they are set.
         revision: The last event that concerned it.
-        updated_at: When that was stored.
+        updated_at: The latest time that an event gives; entries may come with times of their own.
     """
 
     head: m.GalleryHead
@@ -73,6 +73,10 @@ class Gallery:
     _groups: int = 0
     _ordered: list[str] | None = None
     _rejected: dict[int, Floats] | None = None
+
+    def seen(self, at: datetime) -> None:
+        """Take note of an event's time."""
+        self.updated_at = max(self.updated_at, at)
 
     def person(self, name: str) -> Person:
         """Return who bears a name now; somebody new if nobody does."""

@@ -230,7 +230,7 @@ class Questions:
             NotFound: There is no such gallery.
         """
         await self._ledger.known(gallery)
-        await self._ledger.chores_done()
+        await self._ledger.all_told()
         return await self._history.read(gallery, limit=limit, before=after)
 
     async def search(self, gallery: str, query: Query) -> Found:

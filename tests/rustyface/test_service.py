@@ -25,7 +25,7 @@ from bus.errors import BusError, InvalidRequest, NotFound, Overloaded, Unprocess
 from bus.instance import join
 from bus.subjects import DATASET_MANAGE, FACES_ENCODE, FACES_SEARCH, GALLERY_ENTRY, gallery_events
 from bus.testing import until
-from services.rustyface.galleries import Galleries
+from services.rustyface.galleries import Galleries, NewEntry, Query
 from services.rustyface.pipeline import SIZE_MIN_PX
 from services.rustyface.service import FaceEncoder, PixelEncoder, Rustyface
 from services.rustyface.settings import RustyfaceSettings
@@ -211,8 +211,9 @@ async def test_what_one_replica_enrolled_another_finds_at_once(client, worker, p
         vector = np.array((await encode(client, face, persist=False)).embedding, np.float32)
         for i in range(50):
             writer, reader = (first, second) if i % 2 else (second, first)
-            await writer.enrol("default", f"e{i}", vector, None)
-            hits, _ = await reader.search("default", vector, k=100, threshold=0, revision=None)
+            await writer.enrol("default", NewEntry(id=f"e{i}", vector=vector))
+            asked = Query(vector=vector, k=100, threshold=0, revision=None)
+            hits = (await reader.search("default", asked)).matches
             assert len(hits) == i + 1
 
 
@@ -228,7 +229,7 @@ async def test_no_acknowledged_entry_is_lost_when_a_dataset_is_deleted_meanwhile
 
             async def enrol(name: str, into: dict[str, int] = acked) -> None:
                 with contextlib.suppress(NotFound):
-                    into[name] = await second.enrol("g", name, vector, None)
+                    into[name] = await second.enrol("g", NewEntry(id=name, vector=vector))
 
             tasks = [asyncio.create_task(enrol(f"{round_number}-{i}")) for i in range(20)]
             await asyncio.sleep(0.002 * round_number)
