@@ -275,6 +275,13 @@ class Galleries(People):
                 )
             except Conflict:
                 continue
+            now = self._galleries.get(gallery)
+            if now is not None and now is not there:
+                # The gallery was deleted and made anew: a deleted face must not be in the new one.
+                await self._ledger.append_entry(now, m.GalleryEntry(id=entry, at=m.now()))
+                raise NotFound(
+                    f"the dataset {gallery!r} was deleted at this moment", field="dataset"
+                )
             # One for each of them: what one person's ring says goes with that person alone.
             if before is not None:
                 self._tell(gallery, "move-entry", revision, by, entry=entry, subject=before)

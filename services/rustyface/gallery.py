@@ -72,6 +72,7 @@ class Gallery:
     settings: m.DatasetSettings = field(default_factory=m.DatasetSettings)
     _groups: int = 0
     _ordered: list[str] | None = None
+    _names: list[str] | None = None
     _rejected: dict[int, Floats] | None = None
 
     def seen(self, at: datetime) -> None:
@@ -97,14 +98,19 @@ class Gallery:
             self._ordered = sorted(self.entries)
         return self._ordered
 
+    def names(self) -> list[str]:
+        """Return the names of all who have an entry, in their order."""
+        if self._names is None:
+            self._names = sorted(name for name, one in self.persons.items() if one.entries)
+        return self._names
+
     def rejected(self) -> Mapping[int, Floats]:
         """Return the faces that are not somebody, by the person's number; never changed after."""
         if self._rejected is None:
-            self._rejected = {
-                person.group: np.stack([one.vector for one in person.rejections.values()])
-                for person in self.persons.values()
-                if person.rejections
-            }
+            faces: dict[int, list[Floats]] = {}
+            for one in self.rejections.values():
+                faces.setdefault(one.person.group, []).append(one.vector)
+            self._rejected = {group: np.stack(rows) for group, rows in faces.items()}
         return self._rejected
 
     def add(self, kept: Sequence[Kept], rows: Floats) -> None:
@@ -117,6 +123,8 @@ class Gallery:
         for one in kept:
             self.entries[one.id] = one
             if one.person is not None:
+                if not one.person.entries:
+                    self._names = None
                 one.person.entries.add(one.id)
         # Only now, or somebody whose entries are all replaced would be gone in between.
         for old, new in zip(before, kept, strict=True):
@@ -170,6 +178,7 @@ class Gallery:
             target.entries.update(ids)
             for one in entries:
                 one.person = target
+        self._names = None
         dropped = self._move_rejections(person)
         self.leave(person)
         return gone, dropped
@@ -191,6 +200,8 @@ class Gallery:
     def _part(self, kept: Kept) -> None:
         if kept.person is not None:
             kept.person.entries.discard(kept.id)
+            if not kept.person.entries:
+                self._names = None
             self.leave(kept.person)
 
     def leave(self, person: Person) -> None:

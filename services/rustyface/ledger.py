@@ -229,8 +229,9 @@ class Ledger:
         )
         await self.wait(revision)
         now = self.projection.galleries.get(there.head.id)
-        if now is None or now.head_seq != there.head_seq:
-            # One condition is all that a message can have. Nothing of a dead gallery may stay.
+        # One condition is all that a message can have. Nothing of a dead gallery may stay; but what
+        # has come into one that was made anew meanwhile everybody has read, and it does.
+        if now is None or revision < now.head_seq:
             await self._stream.remove(revision)
             raise _deleted(there)
         return revision

@@ -203,7 +203,7 @@ class Questions:
             NotFound: There is no such gallery.
         """
         there = await self._ledger.known(gallery)
-        names = sorted(name for name, one in there.persons.items() if one.entries)
+        names = there.names()
         shown, following = _page(names, limit, after)
         told = [
             m.SubjectInfo(
