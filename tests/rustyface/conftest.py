@@ -2,8 +2,8 @@
 
 import asyncio
 import base64
-import contextlib
 from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from pathlib import Path
 
 import msgspec
@@ -16,6 +16,7 @@ from services.rustyface import images, samples
 from services.rustyface import pipeline as pipelines
 from services.rustyface.assembly import assemble
 from services.rustyface.encoder import FaceEncoder
+from services.rustyface.galleries import Galleries
 from services.rustyface.images import Image
 from services.rustyface.pipeline import Pipeline
 from services.rustyface.settings import RustyfaceSettings
@@ -51,7 +52,7 @@ def pipeline(weights_cache: Path) -> Pipeline:
 def worker(settings, pipeline):
     """Start a worker; the nets are loaded once for all."""
 
-    @contextlib.asynccontextmanager
+    @asynccontextmanager
     async def start(slot=0, encoder=None, nats_url=settings.nats_url, **changes):
         here = msgspec.structs.replace(settings, slot=slot)
         async with (
@@ -86,3 +87,26 @@ def picture(samples_dir):
         return base64.b64encode((samples_dir / f"{name}.jpg").read_bytes()).decode()
 
     return read
+
+
+@pytest.fixture
+def replica(client) -> Callable[..., AbstractAsyncContextManager[Galleries]]:
+    """Gives galleries that are read from the beginning; what ends them comes out of it."""
+
+    @asynccontextmanager
+    async def start(other=None, embedder="test", dimensions=2, **more):
+        store, root = (other or client).store, client.root
+        galleries = Galleries(
+            store.galleries, root, embedder, dimensions, changes=store.changes, **more
+        )
+        async with asyncio.timeout(60):
+            reading = asyncio.create_task(galleries.run())
+            try:
+                await until(lambda: galleries.caught_up.is_set() or reading.done())
+                yield galleries
+            finally:
+                reading.cancel()
+                with suppress(asyncio.CancelledError):
+                    await reading
+
+    return start
