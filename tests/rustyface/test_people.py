@@ -5,6 +5,7 @@ import itertools
 import random
 from contextlib import suppress
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -218,6 +219,26 @@ async def test_nothing_is_left_of_a_change_whose_gallery_is_deleted_meanwhile(
     left = [s.subject async for s in client.store.galleries.read(gallery_events(client.root))]
     assert not [one for one in left if one.endswith(("subject.ann", "subject.zoe"))]
     assert set(await vectors_of(client)) <= set(before)
+
+
+async def test_a_face_that_is_moved_does_not_come_into_a_gallery_that_took_the_name(
+    people, monkeypatch, client
+):
+    """Deleted and made anew between the look and the move, before the old entries were cleared."""
+    append = Ledger.append_after
+
+    async def late(self, *args: object, **kwargs):
+        monkeypatch.undo()
+        head = m.GalleryHead(id="g", at=m.now(), embedder="test", dimensions=2)
+        gone = await self.append_head(msgspec.structs.replace(head, deleted=True), 1)
+        await self.append_head(head, gone)
+        return await append(self, *args, **kwargs)
+
+    monkeypatch.setattr(Ledger, "append_after", late)
+    with pytest.raises(NotFound, match="'g' was deleted at this moment"):
+        await people.move_entry("g", "a0", "bob")
+    assert await persons(people) == {}
+    assert "a0" not in await vectors_of(client)
 
 
 async def test_who_was_rejected_for_a_face_is_not_named_for_it_again(people, replica):
