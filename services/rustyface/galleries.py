@@ -28,11 +28,11 @@ from services.rustyface.asked import (
     Query,
     check_metadata,
 )
+from services.rustyface.cosines import Floats
 from services.rustyface.enrolment import Plan, event_of, utc
 from services.rustyface.gallery import Gallery
 from services.rustyface.ledger import TRIES
 from services.rustyface.people import People, contended
-from services.rustyface.persons import Floats
 from services.rustyface.projection import LITTLE_ENDIAN
 
 __all__ = [

@@ -14,9 +14,10 @@ from bus import codec
 from bus import messages as m
 from bus.errors import Conflict, InvalidRequest, NotFound
 from bus.subjects import GALLERY_REJECTION, GALLERY_SUBJECT
+from services.rustyface.cosines import Floats
 from services.rustyface.gallery import Gallery, Kept
 from services.rustyface.ledger import TRIES
-from services.rustyface.persons import MOVES_MAX_BYTES, Floats, Person, moved
+from services.rustyface.persons import MOVES_MAX_BYTES, Person, moved
 from services.rustyface.projection import LITTLE_ENDIAN, addressed
 from services.rustyface.questions import Questions
 

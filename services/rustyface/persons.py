@@ -4,13 +4,9 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Final
 
-import numpy as np
-import numpy.typing as npt
-
 from bus import messages as m
 from bus.errors import InvalidRequest
-
-Floats = npt.NDArray[np.float32]
+from services.rustyface.cosines import Floats
 
 # A name's event has to fit into one message; it takes some thousand moves to come here.
 MOVES_MAX_BYTES: Final = 256 * 1024
