@@ -23,6 +23,8 @@ from services.cli.plugins import connected
 # Clearing a large dataset out of the stream takes its time.
 MANAGE_S: Final = 60.0
 PAGE_MAX: Final = 1_000
+# Vectors in JSON: so many of 1,024 values stay below the broker's limit.
+VECTORS_MAX: Final = 250
 STATE_COLOURS: Final = {"done": "green", "running": "yellow", "failed": "red", "undone": "dim"}
 
 
@@ -356,9 +358,10 @@ async def _pages(
 ) -> tuple[list[Any], str | None, int | None]:
     """Return `limit` things, where they go on, and how many there are in all."""
     found: list[Any] = []
+    page_max = VECTORS_MAX if fields.get("embeddings") else PAGE_MAX
     async with connected(at.nats, at.data_dir) as client:
         while True:
-            wanted = min(limit - len(found), PAGE_MAX)
+            wanted = min(limit - len(found), page_max)
             page = await ask_dataset(client, action, **fields, limit=wanted, after=after)
             found += part(page) or []
             after = page.next
