@@ -93,7 +93,9 @@ def test_the_rates_of_the_page_about_faces_are_those_that_are_told(cosine):
 
 
 def test_the_thresholds_of_the_page_about_faces_are_those_of_the_code():
-    defaults = dict(re.findall(r"^\| ([0-9.]+) \|.*\| \*\*(verify|search)\*\*", FACES, re.MULTILINE))
+    defaults = dict(
+        re.findall(r"^\| ([0-9.]+) \|.*\| \*\*(verify|search)\*\*", FACES, re.MULTILINE)
+    )
     assert defaults == {
         str(calibration.VERIFY_THRESHOLDS["sface"]): "verify",
         str(calibration.THRESHOLDS["sface"]): "search",

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Final
 
 import typer
@@ -88,7 +89,10 @@ def _facts(one: m.DatasetStats) -> Iterable[tuple[str, str]]:
     yield "embedder", f"{one.embedder}, {one.dimensions} values{digest}"
     yield "memory", f"{decimal(one.memory_bytes)} in each replica"
     own = "" if one.settings.threshold is None else ", set here"
-    yield "named from", f"cosine {one.threshold:.3f}{own}, by the {one.settings.scoring} of a person"
+    yield (
+        "named from",
+        f"cosine {one.threshold:.3f}{own}, by the {one.settings.scoring} of a person",
+    )
     if one.expected_false is not None:
         yield "strangers", f"{one.expected_false:.2g} entries reach that in a search, as measured"
     own = "" if one.settings.verify_threshold is None else ", set here"
@@ -96,7 +100,7 @@ def _facts(one: m.DatasetStats) -> Iterable[tuple[str, str]]:
     kept = f"kept, {one.images:,} of them" if one.settings.keep_images else "not kept"
     yield "images", kept
     yield "quality", _bounds(one.settings.quality)
-    yield "created", f"{age((m.now() - one.created_at).total_seconds())} ago, changed {age((m.now() - one.updated_at).total_seconds())} ago"
+    yield "created", f"{_age(one.created_at)} ago, changed {_age(one.updated_at)} ago"
 
 
 def _bounds(quality: m.QualityBounds) -> str:
@@ -121,3 +125,7 @@ def _number(text: str, none: str, option: str) -> float | None:
         raise typer.BadParameter(
             f"{text!r} is neither a number nor {none}", param_hint=option
         ) from None
+
+
+def _age(moment: datetime) -> str:
+    return age((m.now() - moment).total_seconds())

@@ -320,7 +320,9 @@ async def _width_for(client: Client) -> int:
     none is idle while an answer travels, and a search of somebody else's does not wait for long.
     """
     told = [entry.value for entry in await client.store.instances.all()]
-    hosts = {one.host for one in told if one and one.plugin == RUSTYFACE and one.status == "running"}
+    hosts = {
+        one.host for one in told if one and one.plugin == RUSTYFACE and one.status == "running"
+    }
     known = [entry.value for entry in await client.store.hosts.all()]
     processors = {one.name: one.processors for one in known if one}
     # A worker that somebody started by hand may run on a host that has no supervisor.

@@ -31,9 +31,7 @@ async def detect(
     said = {"image": await _bytes_of(image), "faces_max": faces_max, "small": small}
     ask = _message(m.DetectFaces, said | {"score_min": score_min})
     async with connected(at.nats, at.data_dir) as client:
-        found = await client.call(
-            FACES_DETECT, ask, timeout_s=ANSWER_S, content_type=codec.MSGPACK
-        )
+        found = await client.call(FACES_DETECT, ask, timeout_s=ANSWER_S, content_type=codec.MSGPACK)
     if at.as_json:
         show_json(found)
         return
@@ -73,9 +71,7 @@ async def encode(
     }
     ask = _message(m.EncodeFace, said)
     async with connected(at.nats, at.data_dir) as client:
-        face = await client.call(
-            FACES_ENCODE, ask, timeout_s=ANSWER_S, content_type=codec.MSGPACK
-        )
+        face = await client.call(FACES_ENCODE, ask, timeout_s=ANSWER_S, content_type=codec.MSGPACK)
     if at.as_json:
         show_json(face)
         return
@@ -113,9 +109,7 @@ async def search(
     }
     ask = _message(m.SearchFaces, said)
     async with connected(at.nats, at.data_dir) as client:
-        found = await client.call(
-            FACES_SEARCH, ask, timeout_s=ANSWER_S, content_type=codec.MSGPACK
-        )
+        found = await client.call(FACES_SEARCH, ask, timeout_s=ANSWER_S, content_type=codec.MSGPACK)
     if at.as_json:
         show_json(found)
         return
@@ -156,14 +150,14 @@ async def verify(
     }
     ask = _message(m.VerifyFaces, said)
     async with connected(at.nats, at.data_dir) as client:
-        found = await client.call(
-            FACES_VERIFY, ask, timeout_s=ANSWER_S, content_type=codec.MSGPACK
-        )
+        found = await client.call(FACES_VERIFY, ask, timeout_s=ANSWER_S, content_type=codec.MSGPACK)
     if at.as_json:
         show_json(found)
         return
     verdict = Text("one person", "green") if found.same else Text("two persons", "red")
-    out.print(verdict.append(f": cosine {found.similarity:.3f}, threshold {found.threshold:.3f}", ""))
+    out.print(
+        verdict.append(f": cosine {found.similarity:.3f}, threshold {found.threshold:.3f}", "")
+    )
     for what, share in (
         ("the threshold", found.false_match_rate),
         ("this cosine", found.false_match_rate_here),
@@ -307,10 +301,10 @@ async def _bytes_of(image: str) -> bytes:
         typer.BadParameter: It cannot be read.
         InvalidRequest: It has no bytes.
     """
-    if image == "-":
-        data = await asyncio.to_thread(sys.stdin.buffer.read)
-    else:
-        data = await asyncio.to_thread(readable(Path(image), "a photo's file").read_bytes)
+    read = sys.stdin.buffer.read
+    if image != "-":
+        read = readable(Path(image), "a photo's file").read_bytes
+    data: bytes = await asyncio.to_thread(read)
     if not data:
         raise InvalidRequest(f"{'stdin' if image == '-' else image} has no bytes", field="image")
     return data

@@ -32,7 +32,8 @@ InDataset = Annotated[
 Quality = Annotated[
     Literal["reject", "warn", "off"] | None,
     typer.Option(
-        help="What a face below the dataset's bounds leads to.", show_default="as the dataset has it"
+        help="What a face below the dataset's bounds leads to.",
+        show_default="as the dataset has it",
     ),
 ]
 

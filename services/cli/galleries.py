@@ -175,9 +175,7 @@ async def merge(dataset: str, persons: Sequence[str], at: Platform) -> None:
     *sources, into = persons
     if not sources:
         raise typer.BadParameter("name who is merged, and behind them into whom")
-    answer = await _manage(
-        at, "merge-subjects", dataset=dataset, subjects=list(sources), into=into
-    )
+    answer = await _manage(at, "merge-subjects", dataset=dataset, subjects=list(sources), into=into)
     _show_change(answer, at, f"{', '.join(sources)} {'is' if len(sources) == 1 else 'are'} {into}")
 
 

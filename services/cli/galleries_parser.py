@@ -80,9 +80,7 @@ YawMax = Annotated[
 Person = Annotated[
     str | None, typer.Option(metavar="NAME", help="Only theirs.", show_default="everybody's")
 ]
-Detach = Annotated[
-    bool, typer.Option("--detach", help="Do not wait for the job that does it.")
-]
+Detach = Annotated[bool, typer.Option("--detach", help="Do not wait for the job that does it.")]
 After = Annotated[
     str | None, typer.Option(metavar="X", help="Go on behind this one.", show_default="the first")
 ]
@@ -171,7 +169,9 @@ _changing(
 
 @galleries_app.command(rich_help_panel=DATASETS)
 @reaching
-def delete(dataset: DatasetName, *, dry_run: DryRun = False, yes: Yes = False, at: Platform) -> None:
+def delete(
+    dataset: DatasetName, *, dry_run: DryRun = False, yes: Yes = False, at: Platform
+) -> None:
     """Delete a dataset with all that it has; asks for its name before.
 
     Example: bkg faces delete staff --dry-run
@@ -218,9 +218,7 @@ def bring_in(
 @reaching
 def bring_out(
     dataset: DatasetName,
-    file: Annotated[
-        str, typer.Argument(metavar="FILE", help="Where to: .json, .npz or .parquet.")
-    ],
+    file: Annotated[str, typer.Argument(metavar="FILE", help="Where to: .json, .npz or .parquet.")],
     *,
     kind: Annotated[
         Literal["json", "npz", "parquet"] | None,
@@ -374,9 +372,7 @@ def rm(
     """
     from services.cli import galleries, plugins
 
-    plugins.run(
-        galleries.remove(dataset, at, entry=entry, person=person, dry_run=dry_run, yes=yes)
-    )
+    plugins.run(galleries.remove(dataset, at, entry=entry, person=person, dry_run=dry_run, yes=yes))
 
 
 @galleries_app.command(rich_help_panel=PERSONS)
@@ -404,9 +400,7 @@ def reject(
 
 @galleries_app.command(rich_help_panel=DONE)
 @reaching
-def history(
-    dataset: DatasetName, *, limit: Limit = 100, after: After = None, at: Platform
-) -> None:
+def history(dataset: DatasetName, *, limit: Limit = 100, after: After = None, at: Platform) -> None:
     """Show what was done to a dataset and by whom, the newest first.
 
     Example: bkg faces history staff --limit 20

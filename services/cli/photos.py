@@ -17,10 +17,11 @@ from services.cli.console import out, plain_table
 
 # What is sent as a photo. The workers look at the bytes, not at the name: of those that they
 # cannot read each is refused with a sentence that says what to do.
-PHOTOS: Final = frozenset(
-    ".jpg .jpeg .jpe .jfif .png .webp .bmp .dib .tif .tiff .gif .heic .heif .avif .jp2 .raw .cr2 "
-    ".cr3 .nef .arw .dng .psd .svg".split()
-)
+PHOTOS: Final = frozenset({
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib", ".tif", ".tiff", ".gif",
+    ".heic", ".heif", ".avif", ".jp2", ".raw", ".cr2", ".cr3", ".nef", ".arw", ".dng", ".psd",
+    ".svg",
+})  # fmt: skip
 # Of a list this many are shown to people; the report and `--json` have all.
 SHOWN_MAX: Final = 20
 # George_Bush_0001.jpg, "anna (2).png": who it is stands before the number.

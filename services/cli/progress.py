@@ -111,9 +111,7 @@ class Meter:
     def _say(self) -> None:
         if not self._quiet:
             spent_s = time.monotonic() - self._began
-            line = line_of(
-                self._what, self._done, self._total, self._before, spent_s, self._count
-            )
+            line = line_of(self._what, self._done, self._total, self._before, spent_s, self._count)
             sys.stderr.write(f"{line}\n")
             sys.stderr.flush()
 

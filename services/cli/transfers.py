@@ -63,9 +63,7 @@ async def push(
     digest = await digest_of(file, before.st_size, quiet=at.as_json)
     ask = codec.convert(said | {"checksum": digest}, m.AddModel)
     async with connected(at.nats, at.data_dir) as client:
-        await store(
-            client.store.artefacts, client.root, file, before, digest, quiet=at.as_json
-        )
+        await store(client.store.artefacts, client.root, file, before, digest, quiet=at.as_json)
         added = await client.call(MODEL_ADD, ask, timeout_s=VALIDATE_S)
         loaded = None
         if load and added.report.sound:
@@ -119,9 +117,7 @@ async def _copy(
         await copy(client.store.artefacts, version.checksum, what, file, meter)
 
 
-async def copy(
-    artefacts: Artefacts, digest: str, what: str, file: IO[bytes], meter: Meter
-) -> None:
+async def copy(artefacts: Artefacts, digest: str, what: str, file: IO[bytes], meter: Meter) -> None:
     """Write an artefact to an open file.
 
     Args:

@@ -163,7 +163,9 @@ def all_gone() -> Callable[..., Awaitable[None]]:
 
 
 @pytest.fixture(scope="session")
-def rustyface(broker: Broker, tmp_path_factory: pytest.TempPathFactory) -> Generator[dict[str, str]]:
+def rustyface(
+    broker: Broker, tmp_path_factory: pytest.TempPathFactory
+) -> Generator[dict[str, str]]:
     """Run a worker for all tests here; gives the environment that leads the commands to it."""
     home = tmp_path_factory.mktemp("rustyface")
     kept = {name: value for name, value in os.environ.items() if not name.startswith("BKG_")}

@@ -142,9 +142,7 @@ async def test_the_person_may_stand_in_the_files_name_or_nowhere(
     assert {one.subject for one in await entries_of(worker, f"{dataset}-2")} == {None}
 
 
-async def test_what_is_no_photo_is_listed_and_fails_nothing(
-    faces: Any, dataset: str, album: Path
-):
+async def test_what_is_no_photo_is_listed_and_fails_nothing(faces: Any, dataset: str, album: Path):
     (album / "man/cup.jpg").unlink()
     (album / "notes.txt").write_text("read me")
     (album / ".cache").mkdir()
@@ -266,9 +264,7 @@ async def test_a_folder_or_a_dataset_that_is_not_there_is_said_before_anything_i
     assert "has no photo" in ended.err
     ended = await faces("enrol", album, "-d", "nowhere", status=1)
     assert "`bkg faces create nowhere` makes it, or --create here" in ended.err
-    ended = await faces(
-        "enrol", album, "-d", dataset, "--report", tmp_path / "a/b/c", status=2
-    )
+    ended = await faces("enrol", album, "-d", dataset, "--report", tmp_path / "a/b/c", status=2)
     assert "cannot be written to" in ended.err
 
 
