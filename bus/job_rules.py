@@ -246,7 +246,9 @@ def ended(
     error: str | None = None,
     result: Result | None = None,
 ) -> m.Job:
-    """Return a job that has come to an end."""
+    """Return a job that has come to an end; of one that was cancelled, what was said stays."""
+    if state == "cancelled":
+        error = error or job.error
     return msgspec.structs.replace(
         job,
         state=state,

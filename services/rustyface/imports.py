@@ -113,18 +113,13 @@ class Import:
             return await self._enrolled(opened, work, record, Pace(told, "writing", sound.total))
 
     async def undo(self, job: m.Job, work: m.GalleryWork) -> None:
-        """Take out what an import has brought that failed or was cancelled.
+        """Take out what an import has added that failed or was cancelled.
 
-        One that was to replace stays as far as it came: what it replaced cannot be brought back.
+        What it replaced stays replaced: it cannot be brought back.
         """
         with contextlib.suppress(NotFound):
             for record in await self._records(job, work):
-                if record.state != "running":
-                    continue
-                if work.existing == "replace":
-                    failed = msgspec.structs.replace(record, state="failed")
-                    await self._galleries.end_import(work.dataset, failed)
-                else:
+                if record.state == "running":
                     await self._galleries.undo_import(work.dataset, record.id, by=work.by)
 
     def _dimensions_of(self, dataset: str) -> int:
@@ -222,14 +217,12 @@ class Import:
         added = replaced = skipped = done = revision = 0
         async with contextlib.aclosing(batches(opened)) as found:
             async for rows in found:
-                there = self._galleries.picked(work.dataset, [row.id for row in rows])
-                # Enrolled by a try that was cut short. What it replaced counts as added then.
-                ours = {one.id for one in there if one.imported == record.id}
-                fresh = [as_new(row, record.id) for row in rows if row.id not in ours]
+                fresh = [as_new(row, record.id) for row in rows]
+                # What a try that was cut short has added counts as added here.
                 outcome = await self._galleries.enrol_many(
                     work.dataset, fresh, existing=work.existing, by=work.by
                 )
-                added += outcome.added + len(ours)
+                added += outcome.added
                 replaced += outcome.replaced
                 skipped += outcome.skipped
                 revision = max(revision, outcome.revision)

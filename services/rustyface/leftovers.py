@@ -68,7 +68,7 @@ class Leftovers:
         old = [one for one in await self._store.all() if one.stored_at < before]
         wanted = await self._wanted_by_jobs()
         await self._galleries.wait(await self._galleries.newest())
-        wanted |= self._galleries.images()
+        wanted |= self._galleries.images
         for one in old:
             if one.digest in wanted:
                 continue

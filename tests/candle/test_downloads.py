@@ -27,7 +27,7 @@ from bus.errors import (
 )
 from bus.testing import until
 from services.candle import downloads, hub
-from services.candle.downloads import Downloads, Limits, Meter, Wanted, heals
+from services.candle.downloads import Downloads, Limits, Meter, Wanted
 from services.candle.outside import rules_from
 
 CONTENT = np.random.default_rng(7).bytes(3_000_000)

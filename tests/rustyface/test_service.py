@@ -14,7 +14,6 @@ from datetime import datetime
 from pathlib import Path
 
 import cv2
-import msgspec
 import numpy as np
 import pytest
 
@@ -22,55 +21,10 @@ from bus import messages as m
 from bus.broker import running_broker
 from bus.client import connect
 from bus.errors import BusError, InvalidRequest, NotFound, Overloaded, Unprocessable
-from bus.instance import join
 from bus.subjects import DATASET_MANAGE, FACES_ENCODE, FACES_SEARCH, GALLERY_ENTRY, gallery_events
 from bus.testing import until
-from services.rustyface.galleries import Galleries
-from services.rustyface.pipeline import SIZE_MIN_PX
-from services.rustyface.service import FaceEncoder, PixelEncoder, Rustyface
-from services.rustyface.settings import RustyfaceSettings
-
-
-@pytest.fixture
-def worker(settings, pipeline):
-    """Start a worker; the nets are loaded once for all."""
-
-    @contextlib.asynccontextmanager
-    async def start(slot=0, encoder=None, nats_url=settings.nats_url, **changes):
-        here = msgspec.structs.replace(settings, slot=slot)
-        encoder = encoder or FaceEncoder(pipeline)
-        async with (
-            connect(nats_url, name="rustyface", root=here.root) as client,
-            join(client, here, plugin="rustyface", description="a test") as instance,
-        ):
-            galleries = Galleries(
-                client.store.galleries, client.root, encoder.name, encoder.dimensions
-            )
-            faces = Rustyface(
-                instance,
-                galleries,
-                encoder,
-                RustyfaceSettings(**changes),
-                here.data_dir / "datasets",
-            )
-            serving = asyncio.create_task(faces.run())
-            await until(lambda: instance._registration.status == "running" or serving.done())
-            try:
-                yield galleries
-            finally:
-                serving.cancel()
-                results = await asyncio.gather(serving, return_exceptions=True)
-                assert isinstance(results[0], asyncio.CancelledError), results
-
-    return start
-
-
-@pytest.fixture
-def picture(samples_dir):
-    def read(name: str) -> str:
-        return base64.b64encode((samples_dir / f"{name}.jpg").read_bytes()).decode()
-
-    return read
+from services.rustyface.encoder import PixelEncoder
+from services.rustyface.quality import SIZE_MIN_PX
 
 
 def as_png(image) -> str:
@@ -463,6 +417,7 @@ async def test_a_file_of_a_dataset_that_is_there_is_left_alone(client, worker, s
 
 
 _THEN = "2024-01-01T00:00:00+00:00"
+_OWN = {"model": "gone.onnx", "name": "mine", "threshold": 0.3}
 
 
 @pytest.mark.parametrize(
@@ -472,6 +427,11 @@ _THEN = "2024-01-01T00:00:00+00:00"
         ({"zzz": 1}, "no setting 'zzz'; there are datasets_path, default_dataset, "),
         ({"embedder": "dlib"}, "embedder: Invalid enum value 'dlib'"),
         ({"max_waiting": 0}, "max_waiting: "),
+        ({"own_embedder": _OWN | {"name": "sface"}}, "'sface' is the name of one that comes with"),
+        ({"own_embedder": _OWN, "embedder": "pixel32"}, "give one of them"),
+        ({"own_embedder": _OWN | {"chanels": "bgr"}}, "did you mean `channels`?"),
+        ({"own_embedder": _OWN}, "own_embedder.model: there is no file "),
+        ({"weights": {"sface": "nobody@2"}}, "weights.sface: there is no model 'nobody@2'"),
     ],
 )
 async def test_settings_that_do_not_fit_stop_the_worker_with_one_sentence(
