@@ -292,6 +292,7 @@ class Jobs(Generic[R]):
             return
         await self._is_now(job, revision)
         if job.state != "running":
+            await self._close(job)
             return
         log.info("job.taken", job=job.job, tries=job.tries, **_about(job))
         held = self._held[job.job] = _Held(job, revision, Advance.of(job))

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import secrets
 from datetime import UTC, timedelta
 from pathlib import Path
 from typing import Final
@@ -60,7 +61,7 @@ class Export:
             raise NotFound(f"there is no dataset {dataset!r}", field="dataset")
         head = Head(id=dataset, created_at=there.created_at, embedder=there.embedder)
         await to_its_end(self._folder.mkdir, parents=True, exist_ok=True)
-        path = self._folder / f"{job.job}.export"
+        path = self._folder / f"{job.job}.{secrets.token_hex(4)}.export"
         pace = Pace(told, "writing", len(ids))
         count = 0
         try:

@@ -1,11 +1,11 @@
 """The import of a dataset file: read it whole and find it sound, then enrol what is in it."""
 
-import asyncio
 import contextlib
 import hashlib
+import secrets
 import shutil
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -165,7 +165,7 @@ class Import:
             raise Unavailable(
                 f"the file has {size:,} bytes, and {self._folder} has {free:,} free", retry_after_s=60
             )
-        path = self._folder / f"{job.job}.import"
+        path = self._folder / f"{job.job}.{secrets.token_hex(4)}.import"
         try:
             await self._store.fetch(work.artefact, path)
             yield path
@@ -238,13 +238,13 @@ class Import:
 
 
 async def checked(
-    opened: Open, look: Callable[[list[Row], int, int | None], object] | None = None
+    opened: Open, look: Callable[[list[Row], int, int | None], Awaitable[None]] | None = None
 ) -> Sound:
     """Read a file to its end.
 
     Args:
         opened: Opens it from the start.
-        look: Is called with each batch, where it begins, and how many rows there are, and awaited.
+        look: Is awaited with each batch, where it begins, and how many rows there are.
 
     Raises:
         Unprocessable: It cannot be taken; says which entry, and why.
@@ -255,9 +255,7 @@ async def checked(
         async for rows in found:
             seen.add(rows)
             if look is not None:
-                waiting = look(rows, first, file.total)
-                if asyncio.iscoroutine(waiting):
-                    await waiting
+                await look(rows, first, file.total)
             first += len(rows)
     if doubled := await to_its_end(seen.doubled):
         await _refuse_doubled(opened, doubled)

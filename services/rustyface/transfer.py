@@ -10,10 +10,18 @@ from typing import Final
 
 import structlog
 
-from bus import codec
+from bus import codec, job_rules
 from bus import messages as m
 from bus.client import Client
-from bus.errors import BusError, Conflict, InvalidRequest, NotFound, Unavailable
+from bus.errors import (
+    BusError,
+    Conflict,
+    DeadlineExceeded,
+    InvalidRequest,
+    NotFound,
+    Overloaded,
+    Unavailable,
+)
 from bus.instance import Instance
 from bus.jobs import Jobs, Told
 from bus.tasks import beside, to_its_end
@@ -53,6 +61,7 @@ class GalleryJobs:
         folder: Path,
         at_once: Callable[[], int] = lambda: 1,
     ) -> None:
+        self._client = client
         self._store = client.store.faces
         self._galleries = galleries
         self._work = _Work(client, galleries, encoder, folder)
@@ -71,11 +80,14 @@ class GalleryJobs:
         Raises:
             InvalidRequest: Something is missing, or cannot be meant; names the field.
             NotFound: There is no such dataset, or the file was not uploaded.
-            Conflict: The key was used for something else, or there is a dataset `into`.
+            Conflict: The key was used for something else.
             Overloaded: Too many are queued.
         """
         work, _ = self._work.checked(work)
         await self._galleries.wait(await self._galleries.newest())
+        if await self._is_known(work):
+            # Whatever has become of its file or dataset since.
+            return await self._jobs.enter(work)
         if work.action == "import":
             # Touched, so that nobody clears it away before the job is there.
             if work.artefact is not None and await self._store.touch(work.artefact) is None:
@@ -90,6 +102,13 @@ class GalleryJobs:
                 f"there is no dataset {work.dataset!r}; there are: {known}", field="dataset"
             )
         return await self._jobs.enter(work)
+
+    async def _is_known(self, work: m.GalleryWork) -> bool:
+        if work.key is None:
+            return False
+        name = job_rules.new(work, m.now(), only=None).job
+        found = await self._client.store.jobs.get(name)
+        return found is not None and found.value is not None
 
     async def drop_exports(self, dataset: str) -> None:
         """Delete every exported file of a dataset; see `Export.drop`."""
@@ -140,8 +159,11 @@ class _Work:
                     return await self.exports.carry(job, work, told)
                 case "reembed":
                     return await self._reembed.carry(job, work, told)
-        except TimeoutError as error:
-            raise Unavailable(f"the broker did not answer in time: {error}") from None
+        except (DeadlineExceeded, Overloaded) as error:
+            # A job has time.
+            raise Unavailable(error.message, retry_after_s=error.retry_after_s) from None
+        except OSError as error:
+            raise Unavailable(f"{self._folder} cannot be used: {error}", retry_after_s=30) from None
 
     async def closed(self, job: m.Job) -> None:
         """See `Work.closed`: of an import that failed the file stays for a day, for a retry."""

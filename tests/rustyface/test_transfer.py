@@ -393,6 +393,19 @@ async def test_a_key_makes_two_requests_one_job(client, worker):
             await at.jobs.enter(msgspec.structs.replace(work, format="npz"))
 
 
+async def test_a_key_gives_the_first_job_though_its_file_has_gone(client, worker, tmp_path):
+    artefact = await uploaded(client, as_file(tmp_path / "f", rows_of(3)))
+    async with worker() as at:
+        done = await at.do("import", "d", artefact=artefact, key="k")
+
+        async def is_gone() -> bool:
+            return artefact not in await stored(client)
+
+        await until(is_gone)
+        again = await at.do("import", "d", artefact=artefact, key="k")
+    assert (again.job, again.tries) == (done.job, 1)
+
+
 async def test_jobs_of_models_are_left_to_others(client, worker):
     request = m.ImportModel(id="m", url="https://example.org/m.json")
     model = m.Job(job="a1", request=request, created_at=m.now(), updated_at=m.now())
