@@ -256,7 +256,10 @@ def _show_matches(matches: Sequence[m.FaceMatch], found: m.FaceMatches) -> None:
             f": the nearest is {best.subject}, of which such a face was said not to be them", ""
         )
     else:
-        verdict = Text("unknown", "yellow").append(f": cosine {best.score:.3f} at most", "")
+        nearest = f": cosine {best.score:.3f} at most"
+        if best.score >= found.threshold and best.subject_score is not None:
+            nearest = f": the mean of {best.subject} has a cosine of {best.subject_score:.3f}"
+        verdict = Text("unknown", "yellow").append(nearest, "")
     searched = "" if found.searched is None else f", {found.searched:,} entries compared"
     verdict.append(f" ({found.dataset}, threshold {found.threshold:.3f}{searched})", "dim")
     out.print(verdict)
