@@ -18,13 +18,13 @@ import numpy as np
 from bus import messages as m
 
 THRESHOLDS: Final[Mapping[str, float]] = {"sface": 0.45, "pixel32": 0.99}
-"""Cosine from which a search names somebody. sface: of 30 enrolled people 98 % and more are named,
-and 0.1 % of strangers at most. pixel32 tells nobody apart: a near copy of a picture is all that it
-can know."""
+"""Cosine from which a search names somebody. sface: of 30 enrolled people it names 98 % and more, of
+strangers 0.1 % at most. pixel32 tells nobody apart: a near copy of a picture is all that it can
+know."""
 
 VERIFY_THRESHOLDS: Final[Mapping[str, float]] = {"sface": 0.363, "pixel32": 0.99}
-"""Cosine from which two faces are one person. sface: 99.8 % of the pairs of one person reach it, and
-0.15 % of the pairs of strangers. In a search, which compares with everybody, that names strangers."""
+"""Cosine from which two faces are one person. sface: 99.8 % of pairs of one person reach it, 0.15 %
+of pairs of strangers: in a search, which compares with everybody, too many."""
 
 # Cosine and rate of false matches, both in rising order of the cosine.
 _MEASURED: Final[Mapping[str, tuple[tuple[float, float], ...]]] = {

@@ -1,4 +1,4 @@
-"""Faces in a picture: YuNet, its anchors decoded, its doubles dropped; in tiles where they are small.
+"""Faces in a picture: YuNet, its anchors decoded, its doubles dropped; small ones in tiles.
 
 Source: Wu, Peng and Yu, "YuNet: A Tiny Millisecond-level Face Detector", 2023; the decoding is
 that of OpenCV's ``FaceDetectorYN``.
@@ -82,8 +82,8 @@ class Detector:
             score_min: How sure the net has to be.
             small: Whether faces are looked for that are too small once the picture is shrunk: at
                 4,000 pixels those below some 60. Tiles of the picture are searched at full size,
-                and at a quarter, a sixteenth and so on of it: 0.8 s instead of 10 ms for 12
-                megapixels, and more false alarms.
+                and at a quarter, a sixteenth and so on of it: a second instead of 10 ms for
+                12 megapixels, and more false alarms.
         """
         found = self._search(image, score_min)
         if not small or max(image.shape[:2]) <= self._longer_side:

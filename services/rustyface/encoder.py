@@ -167,7 +167,11 @@ class PixelEncoder:
         self.dimensions = self._embedder.dimensions
 
     def encode(
-        self, data: bytes, *, every_face: bool = False, field: str = IMAGE_FIELD
+        self,
+        data: bytes,
+        *,
+        every_face: bool = False,  # noqa: ARG002 - there are none
+        field: str = IMAGE_FIELD,
     ) -> tuple[Floats, list[Face]]:
         """See `Encoder.encode`; there are no faces.
 
@@ -182,11 +186,11 @@ class PixelEncoder:
 
     def find(
         self,
-        data: bytes,
+        data: bytes,  # noqa: ARG002 - not looked at
         *,
-        score_min: float | None = None,
-        faces_max: int = FACES_MAX,
-        small: bool = False,
+        score_min: float | None = None,  # noqa: ARG002
+        faces_max: int = FACES_MAX,  # noqa: ARG002
+        small: bool = False,  # noqa: ARG002
         field: str = IMAGE_FIELD,
     ) -> Found:
         """Raise Unprocessable: this embedder looks for no faces."""
@@ -210,10 +214,11 @@ async def open_encoder(
     if settings.embedder == "pixel32":
         return PixelEncoder(max_pixels=settings.max_pixels)
     nets = Nets(store, data_dir, cache_dir / "weights" / "named")
-    yunet, sface = (
-        named and await nets.file(named, setting=f"weights.{net}")
+    files = {
+        net: await nets.file(named, setting=f"weights.{net}")
         for net, named in (("yunet", settings.weights.yunet), ("sface", settings.weights.sface))
-    )
+        if named is not None
+    }
     own, model = settings.own_embedder, None
     if own is not None:
         model = await nets.file(own.model, setting="own_embedder.model")
@@ -225,9 +230,7 @@ async def open_encoder(
                 model, name=own.name, channels=own.channels, mean=own.mean, std=own.std
             )
         models_dir = data_dir / settings.models_dir if settings.models_dir else None
-        return pipeline.load(
-            cache_dir / "weights", models_dir, yunet=yunet, sface=sface, embedder=embedder
-        )
+        return pipeline.load(cache_dir / "weights", models_dir, files=files, embedder=embedder)
 
     return FaceEncoder(
         await asyncio.to_thread(load),

@@ -110,9 +110,7 @@ class Faces:
             )
             revision = await self._enrol(name, new, image, request)
             took_ms = round(1e3 * (time.perf_counter() - began), 1)
-            log.info(
-                "face.enrolled", dataset=name, entry=entry, revision=revision, took_ms=took_ms
-            )
+            log.info("face.enrolled", dataset=name, entry=entry, revision=revision, took_ms=took_ms)
         return m.EncodedFace(
             id=entry,
             dataset=name if request.persist else None,

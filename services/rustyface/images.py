@@ -149,9 +149,7 @@ def _checked(data: bytes, max_pixels: int, field: str | None) -> tuple[str, Head
     """Return what kind of file it is, and its header, if it may be decoded."""
     kind = formats.kind_of(data)
     if kind is None:
-        raise Unprocessable(
-            f"the image is {formats.what(data)}; {ALLOWED} is allowed", field=field
-        )
+        raise Unprocessable(f"the image is {formats.what(data)}; {ALLOWED} is allowed", field=field)
     try:
         header = formats.header_of(kind, data)
     except ValueError:

@@ -1,4 +1,4 @@
-"""The images of datasets that keep them: stored before their entry, gone with the last that has it."""
+"""Images of datasets that keep them: stored before their entry, gone with the last that has it."""
 
 from collections.abc import Iterable
 

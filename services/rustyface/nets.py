@@ -89,7 +89,8 @@ class Nets:
             )
         if version.format != "onnx":
             raise Unprocessable(
-                f"{setting}: version {version.version} of {spec.id!r} is {version.format}, not onnx",
+                f"{setting}: version {version.version} of {spec.id!r} is {version.format}, "
+                "not onnx",
                 field=setting,
             )
         if version.sound is False:

@@ -1,8 +1,10 @@
 """A picture through all stages: detect, align, embed, and say how good each face is."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final
 
 import numpy as np
@@ -109,8 +111,7 @@ def load(
     cache_dir: Path,
     models_dir: Path | None = None,
     *,
-    yunet: Path | None = None,
-    sface: Path | None = None,
+    files: Mapping[str, Path] = MappingProxyType({}),
     embedder: Embedder | None = None,
 ) -> Pipeline:
     """Open YuNet and SFace; see `weights.load` for where they come from.
@@ -118,14 +119,14 @@ def load(
     Args:
         cache_dir: Where repaired nets are kept.
         models_dir: Where OpenCV Zoo's files lie; the installed package if None.
-        yunet: The file of another detector of its kind.
-        sface: The file of another SFace.
+        files: By the net's name, `yunet` or `sface`: the very file.
         embedder: Takes the place of SFace.
 
     Raises:
         Unavailable: There are no weights, or other ones than published; says how to get them.
     """
-    return Pipeline(
-        Detector(weights.load(weights.YUNET, cache_dir, models_dir, file=yunet)),
-        embedder or Sface(weights.load(weights.SFACE, cache_dir, models_dir, file=sface)),
-    )
+
+    def opened(net: weights.Net) -> weights.Weights:
+        return weights.load(net, cache_dir, models_dir, file=files.get(net.name))
+
+    return Pipeline(Detector(opened(weights.YUNET)), embedder or Sface(opened(weights.SFACE)))

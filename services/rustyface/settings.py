@@ -12,8 +12,8 @@ from bus.messages import Name
 
 EMBEDDERS = ("sface", "pixel32")
 ModelRef = Annotated[str, Meta(min_length=1, max_length=512)]
-"""An ONNX file: `NAME` or `NAME@VERSION` of the model repository, the SHA-256 of an artefact in it, or
-a path below the data directory that ends in `.onnx`."""
+"""An ONNX file: `NAME` or `NAME@VERSION` of the model repository, the SHA-256 of an artefact in it,
+or a path below the data directory that ends in `.onnx`."""
 Cosine = Annotated[float, Meta(ge=-1, le=1)]
 Level = Annotated[float, Meta(ge=-1_000, le=1_000)]
 Spread = Annotated[float, Meta(gt=0, le=1_000)]

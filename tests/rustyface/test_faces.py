@@ -1,4 +1,4 @@
-"""What can be asked of faces beside the contract's rows: detect, verify, quality, persons, images."""
+"""What is asked of faces beside the contract's rows: detect, verify, quality, persons, images."""
 
 import base64
 import hashlib
@@ -306,9 +306,7 @@ async def test_whoever_was_rejected_is_not_named_again(client, worker, file):
     async with worker():
         await encode(client, file("astronaut"), subject="Eileen", entry_id="e")
         vector = (await encode(client, file("astronaut-changed"), persist=False)).embedding
-        await manage(
-            client, "reject-match", dataset="default", subject="Eileen", embedding=vector
-        )
+        await manage(client, "reject-match", dataset="default", subject="Eileen", embedding=vector)
         found = await search(client, image=file("astronaut-changed"))
     assert found.results[0].score > 0.7
     assert (found.results[0].rejected, found.results[0].known) == (True, False)

@@ -141,7 +141,9 @@ def test_the_picture_stands_upright_however_the_camera_was_held(extension: str, 
     assert (decode(turned) == upright).all()
 
 
-@pytest.mark.parametrize("damage", [b"", b"MM", b"II*\0\xff\xff\xff\xff", b"MM\0*\0\0\0\x08\xff\xff"])
+@pytest.mark.parametrize(
+    "damage", [b"", b"MM", b"II*\0\xff\xff\xff\xff", b"MM\0*\0\0\0\x08\xff\xff"]
+)
 def test_a_damaged_note_of_the_camera_is_no_reason_to_refuse_a_picture(damage: bytes):
     noted = encoded(".png")
     noted = noted[:33] + chunk(b"eXIf", damage) + noted[33:]

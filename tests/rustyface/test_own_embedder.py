@@ -75,9 +75,12 @@ def test_its_batch_may_be_fixed_to_one_or_free(net, batch):
 @pytest.mark.parametrize(
     ("how", "says"),
     [
-        ({"shape": (1, 3, 160, 160)}, r"picture: tensor\(float\) \[1, 3, 160, 160\]"),
+        (
+            {"shape": (1, 3, 160, 160), "flat": False},
+            r"picture: tensor\(float\) \[1, 3, 160, 160\]",
+        ),
         ({"shape": (4, 3, 112, 112)}, "is not for aligned faces"),
-        ({"shape": (1, 112, 112, 3)}, "is not for aligned faces"),
+        ({"shape": (1, 112, 112, 3), "flat": False}, "is not for aligned faces"),
         ({"kind": TensorProto.UINT8}, r"takes picture: tensor\(uint8\)"),
         ({"outputs": 2}, "gives vector0, vector1; one input .* and one output are needed"),
         ({"flat": False}, r"array of shape \[1, 3, 14, 14\] for one face"),
@@ -209,7 +212,7 @@ async def test_single_weights_are_named_by_digest(client, settings, samples_dir)
 
 
 async def test_a_net_that_does_not_fit_stops_with_its_sentence(client, settings):
-    await in_repository(client, arcface(shape=(1, 3, 160, 160)))
+    await in_repository(client, arcface(shape=(1, 3, 160, 160), flat=False))
     own = OwnEmbedder(model="face", name="mine", threshold=0.3)
     with pytest.raises(BusError, match="model 'mine' is not for aligned faces"):
         await opened(client, settings, own_embedder=own)

@@ -26,9 +26,7 @@ class Listed:
         if gallery != "people":
             raise NotFound(f"there is no dataset {gallery!r}", field="dataset")
         found = [
-            one
-            for one in self.all
-            if subject in (None, one.subject) and entry in (None, one.id)
+            one for one in self.all if subject in (None, one.subject) and entry in (None, one.id)
         ]
         behind = [one for one in found if after is None or one.id > after]
         part = behind[:limit]
@@ -36,9 +34,7 @@ class Listed:
 
 
 def entry(name, subject=None, image=None, **more):
-    return m.EntryInfo(
-        id=name, last_seen=AT, revision=1, subject=subject, image=image, **more
-    )
+    return m.EntryInfo(id=name, last_seen=AT, revision=1, subject=subject, image=image, **more)
 
 
 @pytest.fixture
@@ -128,7 +124,9 @@ async def test_the_page_needs_nothing_from_elsewhere(sheets, kept):
     assert not re.search(r"<script|http:|https:|@import|url\(", page)
 
 
-@pytest.mark.parametrize("name", ["<script>alert(1)</script>", 'a" onload="x', "a\0b\n\x1b[31m", "李明"])
+@pytest.mark.parametrize(
+    "name", ["<script>alert(1)</script>", 'a" onload="x', "a\0b\n\x1b[31m", "李明"]
+)
 @pytest.mark.parametrize("form", ["html", "png"])
 async def test_any_name_is_only_text(sheets, name, form):
     told = await sheets(entry("e", name)).answer(m.DrawSheet(dataset="people", format=form))

@@ -78,7 +78,11 @@ def worker(settings, tmp_path):
         ):
             store = client.store
             galleries = Galleries(
-                store.galleries, client.root, encoder.name, encoder.dimensions, changes=store.changes
+                store.galleries,
+                client.root,
+                encoder.name,
+                encoder.dimensions,
+                changes=store.changes,
             )
             folder = tmp_path / f"transfers-{slot}"
             jobs = GalleryJobs(client, instance, galleries, encoder, folder, lambda: at_once)
@@ -300,6 +304,7 @@ async def test_an_import_can_be_undone(client, worker, tmp_path):
 
 
 # --- Whoever dies ---------------------------------------------------------------------------------
+
 
 async def test_an_import_whose_worker_is_killed_is_ended_by_another_without_doubles(
     client, settings, worker, tmp_path, hurried

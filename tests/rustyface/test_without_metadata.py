@@ -32,7 +32,9 @@ def files(orientation: int) -> dict[str, bytes]:
     tiff_with_place = tiff(PICTURE, orientation=orientation) + exif
     return {
         "JPEG": with_exif(encoded(".jpg"), exif),
-        "progressive JPEG": with_exif(encoded(".jpg", PICTURE, cv2.IMWRITE_JPEG_PROGRESSIVE, 1), exif),
+        "progressive JPEG": with_exif(
+            encoded(".jpg", PICTURE, cv2.IMWRITE_JPEG_PROGRESSIVE, 1), exif
+        ),
         "grey JPEG": with_exif(encoded(".jpg", PICTURE[:, :, 0]), exif),
         "PNG": with_exif(encoded(".png"), exif),
         "PNG with holes": with_exif(encoded(".png", HOLES), exif),
