@@ -120,7 +120,7 @@ class Jobs(Generic[R]):
         self._client = client
         self._instance = instance
         self._jobs = client.store.jobs
-        self._work = work
+        self._work: Work[R] = work
         self._at_once = at_once
         self._seen: dict[str, _Seen] = {}
         self._held: dict[str, _Held] = {}
@@ -401,7 +401,11 @@ class Jobs(Generic[R]):
                 revision = await self._jobs.update(job, held.revision, name)
             except Conflict:
                 found = await self._jobs.get(name)
-                if found is None or found.value is None or not rules.same_try(found.value, held.job):
+                if (
+                    found is None
+                    or found.value is None
+                    or not rules.same_try(found.value, held.job)
+                ):
                     raise _LostError from None
                 held.job, held.revision = found.value, found.revision
                 continue

@@ -11,7 +11,17 @@ WINGS = ("cli", "supervisor", "candle", "rustyface", "gateway")
 # From the ground up; a room may use those below it.
 FLOORS = (
     {"errors", "messages", "balance"},
-    {"codec", "job_rules", "masking", "subjects", "tasks", "settings", "process", "redaction", "wire"},
+    {
+        "codec",
+        "job_rules",
+        "masking",
+        "subjects",
+        "tasks",
+        "settings",
+        "process",
+        "redaction",
+        "wire",
+    },
     {"log_search", "statistics", "packs"},
     {"streams"},
     {"uploads"},

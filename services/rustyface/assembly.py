@@ -1,5 +1,6 @@
 """rustyface put together: what is made of an encoder and the settings, and handed to each other."""
 
+from functools import partial
 from pathlib import Path
 
 from bus.client import Client
@@ -12,6 +13,7 @@ from bus.subjects import (
     FACES_SHEET,
     FACES_VERIFY,
 )
+from services.rustyface import calibration
 from services.rustyface.calibration import Thresholds
 from services.rustyface.encoder import Encoder
 from services.rustyface.faces import Faces
@@ -62,7 +64,9 @@ def assemble(
     workers = Workers(settings.max_waiting)
     faces = Faces(galleries, encoder, workers, kept, thresholds, settings.default_dataset)
     jobs = GalleryJobs(client, instance, galleries, encoder, cache_dir / "transfers")
-    manage = Manage(galleries, jobs, thresholds)
+    manage = Manage(
+        galleries, jobs, thresholds.both, partial(calibration.expected_false, encoder.name)
+    )
     sheets = Sheets(galleries, store.faces, faces.detect, faces.search, client.max_payload)
     return Rustyface(
         instance,

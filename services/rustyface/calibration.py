@@ -18,8 +18,8 @@ import numpy as np
 from bus import messages as m
 
 THRESHOLDS: Final[Mapping[str, float]] = {"sface": 0.45, "pixel32": 0.99}
-"""Cosine from which a search names somebody. sface: of 30 enrolled people it names 98 % and more, of
-strangers 0.1 % at most. pixel32 tells nobody apart: a near copy of a picture is all that it can
+"""Cosine from which a search names somebody. sface: of 30 enrolled people it names 98 % and more,
+of strangers 0.1 % at most. pixel32 tells nobody apart: a near copy of a picture is all that it can
 know."""
 
 VERIFY_THRESHOLDS: Final[Mapping[str, float]] = {"sface": 0.363, "pixel32": 0.99}
@@ -116,6 +116,10 @@ class Thresholds:
         """Return the cosine from which two faces are one person."""
         chosen = dataset.verify_threshold if dataset else None
         return verify_threshold_of(self._embedder, chosen, self._own_verify)
+
+    def both(self, dataset: m.DatasetSettings) -> tuple[float, float]:
+        """Return what counts in searches of a dataset, and in comparisons."""
+        return self.search(dataset), self.verify(dataset)
 
 
 def _first(*values: float | None) -> float:

@@ -184,7 +184,7 @@ def unit(rows: Floats) -> Floats:
 
 def _planes(levels: Levels) -> Floats:
     """Return levels in a shape that goes with ``[3, height, width]``."""
-    return np.asarray(np.broadcast_to(np.float32(levels), (3,)), np.float32).reshape(3, 1, 1)
+    return np.asarray(np.broadcast_to(np.asarray(levels), (3,)), np.float32).reshape(3, 1, 1)
 
 
 def _only_input(session: Any, name: str) -> str:

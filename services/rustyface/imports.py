@@ -15,7 +15,7 @@ import numpy as np
 
 from bus import messages as m
 from bus.artefacts import Artefacts
-from bus.errors import BusError, Conflict, NotFound, Unavailable, Unprocessable
+from bus.errors import Conflict, NotFound, Unavailable, Unprocessable
 from bus.job_rules import Progress
 from bus.jobs import Told
 from bus.tasks import to_its_end
@@ -99,7 +99,7 @@ class Import:
         await self._galleries.wait(await self._galleries.newest())
         dimensions = self._dimensions_of(work.dataset)
         async with self._fetched(job, work) as path:
-            kind = work.format or await to_its_end(format_of, path)
+            kind: m.FileFormat = work.format or await to_its_end(format_of, path)
 
             def opened() -> Reader:
                 return reader(path, kind, dimensions)
@@ -163,7 +163,8 @@ class Import:
         free = (await to_its_end(shutil.disk_usage, self._folder)).free
         if size + DISK_SPARE_BYTES > free:
             raise Unavailable(
-                f"the file has {size:,} bytes, and {self._folder} has {free:,} free", retry_after_s=60
+                f"the file has {size:,} bytes, and {self._folder} has {free:,} free",
+                retry_after_s=60,
             )
         path = self._folder / f"{job.job}.{secrets.token_hex(4)}.import"
         try:

@@ -87,7 +87,7 @@ class Pipeline:
         found = self.detector.detect(image, score_min=score_min, small=small)
         order = np.argsort(-found.boxes[:, 2:].prod(axis=1), kind="stable")[:faces_max]
         crops = [align(image, found.landmarks[i]) for i in order]
-        vectors = self.embedder.embed(crops[:embedded_max]) if embedded_max else []
+        vectors = self.embedder.embed(crops[:embedded_max])
         faces = []
         for i, crop, vector in zip_longest(order, crops, vectors):
             left, top, width, height = found.boxes[i].tolist()

@@ -155,9 +155,7 @@ class Reembed:
             at=entry.last_seen,
         )
 
-    async def _without_deleted(
-        self, source: str, into: str, imported: str, by: str | None
-    ) -> int:
+    async def _without_deleted(self, source: str, into: str, imported: str, by: str | None) -> int:
         """Remove from the new dataset what was removed from the old one meanwhile; say how much."""
         await self._galleries.wait(await self._galleries.newest())
         gone = 0

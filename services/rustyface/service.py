@@ -136,7 +136,7 @@ class Rustyface:
 
     async def _health(self, _request: m.Empty) -> dict[str, Any]:
         datasets = len(self.galleries.datasets())
-        return {"status": "ok", "datasets": datasets, "entries": self.galleries.entries}
+        return {"status": "ok", "datasets": datasets, "entries": self.galleries.count}
 
     async def _list_here(self, _request: m.Empty) -> m.DatasetList:
         asked = m.ManageDataset(action="list")
@@ -154,5 +154,5 @@ class Rustyface:
 
     def _tell(self) -> None:
         self._instance.counts["datasets"] = len(self.galleries.datasets())
-        self._instance.counts["entries"] = self.galleries.entries
+        self._instance.counts["entries"] = self.galleries.count
         self._instance.gauges["images_waiting"] = self._workers.waiting

@@ -36,7 +36,13 @@ class Entries(Protocol):
     """What a sheet asks of the galleries."""
 
     async def entries(
-        self, gallery: str, *, limit: int, after: str | None, **more: Any
+        self,
+        gallery: str,
+        *,
+        limit: int,
+        after: str | None,
+        subject: str | None = None,
+        entry: str | None = None,
     ) -> tuple[list[m.EntryInfo], str | None, int]:
         """Return entries, where the next ones begin, and how many there are."""
         ...

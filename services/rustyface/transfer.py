@@ -229,7 +229,9 @@ async def _take_in(path: Path, galleries: Galleries) -> tuple[str, int]:
     await galleries.create(dataset, at=sound.head.created_at)
     async with contextlib.aclosing(batches(opened)) as found:
         async for rows in found:
-            await galleries.enrol_many(dataset, [as_new(row, None) for row in rows], existing="skip")
+            await galleries.enrol_many(
+                dataset, [as_new(row, None) for row in rows], existing="skip"
+            )
     with contextlib.suppress(FileNotFoundError):
         done = where.with_name(where.name.removesuffix(BEGUN) + DONE)
         await asyncio.to_thread(where.rename, done)

@@ -123,7 +123,11 @@ def test_a_key_is_one_job_for_each_kind_and_caller():
     model = m.ImportModel(id="m", url="https://example.org/m.json", key="k", by="ann")
     work = m.GalleryWork(action="export", dataset="d", key="k", by="ann")
     assert job(work) == job(msgspec.structs.replace(work, dataset="e"))
-    others = [model, msgspec.structs.replace(work, by="bob"), msgspec.structs.replace(work, key=None)]
+    others = [
+        model,
+        msgspec.structs.replace(work, by="bob"),
+        msgspec.structs.replace(work, key=None),
+    ]
     assert len({job(work), *map(job, others)}) == 4
 
 

@@ -25,6 +25,7 @@ from bus.errors import (
     Unavailable,
     Unprocessable,
 )
+from bus.job_rules import heals
 from bus.testing import until
 from services.candle import downloads, hub
 from services.candle.downloads import Downloads, Limits, Meter, Wanted

@@ -111,9 +111,7 @@ async def test_a_job_is_watched_to_its_end(client: Client, jobs: Any):
 
 def gallery_job(name: str = "g1", **more: Any) -> Job:
     work = GalleryWork(action="import", dataset="people", artefact="ab" * 32, by="ann")
-    return Job(
-        job=name, kind="gallery", gallery=work, created_at=now(), updated_at=now(), **more
-    )
+    return Job(job=name, kind="gallery", gallery=work, created_at=now(), updated_at=now(), **more)
 
 
 async def test_a_job_of_a_dataset_is_told_in_entries(client: Client, jobs: Any):
@@ -133,7 +131,13 @@ async def test_a_job_of_a_dataset_is_told_in_entries(client: Client, jobs: Any):
     await tell(client, msgspec.structs.replace(running, state="done", gallery_result=result))
     ended = await jobs("watch", "g1")
     assert ended.status == 0, ended.err
-    for said in ("import people", "6,000 of 6,000 entries", "5,999", "people.json, 2.0 kB", *failed):
+    for said in (
+        "import people",
+        "6,000 of 6,000 entries",
+        "5,999",
+        "people.json, 2.0 kB",
+        *failed,
+    ):
         assert said in ended.out
 
 

@@ -1,4 +1,4 @@
-"""Jobs of datasets: in and out whole, whoever dies; nothing left over, nothing kept that was deleted."""
+"""Jobs of datasets: in and out whole, whoever dies; what was deleted lies nowhere any more."""
 
 import asyncio
 import contextlib
@@ -146,7 +146,7 @@ def as_file(path: Path, rows, kind="npz", head=None) -> Path:
 
 
 async def uploaded(client, path: Path) -> str:
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()  # noqa: ASYNC240
     await client.store.faces.put(digest, path)
     return digest
 

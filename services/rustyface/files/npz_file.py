@@ -57,7 +57,7 @@ COLUMN_MAX_BYTES: Final = 4 * 1024 * 1024 * 1024
 
 _MAGIC: Final = b"\x93NUMPY"
 _HEADER: Final = re.compile(
-    r"\{'descr': '(?P<descr>[<>|=]?[fSUM][0-9]{1,7}(?:\[[0-9a-z]{1,8}\])?)', "
+    r"\{'descr': '(?P<descr>[<>|=]?[fSUM][0-9]{1,7}(?:\[[0-9A-Za-z]{1,8}\])?)', "
     r"'fortran_order': (?P<fortran>True|False), 'shape': \((?P<shape>[0-9, ]*)\),? ?\}\s*"
 )
 _END: Final = b"PK\x05\x06"
@@ -153,7 +153,9 @@ class NpzReader:
             return _texts(columns[name], first, name)
 
         subjects, metadata, quality = texts("subjects"), texts("metadata"), texts("quality")
-        seen = _moments(columns["last_seen"], first) if "last_seen" in columns else [None] * len(ids)
+        seen = (
+            _moments(columns["last_seen"], first) if "last_seen" in columns else [None] * len(ids)
+        )
         rows = []
         for at, entry in enumerate(ids):
             index = first + at
@@ -169,9 +171,7 @@ class NpzReader:
             rows.append(row)
         return rows
 
-    def _opened(
-        self, archive: zipfile.ZipFile, opened: contextlib.ExitStack
-    ) -> dict[str, _Array]:
+    def _opened(self, archive: zipfile.ZipFile, opened: contextlib.ExitStack) -> dict[str, _Array]:
         """Open every array of rows, its header read and found to fit."""
         there = set(archive.namelist())
         if missing := [name for name in NEEDED if f"{name}.npy" not in there]:
@@ -204,7 +204,7 @@ class NpzReader:
 
 
 class NpzWriter:
-    """Writes a dataset file of numpy; the vectors wait in a file beside it until their number is known.
+    """Writes a dataset file of numpy; all waits in files beside it until their number is known.
 
     Args:
         path: Where.
@@ -226,10 +226,8 @@ class NpzWriter:
         """See `Writer.add`."""
         for row in rows:
             self._files["embeddings"].write(row.vector.astype("<f4").tobytes())
-            seen = np.datetime64("NaT", "us")
-            if row.last_seen is not None:
-                seen = np.datetime64(row.last_seen.replace(tzinfo=None), "us")
-            self._files["last_seen"].write(seen.tobytes())
+            seen = None if row.last_seen is None else row.last_seen.replace(tzinfo=None)
+            self._files["last_seen"].write(np.array(seen, "<M8[us]").tobytes())
             texts = {
                 "ids": row.id,
                 "subjects": row.subject or "",

@@ -6,6 +6,7 @@ them, `last_seen` is a timestamp. pyarrow is an extra: without it a file is refu
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Final
 
@@ -35,6 +36,7 @@ KNOWN: Final = (*NEEDED, "subject", "metadata", "quality", "last_seen")
 GROUP_MAX_BYTES: Final = 1024 * 1024 * 1024
 GROUP_ROWS: Final = 10_000
 _SAID: Final = b"bkg"
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 class ParquetReader:
@@ -74,7 +76,9 @@ class ParquetReader:
         for name in NEEDED:
             if name not in schema.names:
                 known = ", ".join(one[:40] for one in schema.names[:20]) or "none"
-                raise Unprocessable(f"the file has no column {name}; there are: {known}", field=name)
+                raise Unprocessable(
+                    f"the file has no column {name}; there are: {known}", field=name
+                )
         for name in KNOWN:
             if schema.names.count(name) > 1:
                 raise Unprocessable(f"the file has the column {name} twice", field=name)
@@ -100,7 +104,10 @@ class ParquetReader:
         def column(name: str) -> list[Any]:
             if name not in said:
                 return [None] * batch.num_rows
-            values: list[Any] = said[name].to_pylist()
+            found = said[name]
+            if _pyarrow().types.is_timestamp(found.type):
+                return _moments(found, first)
+            values: list[Any] = found.to_pylist()
             return values
 
         ids = [text_in(one, i, None, "id") for i, one in enumerate(column("id"), first)]
@@ -202,7 +209,7 @@ class ParquetWriter:
 def _pyarrow() -> Any:
     """Return pyarrow with what is used of it, or say what is missing."""
     try:
-        import pyarrow  # noqa: PLC0415 - an extra, and half a second of loading
+        import pyarrow as pa  # noqa: PLC0415 - an extra, and half a second of loading
         import pyarrow.compute  # noqa: PLC0415
         import pyarrow.parquet  # noqa: PLC0415
     except ImportError:
@@ -211,7 +218,7 @@ def _pyarrow() -> Any:
             "pip install 'bkg[parquet]'; json and npz need nothing",
             field="format",
         ) from None
-    return pyarrow
+    return pa
 
 
 @contextlib.contextmanager
@@ -223,19 +230,42 @@ def _reading(path: Path) -> Iterator[Any]:
             yield file
     except BusError:
         raise
-    except (arrow.ArrowException, OSError, ValueError, KeyError, TypeError, MemoryError) as error:
+    except (
+        arrow.ArrowException,
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        ArithmeticError,
+        MemoryError,
+    ) as error:
         said = str(error).partition("\n")[0][:200] or type(error).__name__
         raise Unprocessable(f"the file is no sound Parquet: {said}") from None
 
 
+def _moments(column: Any, first: int) -> list[datetime | None]:
+    """Return timestamps; Arrow keeps them in UTC, whatever zone it says."""
+    per_s = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}[column.type.unit]
+    moments: list[datetime | None] = []
+    for at, value in enumerate(column.view(_pyarrow().int64()).to_pylist()):
+        try:
+            micros = None if value is None else value * 10**6 // per_s
+            moments.append(None if micros is None else _EPOCH + timedelta(microseconds=micros))
+        except OverflowError:
+            refuse(first + at, None, "last_seen is no time that there can be")
+    return moments
+
+
 def _fits(name: str, found: Any, types: Any) -> bool:
     if name == "embedding":
-        listed = types.is_list(found) or types.is_large_list(found) or types.is_fixed_size_list(found)
-        return listed and types.is_floating(found.value_type)
+        listed = (
+            types.is_list(found) or types.is_large_list(found) or types.is_fixed_size_list(found)
+        )
+        return bool(listed and types.is_floating(found.value_type))
     if types.is_dictionary(found):
         found = found.value_type
     text = types.is_string(found) or types.is_large_string(found) or types.is_null(found)
-    return text or (name == "last_seen" and types.is_timestamp(found))
+    return bool(text or (name == "last_seen" and types.is_timestamp(found)))
 
 
 def _head_in(metadata: dict[bytes, bytes]) -> Head:

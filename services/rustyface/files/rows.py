@@ -200,11 +200,13 @@ def from_json(text: object, index: int, entry: str, name: str) -> Any:
     Raises:
         Unprocessable: It is no JSON.
     """
-    if text is None or text in ("", b""):
+    if text is None or text == "":
         return None
+    if not isinstance(text, str):
+        refuse(index, entry, f"{name} must be a text with JSON in it, it is {_kind_of(text)}")
     try:
-        return msgspec.json.decode(text)  # type: ignore[arg-type]
-    except (msgspec.DecodeError, ValueError, TypeError, RecursionError) as error:
+        return msgspec.json.decode(text)
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:
         refuse(index, entry, f"{name} is no JSON: {error}")
 
 
