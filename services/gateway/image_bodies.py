@@ -90,7 +90,9 @@ def _check_length(request: web.Request, max_bytes: int) -> None:
 
 
 def _by_name(
-    allowed: Sequence[str], fields: Iterable[tuple[str, Any]], before: Mapping[str, Any] | None = None
+    allowed: Sequence[str],
+    fields: Iterable[tuple[str, Any]],
+    before: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return fields by name, with those that came before."""
     found = dict(before or {})

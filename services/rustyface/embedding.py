@@ -17,7 +17,7 @@ from services.rustyface.weights import Weights, open_session
 Floats = npt.NDArray[np.float32]
 
 DIMENSIONS_MAX: Final = 16_384
-Levels = float | tuple[float, float, float]
+Levels = float | Sequence[float]
 """One value for each channel, or one for all."""
 
 

@@ -16,7 +16,16 @@ from bus.artefacts import Artefacts
 from bus.errors import BusError, InvalidRequest, NotFound, TooLarge
 from services.rustyface import images, sheet_html, sheet_png
 from services.rustyface.images import Image
-from services.rustyface.sheet_parts import SIDE_PX, Boxed, Cell, Group, Page, clipped, words_in
+from services.rustyface.sheet_parts import (
+    SIDE_PX,
+    Boxed,
+    Cell,
+    Group,
+    Mark,
+    Page,
+    clipped,
+    words_in,
+)
 
 Detect = Callable[[m.DetectFaces], Awaitable[m.DetectedFaces]]
 Search = Callable[[m.SearchFaces], Awaitable[m.FaceMatches]]
@@ -109,7 +118,7 @@ class Sheets:
             following = found[-1].id
 
     async def _pictures(self, entries: Iterable[m.EntryInfo]) -> dict[str, Image]:
-        """Return the faces of kept images, by the image's digest; what cannot be had is left out."""
+        """Return the faces of kept images by digest; what cannot be had is left out."""
         digests = list(dict.fromkeys(one.image for one in entries if one.image is not None))
         faces = await asyncio.gather(*(self._face_of(one) for one in digests[:PICTURES_MAX]))
         pairs = zip(digests, faces, strict=False)
@@ -256,7 +265,9 @@ def _page_of_search(
                 about=say("face", score=say.number(face.score), px=round(min(face.box[2:]))),
                 mark=mark,
                 picture=_face(photo, face.box),
-                cells=[_match(one, found.threshold, pictures, say) for one in matches[:matches_max]],
+                cells=[
+                    _match(one, found.threshold, pictures, say) for one in matches[:matches_max]
+                ],
                 empty=say("no_match"),
             )
         )
@@ -283,20 +294,18 @@ def _page_of_search(
     )
 
 
-def _named(matches: Sequence[m.FaceMatch], say: Any) -> tuple[Any, str]:
+def _named(matches: Sequence[m.FaceMatch], say: Any) -> tuple[Mark, str]:
     """Return how a face counts, and what it is called: by its best match that counts."""
     best = next((one for one in matches if one.known), None)
     if best is not None:
         return "known", clipped(best.subject or best.id)
     if any(one.rejected for one in matches):
-        return "rejected", say("unknown")
-    return "unknown", say("unknown")
+        return "rejected", say("stranger")
+    return "unknown", say("stranger")
 
 
-def _match(
-    one: m.FaceMatch, threshold: float, pictures: dict[str, Image], say: Any
-) -> Cell:
-    mark = "rejected" if one.rejected else "known" if one.known else "unknown"
+def _match(one: m.FaceMatch, threshold: float, pictures: dict[str, Image], say: Any) -> Cell:
+    mark: Mark = "rejected" if one.rejected else "known" if one.known else "unknown"
     lines = [] if one.subject is None else [clipped(one.id)]
     if one.expected_false is not None:
         lines.append(say("expected_false", count=say.number(one.expected_false)))

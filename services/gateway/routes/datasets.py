@@ -455,7 +455,9 @@ def _json_in(query: Mapping[str, str], name: str) -> Any:
     try:
         return msgspec.json.decode(query[name])
     except (msgspec.DecodeError, RecursionError):
-        raise InvalidRequest(f"{name} is {query[name][:40]!r}, which is no JSON", field=name) from None
+        raise InvalidRequest(
+            f"{name} is {query[name][:40]!r}, which is no JSON", field=name
+        ) from None
 
 
 def _flag(request: web.Request, name: str) -> bool:
