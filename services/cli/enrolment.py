@@ -27,6 +27,7 @@ from bus.errors import (
     DeadlineExceeded,
     Internal,
     InvalidRequest,
+    NotFound,
     Overloaded,
     TooLarge,
     Unavailable,
@@ -273,7 +274,12 @@ class _Run:
         async def look() -> m.DatasetList:
             return await ask_dataset(self._client, "entries", **ask)
 
-        found = (await _patient(look)).entries
+        try:
+            found = (await _patient(look)).entries
+        except NotFound as error:
+            if error.field != "entry_id":
+                raise
+            return None
         return found[0] if found else None
 
     async def _patiently(self, endpoint: Any, ask: Any) -> Any:
