@@ -66,6 +66,8 @@ DEAF = (
     "services/candle/tensors.py",
     "services/candle/joining.py",
     "services/candle/runtimes",
+    "services/rustyface/exif.py",
+    "services/rustyface/formats.py",
     "services/rustyface/images.py",
     "services/rustyface/detection.py",
     "services/rustyface/alignment.py",

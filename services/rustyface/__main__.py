@@ -32,9 +32,7 @@ async def main() -> None:
         wanted = settings_of(instance)
         encoder = await open_encoder(wanted, client.store, env.data_dir, env.cache_dir)
         datasets = env.data_dir / wanted.datasets_path if wanted.datasets_path else None
-        await assemble(
-            client, instance, encoder, wanted, datasets_dir=datasets, cache_dir=env.cache_dir
-        ).run()
+        await assemble(client, instance, encoder, wanted, datasets, env.cache_dir).run()
 
 
 if __name__ == "__main__":

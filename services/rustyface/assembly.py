@@ -32,7 +32,6 @@ def assemble(
     instance: Instance,
     encoder: Encoder,
     settings: RustyfaceSettings,
-    *,
     datasets_dir: Path | None,
     cache_dir: Path,
 ) -> Rustyface:

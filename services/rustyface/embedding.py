@@ -18,7 +18,7 @@ Floats = npt.NDArray[np.float32]
 
 DIMENSIONS_MAX: Final = 16_384
 Levels = float | Sequence[float]
-"""One value for each channel, or one for all."""
+"""One value for each of three channels, or one for all."""
 
 
 class Embedder(Protocol):

@@ -236,7 +236,7 @@ class Faces:
                 subject_entries=match.subject_entries,
                 rejected=match.rejected,
                 expected_false=calibration.expected_false(
-                    self._encoder.name, match.score, found.searched
+                    found.embedder, match.score, found.searched
                 ),
             )
             for match in found.matches

@@ -99,7 +99,7 @@ class Import:
         await self._galleries.wait(await self._galleries.newest())
         dimensions = self._dimensions_of(work.dataset)
         async with self._fetched(job, work) as path:
-            kind: m.FileFormat = work.format or await to_its_end(format_of, path)
+            kind = await to_its_end(format_of, path) if work.format is None else work.format
 
             def opened() -> Reader:
                 return reader(path, kind, dimensions)

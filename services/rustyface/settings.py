@@ -15,10 +15,12 @@ ModelRef = Annotated[str, Meta(min_length=1, max_length=512)]
 """An ONNX file: `NAME` or `NAME@VERSION` of the model repository, the SHA-256 of an artefact in it,
 or a path below the data directory that ends in `.onnx`."""
 Cosine = Annotated[float, Meta(ge=-1, le=1)]
-# Of lists, not of tuples: a type that may be a bounded number or a tuple of three makes msgspec 0.22
-# read past its memory when garbage is collected.
 Level = Annotated[float, Meta(ge=-1_000, le=1_000)]
 Spread = Annotated[float, Meta(gt=0, le=1_000)]
+# Lists, and not tuples of three: of a tuple whose members have bounds msgspec 0.22 makes a decoder
+# that the garbage collector crashes on.
+Levels = Level | Annotated[list[Level], Meta(min_length=3, max_length=3)]
+Spreads = Spread | Annotated[list[Spread], Meta(min_length=3, max_length=3)]
 
 
 class OwnEmbedder(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -39,8 +41,8 @@ class OwnEmbedder(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     threshold: Cosine
     verify_threshold: Cosine | None = None
     channels: Literal["rgb", "bgr"] = "rgb"
-    mean: Level | Annotated[list[Level], Meta(min_length=3, max_length=3)] = 127.5
-    std: Spread | Annotated[list[Spread], Meta(min_length=3, max_length=3)] = 127.5
+    mean: Levels = 127.5
+    std: Spreads = 127.5
 
 
 class NetFiles(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

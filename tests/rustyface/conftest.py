@@ -4,6 +4,7 @@ import asyncio
 import base64
 import contextlib
 from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from pathlib import Path
 
 import msgspec
@@ -16,6 +17,7 @@ from services.rustyface import images, samples
 from services.rustyface import pipeline as pipelines
 from services.rustyface.assembly import assemble
 from services.rustyface.encoder import FaceEncoder
+from services.rustyface.galleries import Galleries
 from services.rustyface.images import Image
 from services.rustyface.pipeline import Pipeline
 from services.rustyface.settings import RustyfaceSettings
@@ -86,3 +88,26 @@ def picture(samples_dir):
         return base64.b64encode((samples_dir / f"{name}.jpg").read_bytes()).decode()
 
     return read
+
+
+@pytest.fixture
+def replica(client) -> Callable[..., AbstractAsyncContextManager[Galleries]]:
+    """Gives galleries that are read from the beginning; what ends them comes out of it."""
+
+    @asynccontextmanager
+    async def start(other=None, embedder="test", dimensions=2, **more):
+        store, root = (other or client).store, client.root
+        galleries = Galleries(
+            store.galleries, root, embedder, dimensions, changes=store.changes, **more
+        )
+        async with asyncio.timeout(60):
+            reading = asyncio.create_task(galleries.run())
+            try:
+                await until(lambda: galleries.caught_up.is_set() or reading.done())
+                yield galleries
+            finally:
+                reading.cancel()
+                with suppress(asyncio.CancelledError):
+                    await reading
+
+    return start

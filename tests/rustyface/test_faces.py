@@ -293,6 +293,15 @@ async def test_a_match_says_how_many_strangers_would_reach_it(client, worker, fi
     assert far.expected_false is None
 
 
+async def test_rates_that_were_measured_for_one_embedder_are_told_of_no_other(client, worker, file):
+    async with worker(encoder=PixelEncoder()):
+        made = await encode(client, file("coffee"))
+    async with worker():
+        (match,) = (await search(client, embedding=made.embedding)).results
+    assert match.score == pytest.approx(1)
+    assert match.expected_false is None
+
+
 async def test_the_threshold_of_a_dataset_decides_who_is_known(client, worker, file):
     async with worker():
         await encode(client, file("astronaut"))

@@ -9,6 +9,7 @@ from onnx import TensorProto
 
 from bus import messages as m
 from bus.errors import BusError, InvalidRequest, NotFound, Unprocessable
+from bus.subjects import DATASET_MANAGE, FACES_ENCODE, FACES_SEARCH, FACES_VERIFY
 from services.rustyface import weights
 from services.rustyface.embedding import ArcFace
 from services.rustyface.encoder import open_encoder
@@ -103,7 +104,7 @@ def test_what_is_no_net_at_all_is_refused(tmp_path: Path):
 
 @pytest.fixture
 def nets(client, settings) -> Nets:
-    settings.data_dir.mkdir(parents=True)
+    settings.data_dir.mkdir(parents=True, exist_ok=True)
     return Nets(client.store, settings.data_dir, settings.data_dir / "cache" / "nets")
 
 
@@ -216,3 +217,40 @@ async def test_a_net_that_does_not_fit_stops_with_its_sentence(client, settings)
     own = OwnEmbedder(model="face", name="mine", threshold=0.3)
     with pytest.raises(BusError, match="model 'mine' is not for aligned faces"):
         await opened(client, settings, own_embedder=own)
+
+
+# --- At work --------------------------------------------------------------------------------------
+
+
+async def test_datasets_belong_to_it_and_its_thresholds_count(client, settings, worker, picture):
+    await in_repository(client, arcface(dimensions=16))
+    own = OwnEmbedder(model="face", name="mine", threshold=0.25, verify_threshold=0.2)
+    encoder = await opened(client, settings, own_embedder=own)
+    face = m.EncodeFace(image_base64=picture("astronaut"), entry_id="e")
+    side = m.FaceSide(image_base64=picture("astronaut-changed"))
+    async with worker(encoder=encoder, own_embedder=own):
+        made = await client.call(FACES_ENCODE, face)
+        found = await client.call(
+            FACES_SEARCH, m.SearchFaces(image_base64=picture("astronaut-changed"))
+        )
+        same = await client.call(FACES_VERIFY, m.VerifyFaces(a=side, b=side))
+        told = await client.call(DATASET_MANAGE, m.ManageDataset(action="stats", dataset="default"))
+    assert (made.embedder, made.dimensions) == ("mine", 16)
+    assert (found.threshold, found.results[0].id) == (0.25, "e")
+    assert (same.threshold, same.false_match_rate) == (0.2, None)
+    assert (told.dataset.embedder, told.dataset.embedder_digest) == ("mine", encoder.digest)
+    assert (told.dataset.threshold, told.dataset.verify_threshold) == (0.25, 0.2)
+
+
+async def test_the_same_net_with_other_levels_is_not_mixed_in(client, settings, worker, picture):
+    await in_repository(client, arcface(dimensions=16))
+    own = OwnEmbedder(model="face", name="mine", threshold=0.25)
+    face = m.EncodeFace(image_base64=picture("astronaut"))
+    async with worker(encoder=await opened(client, settings, own_embedder=own), own_embedder=own):
+        await client.call(FACES_ENCODE, face)
+    other = OwnEmbedder(model="face", name="mine", threshold=0.25, mean=0.0)
+    async with worker(
+        encoder=await opened(client, settings, own_embedder=other), own_embedder=other
+    ):
+        with pytest.raises(InvalidRequest, match="'default' holds vectors of mine .* mixed"):
+            await client.call(FACES_ENCODE, face)

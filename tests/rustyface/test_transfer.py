@@ -32,7 +32,7 @@ from services.rustyface.transfer import GalleryJobs, take_in
 
 REPOSITORY = Path(__file__).parents[2]
 D = 8
-LARGE = 30_000
+LARGE = 8_000
 FORMATS = ("json", "npz", "parquet")
 
 
@@ -65,7 +65,7 @@ class Worker:
 
 
 @pytest.fixture
-def worker(settings, tmp_path):
+def worker(client, settings, tmp_path):
     """Start what does jobs of datasets in a rustyface."""
 
     @contextlib.asynccontextmanager
@@ -73,23 +73,23 @@ def worker(settings, tmp_path):
         here = msgspec.structs.replace(settings, slot=slot)
         encoder = encoder or Tiny()
         async with (
-            connect(here.nats_url, name="rustyface", root=here.root) as client,
-            join(client, here, plugin="rustyface", description="a test") as instance,
+            connect(here.nats_url, name="rustyface", root=here.root) as own,
+            join(own, here, plugin="rustyface", description="a test") as instance,
         ):
-            store = client.store
+            store = own.store
             galleries = Galleries(
                 store.galleries,
-                client.root,
+                own.root,
                 encoder.name,
                 encoder.dimensions,
                 changes=store.changes,
             )
             folder = tmp_path / f"transfers-{slot}"
-            jobs = GalleryJobs(client, instance, galleries, encoder, folder, lambda: at_once)
+            jobs = GalleryJobs(own, instance, galleries, encoder, folder, lambda: at_once)
             async with beside(galleries.run()):
                 await galleries.caught_up.wait()
                 async with jobs.serving():
-                    yield Worker(client, galleries, jobs)
+                    yield Worker(own, galleries, jobs)
 
     return start
 
@@ -443,7 +443,7 @@ async def test_an_export_that_runs_while_somebody_is_deleted_ends_without_a_file
 ):
     async with worker() as at:
         await at.galleries.create("d")
-        entries = [NewEntry(id=r.id, vector=r.vector) for r in rows_of(20_000)]
+        entries = [NewEntry(id=r.id, vector=r.vector) for r in rows_of(LARGE)]
         await at.galleries.enrol_many("d", entries, existing="skip")
         job = await at.jobs.enter(m.GalleryWork(action="export", dataset="d"))
 
