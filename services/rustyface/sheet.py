@@ -39,6 +39,8 @@ AT_ONCE: Final = 2
 # Around a face, so that hair and chin are on it.
 AROUND: Final = 1.9
 PHOTO_SIDE_PX: Final = 1_400
+# What an answer has beside the sheet.
+BESIDE_BYTES: Final = 1_024
 
 
 class Entries(Protocol):
@@ -49,7 +51,7 @@ class Entries(Protocol):
         gallery: str,
         *,
         limit: int,
-        after: str | None,
+        after: str | None = None,
         subject: str | None = None,
         entry: str | None = None,
     ) -> tuple[list[m.EntryInfo], str | None, int]:
@@ -65,7 +67,7 @@ class Sheets:
         store: Where the images are that datasets keep.
         detect: Finds the faces of an image.
         search: Finds who they are.
-        max_bytes: How large a sheet may be.
+        max_bytes: How large an answer may be.
     """
 
     def __init__(
@@ -75,7 +77,7 @@ class Sheets:
         self._store = store
         self._detect = detect
         self._search = search
-        self._max_bytes = max_bytes
+        self._max_bytes = max_bytes - BESIDE_BYTES
         self._turn = asyncio.Semaphore(AT_ONCE)
 
     async def answer(self, request: m.DrawSheet) -> m.Sheet:
@@ -104,7 +106,7 @@ class Sheets:
         )
         if request.subject is not None and total == 0:
             raise NotFound(
-                f"dataset {dataset!r} has no person {request.subject[:100]!r}", field="subject"
+                f"dataset {dataset!r} has nobody called {request.subject[:100]!r}", field="subject"
             )
         pictures = await self._pictures(found)
         while True:
@@ -179,7 +181,7 @@ class Sheets:
         """Return the entries that were found, as far as they are still there."""
         entries = {}
         for name in dict.fromkeys(match.id for match in matches):
-            found, _, _ = await self._galleries.entries(dataset, limit=1, after=None, entry=name)
+            found, _, _ = await self._galleries.entries(dataset, limit=1, entry=name)
             entries.update({one.id: one for one in found})
         return entries
 

@@ -23,7 +23,7 @@ class Listed:
     def __init__(self, entries) -> None:
         self.all = sorted(entries, key=lambda one: one.id)
 
-    async def entries(self, gallery, *, limit, after, subject=None, entry=None):
+    async def entries(self, gallery, *, limit, after=None, subject=None, entry=None):
         if gallery != "people":
             raise NotFound(f"there is no dataset {gallery!r}", field="dataset")
         found = [
@@ -149,7 +149,7 @@ async def test_only_one_person_is_drawn_if_they_are_named(sheets):
     drawer = sheets(entry("1", "Anna"), entry("2", "Bert"))
     page, _ = await html(drawer, dataset="people", subject="Bert")
     assert names(page) == ["Bert"]
-    with pytest.raises(NotFound, match="no person"):
+    with pytest.raises(NotFound, match="nobody called"):
         await drawer.answer(m.DrawSheet(dataset="people", subject="Carla"))
 
 
