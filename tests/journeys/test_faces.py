@@ -20,13 +20,14 @@ from bus import codec
 from bus import messages as m
 from bus.client import Client, connect
 from bus.errors import BusError
-from bus.subjects import DATASET_MANAGE, FACES_ENCODE
+from bus.subjects import DATASET_MANAGE, FACES_ENCODE, GALLERY_ENTRY
 from bus.testing import until
 from services.rustyface import samples
 from tests.journeys.conftest import REPOSITORY, Platform, ask, running_platform, without_bkg
 
 DATA = Path(skimage.__file__).parent / "data"
-CAMERAMAN = Path(next(iter(samples.__path__))) / "cameraman.jpg"
+SAMPLES = Path(next(iter(samples.__path__)))
+ONCE_MORE = SAMPLES / "astronaut-changed.jpg"
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -59,7 +60,7 @@ def album(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, picture in variants().items():
         cv2.imwrite(str(folder / f"eileen/{name}.jpg"), picture)
     (folder / "man").mkdir()
-    (folder / "man/camera.jpg").write_bytes(CAMERAMAN.read_bytes())
+    (folder / "man/camera.jpg").write_bytes((SAMPLES / "cameraman.jpg").read_bytes())
     for name in ("coffee", "rocket"):
         source = next(DATA.glob(f"{name}.*"))
         (folder / f"man/{name}{source.suffix}").write_bytes(source.read_bytes())
@@ -119,16 +120,17 @@ async def test_a_folder_is_enrolled_and_found_by_every_replica_alike(two: Platfo
         assert not one.results[-1].known
 
     async with two.session() as session:
+        data = ONCE_MORE.read_bytes()
         encoded = base64.b64encode(data).decode()
         found = await ask(session, "faces.search", dataset="people", image_base64=encoded)
         async with session.post(
-            "/api/faces/search?dataset=people", data=data, headers={"Content-Type": "image/png"}
+            "/api/faces/search?dataset=people", data=data, headers={"Content-Type": "image/jpeg"}
         ) as answer:
             assert answer.status == 200, await answer.text()
             raw = await answer.json()
-    on_terminal = faces(two, "search", DATA / "astronaut.png", "-d", "people")
-    for each in (found, raw, on_terminal):
-        assert [match["id"] for match in each["results"]] == [match.id for match in one.results[:5]]
+    on_terminal = faces(two, "search", ONCE_MORE, "-d", "people")
+    assert found["results"] == raw["results"] == on_terminal["results"]
+    assert (found["subject"], len(found["results"])) == ("eileen", 5)
 
 
 async def test_who_enrols_finds_it_at_once_on_whichever_replica_answers(two: Platform):
@@ -219,25 +221,18 @@ async def test_a_deleted_person_is_gone_from_searches_exports_and_the_stream(
     faces(two, "enrol", album, "-d", "forgetful", "--create", status=1)
     before, after = tmp_path / "before.json", tmp_path / "after.json"
     bkg(two, "faces", "export", "forgetful", before)
-    vectors = [
-        np.asarray(entry["embedding"], "<f4").tobytes()
-        for entry in json.loads(before.read_text())["entries"]
-        if entry["subject"] == "eileen"
-    ]
-    assert len(vectors) == 6
-
+    assert before.read_text().count('"eileen"') == 6
     async with connect(two.nats_url, name="test") as client:
 
         async def stored() -> list[bytes]:
-            return [
-                each.body async for each in client.store.galleries.read(f"{client.root}.gallery.>")
-            ]
+            entries = GALLERY_ENTRY.subject(client.root, gallery="forgetful")
+            events = client.store.galleries.read(entries)
+            return [event.body async for event in events]
 
-        def inside(bodies: list[bytes]) -> int:
-            forms = [(vector, base64.b64encode(vector)) for vector in vectors]
-            return sum(any(form in body for body in bodies for form in each) for each in forms)
+        def eileens(bodies: list[bytes]) -> list[bytes]:
+            return [body for body in bodies if b"eileen" in body]
 
-        assert inside(await stored()) == 6
+        assert len(eileens(await stored())) == 6
         bkg(two, "faces", "rm", "forgetful", "--person", "eileen", "--yes")
         data = (DATA / "astronaut.png").read_bytes()
         for slot in (0, 1):
@@ -246,7 +241,7 @@ async def test_a_deleted_person_is_gone_from_searches_exports_and_the_stream(
             assert not found.known
 
         async def cleared() -> bool:
-            return inside(await stored()) == 0
+            return not eileens(await stored())
 
         await until(cleared, 30)
     bkg(two, "faces", "export", "forgetful", after)
@@ -255,7 +250,7 @@ async def test_a_deleted_person_is_gone_from_searches_exports_and_the_stream(
     assert "eileen" not in bkg(two, "faces", "history", "forgetful", "--json")
 
 
-async def test_a_restart_keeps_everything(tmp_path: Path, album: Path):
+def test_a_restart_keeps_everything(tmp_path: Path, album: Path):
     with running_platform(tmp_path) as first:
         faces(first, "enrol", album / "eileen", "-d", "kept", "--create", "--subject-from", "file")
         bkg(first, "faces", "rename", "kept", "front", "eileen")
