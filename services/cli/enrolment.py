@@ -1,8 +1,8 @@
 """`bkg faces enrol`: a folder of photos into a dataset.
 
-A photo's entry is named by the SHA-256 of its bytes. So a run that was broken off is taken up by
-the same command: what the dataset has is asked for and skipped, and a photo that was sent twice,
-because the answer to the first try was lost, is there once.
+A photo's entry is named by its bytes: by half of their SHA-256, 128 bits. So a run that was broken
+off is taken up by the same command: what the dataset has is asked for and skipped, and a photo that
+was sent twice, because the answer to the first try was lost, is there once.
 """
 
 import asyncio
@@ -50,6 +50,7 @@ PATIENCE_S: Final = 120.0
 # Replicas come and go; so often they are counted again.
 LOOK_S: Final = 5.0
 WIDTH_MAX: Final = 128
+ID_LENGTH: Final = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,7 +205,7 @@ class _Run:
 
     async def _outcome(self, photo: Path, file: Path, subject: str | None) -> Outcome:
         data = await asyncio.to_thread(_read, photo, self._client.max_payload)
-        entry = hashlib.sha256(data).hexdigest()
+        entry = hashlib.sha256(data).hexdigest()[:ID_LENGTH]
         if entry in self._seen:
             return await self._double(file, entry, subject)
         is_there = asyncio.get_running_loop().create_future()
