@@ -370,15 +370,22 @@ async def test_an_import_that_cannot_be_is_refused_and_leaves_nothing(
     assert await store.unfinished() == []
 
 
-async def test_an_import_into_no_dataset_is_refused_before_its_bytes_come(faces):
-    reader, writer = await asyncio.open_connection("127.0.0.1", faces.parts.port)
-    key = faces.http.headers["Authorization"]
+async def test_an_import_makes_the_dataset_that_is_not_there(faces):
+    job, _ = await ask(faces, "POST", f"{PEOPLE}/import", dataset_file(3), 202)
+    await ended(faces, job["job"])
+    assert (await faces.json(PEOPLE))["entries"] == 3
+
+
+@pytest.mark.parametrize(("path", "status"), [(PEOPLE, 503), ("/api/datasets/-", 400)])
+async def test_an_import_for_nothing_is_refused_before_its_bytes_come(gate, path, status):
+    reader, writer = await asyncio.open_connection("127.0.0.1", gate.parts.port)
+    key = gate.http.headers["Authorization"]
     head = (
-        f"POST {PEOPLE}/import HTTP/1.1\r\nHost: x\r\nAuthorization: {key}\r\n"
+        f"POST {path}/import HTTP/1.1\r\nHost: x\r\nAuthorization: {key}\r\n"
         "Content-Length: 1000\r\nExpect: 100-continue\r\n\r\n"
     )
     writer.write(head.encode())
-    assert b" 404 " in await reader.readline()
+    assert f" {status} ".encode() in await reader.readline()
     writer.transport.abort()
 
 

@@ -206,6 +206,7 @@ def test_an_entry_that_cannot_be_is_named_with_its_field(tmp_path, changes, said
     ('{"entries": [{"id": "a", "embedding": [NaN,0,0,0]}]}', "entry 0: the body is not JSON"),
     ('{"entries": [{"id": "a", "embedding": [1e999,0,0,0]}]}', "entry 0"),
     ('{"entries": [' + "[" * 100_000 + "]" * 100_000 + "]}", "entry 0"),
+    ('{"entries": [[' + " 1," * 500_000, "ends in the middle"),
     ('{"id" "d"}', "stands where ':' should"),
     ("{5: 1}", "is no name of a field"),
 ])  # fmt: skip

@@ -42,14 +42,8 @@ _SORTS: Final[Mapping[str, Callable[[DatasetInfo], Any]]] = {
     "created": lambda one: one.created_at,
     "updated": lambda one: one.updated_at,
 }
-_MAGIC: Final = (
-    (b"\xff\xd8\xff", "image/jpeg"),
-    (b"\x89PNG", "image/png"),
-    (b"GIF8", "image/gif"),
-    (b"BM", "image/bmp"),
-    (b"II*\0", "image/tiff"),
-    (b"MM\0*", "image/tiff"),
-)
+# What images are kept as.
+_MAGIC: Final = ((b"\xff\xd8\xff", "image/jpeg"), (b"\x89PNG", "image/png"))
 
 
 # --- Datasets -------------------------------------------------------------------------------------
