@@ -354,4 +354,5 @@ def _info(there: Gallery) -> m.DatasetInfo:
         embedder=there.head.embedder,
         dimensions=there.head.dimensions,
         subjects=len(there.persons) - len(hollow),
+        embedder_digest=there.head.embedder_digest,
     )

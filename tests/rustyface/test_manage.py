@@ -16,11 +16,15 @@ class Entered:
 
     def __init__(self) -> None:
         self.works: list[m.GalleryWork] = []
+        self.dropped: list[str] = []
 
     async def enter(self, work: m.GalleryWork) -> m.Job:
         self.works.append(work)
         at = m.now()
         return m.Job(job="j1", created_at=at, updated_at=at, kind="gallery", gallery=work)
+
+    async def drop_exports(self, dataset: str) -> None:
+        self.dropped.append(dataset)
 
 
 @pytest.fixture
@@ -158,6 +162,16 @@ async def test_the_history_is_told_page_by_page(manage):
     answer = await manage("history", after=answer.next)
     assert [one.action for one in answer.history] == ["enrolled", "create"]
     assert answer.next is None
+
+
+async def test_exported_files_go_with_whatever_is_deleted_and_only_then(manage, jobs):
+    await manage("rename-subject", subject="ann", into="anna")
+    await manage("remove-subject", subject="bob", dry_run=True)
+    assert jobs.dropped == []
+    await manage("remove-subject", subject="bob")
+    await manage("remove-entry", entry_id="a0")
+    await manage("delete-dataset")
+    assert jobs.dropped == ["g"] * 3
 
 
 async def test_work_that_takes_long_becomes_a_job(manage, jobs):

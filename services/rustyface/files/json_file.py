@@ -87,16 +87,16 @@ class JsonReader:
     @property
     def head(self) -> Head:
         """See `Reader.head`."""
-        identity, embedder = self._said.get("id"), self._said.get("embedder")
         created = self._said.get("created_at")
         try:
             since = None if created is None else moment_in(created, 0, "")
         except Unprocessable:
             since = None
         return Head(
-            id=identity if isinstance(identity, str) else None,
+            id=self._text("id"),
             created_at=since,
-            embedder=embedder if isinstance(embedder, str) else None,
+            embedder=self._text("embedder"),
+            embedder_digest=self._text("embedder_digest"),
         )
 
     def batches(self) -> Iterator[list[Row]]:
@@ -114,6 +114,10 @@ class JsonReader:
                     waiting = []
             if waiting:
                 yield self._rows(waiting, first)
+
+    def _text(self, name: str) -> str | None:
+        said = self._said.get(name)
+        return said if isinstance(said, str) else None
 
     def _entries(self, text: "_Text") -> Iterator[bytes]:
         """Give the JSON of each entry; what else the file says goes to `_said`."""
@@ -185,6 +189,7 @@ class JsonWriter:
             "created_at": head.created_at,
             "updated_at": datetime.now(UTC),
             "embedder": head.embedder,
+            "embedder_digest": head.embedder_digest,
             "dimensions": dimensions,
         }
         self._file.write(msgspec.json.encode(said)[:-1] + b',"entries":[')
