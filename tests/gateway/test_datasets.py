@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import pytest_asyncio
 from aiohttp import FormData
+from yarl import URL
 
 from bus.testing import until
 
@@ -484,3 +485,33 @@ async def test_reading_that_is_public_shows_nobody(start, path):
     gate = await start(public_read=True)
     async with gate.anonymous.get(f"{PEOPLE}/{path}") as response:
         assert response.status == 401
+
+
+ODD = ("%FF", "%00", "%2E%2E", "%ED%A0%80", "a" * 3_000, "%F0%9F%99%82", "%20", "*", "%3E")
+
+
+@pytest.mark.parametrize("odd", ODD, ids=lambda odd: odd[:10])
+async def test_no_odd_name_makes_the_gateway_fail(people, odd):
+    for dataset, rest in ((odd, ""), ("people", odd)):
+        base = f"/api/datasets/{dataset}"
+        part = rest or "e"
+        for method, path, body in (
+            ("GET", base, None),
+            ("GET", f"{base}/entries/{part}", None),
+            ("GET", f"{base}/entries/{part}/image", None),
+            ("PATCH", f"{base}/entries/{part}", b'{"subject": "x"}'),
+            ("DELETE", f"{base}/entries/{part}", None),
+            ("PATCH", f"{base}/subjects/{part}", b'{"name": "x"}'),
+            ("DELETE", f"{base}/subjects/{part}?dry-run", None),
+            ("POST", f"{base}/subjects/x/merge", b'{"from": ["y"]}'),
+            ("DELETE", f"{base}/rejections/{part}", None),
+            ("POST", f"{base}/imports/{part}/undo", None),
+            ("GET", f"{base}/exports/{part}", None),
+            ("GET", f"{base}/entries?subject={part}&after={part}", None),
+            ("GET", f"{base}/sheet?subject={part}", None),
+        ):
+            url = URL(path, encoded=True)
+            async with people.http.request(method, url, data=body) as response:
+                told = await response.text()
+            known = {200} if base == PEOPLE and path == base else {400, 404, 409}
+            assert response.status in known, (method, path[:80], told)
