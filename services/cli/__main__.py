@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from services.cli.faces_parser import faces_app
 from services.cli.models_parser import jobs_app, models_app
 from services.cli.options import (
     CommandTimeout,
@@ -38,6 +39,7 @@ hosts_app = typer.Typer(help="Show hosts; drain one and take it back.")
 app.add_typer(hosts_app, name="hosts")
 
 app.add_typer(models_app, name="models")
+app.add_typer(faces_app, name="faces")
 app.add_typer(jobs_app, name="jobs")
 
 
