@@ -121,7 +121,7 @@ def test_thresholds_of_the_product_come_with_how_sure_they_are():
 
 
 def test_the_threshold_of_a_fold_is_found_on_the_others():
-    # The pairs of one fold are in the wrong order: a threshold of its own would make it perfect.
+    # The last fold would be perfect with a threshold of its own, between 0.15 and 0.2.
     same, different = [0.9] * 9 + [0.2], [0.1] * 9 + [0.15]
     assert rated(same, different).balanced == pytest.approx(0.95)
 
@@ -265,9 +265,7 @@ def test_a_run_that_measured_nothing_has_no_tables():
 def test_few_pairs_are_called_few_and_a_missed_result_is_named():
     found = everything()
     found.searched.append(
-        Searched(
-            engine="faiss", entries=9, batch=1, p50_ms=1, p99_ms=1, calls=9, recall=0.9
-        )
+        Searched(engine="faiss", entries=9, batch=1, p50_ms=1, p99_ms=1, calls=9, recall=0.9)
     )
     said = faces.remarks(found)
     assert any("so few pairs" in line for line in said)

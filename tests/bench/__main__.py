@@ -184,9 +184,9 @@ def balance(
 def faces(
     seconds: Seconds = 4,
     rounds: Annotated[int, typer.Option(min=1, help="How often each has its turn.")] = 3,
-    parts: Annotated[
-        str, typer.Option(help=f"Of {', '.join(of_faces.PARTS)}.")
-    ] = ",".join(of_faces.PARTS),
+    parts: Annotated[str, typer.Option(help=f"Of {', '.join(of_faces.PARTS)}.")] = ",".join(
+        of_faces.PARTS
+    ),
     photos: Annotated[
         Path | None,
         typer.Option(

@@ -1,4 +1,4 @@
-"""Faces, measured: accuracy, encoding, search, galleries and memory; what they come to as tables."""
+"""Faces, measured: accuracy, encoding, search, galleries, memory; and the tables of it."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -181,8 +181,12 @@ def _goals_of_encoding(found: Sequence[Encoded]) -> Iterator[Verdict]:
         max((one.per_s for one in found if one.way in ways), default=math.nan)
         for ways in (("opencv",), ("ours",), ("json", "msgpack"))
     )
-    yield Verdict(goal="faces.encode: images/s, times OpenCV's own", wanted=0.9, measured=product / opencv)
-    yield Verdict(goal="faces.encode: share of the pipeline in process", wanted=0.9, measured=product / ours)
+    yield Verdict(
+        goal="faces.encode: images/s, times OpenCV's own", wanted=0.9, measured=product / opencv
+    )
+    yield Verdict(
+        goal="faces.encode: share of the pipeline in process", wanted=0.9, measured=product / ours
+    )
 
 
 def _goals_of_search(found: Sequence[Searched]) -> Iterator[Verdict]:
@@ -245,7 +249,10 @@ def _accuracy(found: Sequence[Accuracy]) -> Sheet:
                 str(one.missed),
                 f"{one.rates.auc:.4f}",
                 f"{one.rates.balanced:.3f}",
-                *(f"{at.true_match_rate:.3f} (from {at.threshold:.2f})" for at in one.rates.at_rates),
+                *(
+                    f"{at.true_match_rate:.3f} (from {at.threshold:.2f})"
+                    for at in one.rates.at_rates
+                ),
                 *(_both_rates(at) for at in one.rates.at_thresholds),
             )
             for one in found
@@ -363,7 +370,15 @@ def _enrolled(found: Sequence[Enrolled]) -> Sheet:
 def _steady(found: Steady | None) -> Sheet:
     return Sheet(
         "Memory of a worker over images of changing sizes",
-        ("images", "with a face", "images/s", "first, MiB", "last, MiB", "per 1,000 images", "flat"),
+        (
+            "images",
+            "with a face",
+            "images/s",
+            "first, MiB",
+            "last, MiB",
+            "per 1,000 images",
+            "flat",
+        ),
         [
             (
                 f"{one.images:,}",

@@ -322,7 +322,7 @@ def area(same: Floats, different: Floats) -> float:
 
 def at_rate(same: Floats, different: Floats, rate: float) -> AtRate:
     """Return the true-match rate at the least threshold that at most `rate` of strangers reach."""
-    allowed = int(math.floor(len(different) * rate + 1e-9))
+    allowed = math.floor(len(different) * rate + 1e-9)
     descending = np.sort(different)[::-1]
     # Just above the first stranger that may not pass.
     threshold = np.nextafter(descending[allowed], np.float32(2), dtype=np.float32)
@@ -362,9 +362,7 @@ def best_threshold(same: Floats, different: Floats) -> float:
     return float(candidates[np.argmax(true + refused)])
 
 
-def _balanced(
-    same: Floats, different: Floats, same_fold: Counts, different_fold: Counts
-) -> float:
+def _balanced(same: Floats, different: Floats, same_fold: Counts, different_fold: Counts) -> float:
     """Return the mean over the folds that have pairs of both kinds, inside and outside."""
     found = []
     for fold in range(int(max(same_fold.max(), different_fold.max())) + 1):

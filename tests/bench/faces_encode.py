@@ -136,8 +136,10 @@ async def _through_the_product(photo: bytes, seconds: int) -> list[Encoded]:
     async with empty_broker("encode") as (broker, client), rustyface(broker, client) as server:
         for way, (body, kind) in _requests(photo).items():
             await _ask(client, body, kind)
-            for callers in CALLERS:
-                found.append(await _window(client, server, way, body, kind, callers, seconds))
+            found += [
+                await _window(client, server, way, body, kind, callers, seconds)
+                for callers in CALLERS
+            ]
     return found
 
 

@@ -192,13 +192,13 @@ class _Child:
     def ask(self, engine: str, batch: int, seconds: float) -> Mapping[str, Any]:
         """Return how long each call took, and what the first one found."""
         asked = {"engine": engine, "batch": batch, "seconds": seconds, "calls": _CALLS_MIN}
-        assert self._process.stdin is not None  # noqa: S101 - it was opened as a pipe
+        assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(asked) + "\n")
         self._process.stdin.flush()
         return self._told()
 
     def _told(self) -> dict[str, Any]:
-        assert self._process.stdout is not None  # noqa: S101 - it was opened as a pipe
+        assert self._process.stdout is not None
         if line := self._process.stdout.readline():
             told: dict[str, Any] = json.loads(line)
             return told

@@ -59,9 +59,7 @@ def opencv(cache_dir: Path) -> Callable[[], Encode]:
     return make
 
 
-def _run(
-    make: Callable[[], Encode], threads: int, data: bytes, seconds: float
-) -> dict[str, float]:
+def _run(make: Callable[[], Encode], threads: int, data: bytes, seconds: float) -> dict[str, float]:
     """Return images per second, and milliseconds of a processor for each."""
     cv2.setNumThreads(1)
     marks: list[tuple[float, float]] = []

@@ -18,7 +18,7 @@ import psutil
 from bus.client import connect
 from bus.tasks import beside
 from services.rustyface.galleries import Galleries, Query
-from tests.bench.peers.search_loop import K, Floats, load
+from tests.bench.peers.search_loop import Floats, K, load
 
 EMBEDDER: Final = "sface"
 # Callers at a time, and whether each asks the broker first what the newest revision is.
@@ -79,11 +79,12 @@ async def _run(url: str, gallery: str, queries_file: str, seconds: str) -> None:
             gc.collect()
             after = process.memory_info().rss
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _KIB
+            entries = sum(one.entries for one in galleries.datasets())
             told = {
-                "entries": galleries.entries,
+                "entries": entries,
                 "replay_s": replay_s,
-                "bytes_per_entry": (after - before) / galleries.entries,
-                "peak_bytes_per_entry": (peak - before) / galleries.entries,
+                "bytes_per_entry": (after - before) / entries,
+                "peak_bytes_per_entry": (peak - before) / entries,
                 "searches": [
                     await _Window(
                         galleries, gallery, queries, callers, asks, float(seconds)

@@ -4,7 +4,7 @@ import sys
 
 import faiss
 
-from tests.bench.peers.search_loop import K, THREADS, Floats, load, serve
+from tests.bench.peers.search_loop import THREADS, Floats, K, load, serve
 
 
 def _main(vectors_file: str, queries_file: str) -> None:

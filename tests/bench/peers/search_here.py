@@ -7,11 +7,14 @@ from typing import Final
 
 import numpy as np
 
-from services.rustyface.search import Matrix
-from tests.bench.peers.search_loop import K, THREADS, Floats, Search, load, serve
+from services.rustyface.search import NOBODY, Matrix
+from services.rustyface.search import Search as Asked
+from tests.bench.peers.search_loop import THREADS, Floats, K, Search, load, serve
 
 # Above what strangers mostly have, below what the same person has.
 _THRESHOLD: Final = 0.35
+# Events come from the broker in batches, too.
+_TOGETHER: Final = 10_000
 
 
 def _reading(vectors: Floats) -> Search:
@@ -63,16 +66,24 @@ def _best(rows: "np.ndarray[tuple[int], np.dtype[np.int64]]", scores: Floats) ->
 
 def _ours(matrix: Matrix, threshold: float) -> Search:
     def search(batch: Floats) -> list[list[int]]:
-        return [[int(hit.id) for hit in matrix.top_k(query, K, threshold)] for query in batch]
+        asked = [Asked(query=query, k=K, threshold=threshold) for query in batch]
+        return [[int(hit.id) for hit in found.hits] for found in matrix.search(*asked)]
 
     return search
 
 
+def _filled(vectors: Floats) -> Matrix:
+    matrix = Matrix(vectors.shape[1])
+    for first in range(0, len(vectors), _TOGETHER):
+        rows = vectors[first : first + _TOGETHER]
+        ids = [str(first + i) for i in range(len(rows))]
+        matrix.put_many(ids, rows, [NOBODY] * len(rows), [b""] * len(rows))
+    return matrix
+
+
 def _main(vectors_file: str, queries_file: str) -> None:
     vectors, queries = load(vectors_file), load(queries_file)
-    matrix = Matrix(vectors.shape[1])
-    for row, vector in enumerate(vectors):
-        matrix.put(str(row), vector)
+    matrix = _filled(vectors)
     engines = {
         "read": _reading(vectors),
         "numpy": _filtering(vectors),

@@ -5,7 +5,7 @@ import sys
 from usearch.index import MetricKind
 from usearch.index import search as exact
 
-from tests.bench.peers.search_loop import K, THREADS, Floats, load, serve
+from tests.bench.peers.search_loop import THREADS, Floats, K, load, serve
 
 
 def _main(vectors_file: str, queries_file: str) -> None:
