@@ -166,14 +166,22 @@ def verdicts(found: Found) -> list[Verdict]:
 
 def _goals_of_accuracy(found: Sequence[Accuracy]) -> Iterator[Verdict]:
     for one in found:
-        if one.embedder == "sface":
-            for rate in one.rates.at_rates:
-                yield Verdict(
-                    goal=f"sface: true matches at a false-match rate of {rate.false_match_rate:g}",
-                    wanted=0.98,
-                    measured=rate.true_match_rate,
-                )
-            yield Verdict(goal="sface: area under the curve", wanted=0.999, measured=one.rates.auc)
+        if one.embedder != "sface":
+            continue
+        yield Verdict(goal="sface: area under the curve", wanted=0.999, measured=one.rates.auc)
+        for rate in one.rates.at_rates:
+            yield Verdict(
+                goal=f"sface: true matches at a false-match rate of {rate.false_match_rate:g}",
+                wanted=0.98,
+                measured=rate.true_match_rate,
+            )
+        for at in one.rates.at_thresholds[:1]:
+            yield Verdict(
+                goal=f"sface: false matches at {at.threshold:g}",
+                wanted=0.01,
+                measured=at.false_match_rate,
+                at_most=True,
+            )
 
 
 def _goals_of_encoding(found: Sequence[Encoded]) -> Iterator[Verdict]:
