@@ -408,8 +408,13 @@ def interval(hits: int, of: int) -> tuple[float, float]:
 
 
 def best_threshold(same: Floats, different: Floats) -> float:
-    """Return the threshold with the best mean of true-match and true non-match rate."""
-    candidates = np.unique(np.concatenate([same, different]))
+    """Return the threshold with the best mean of true-match and true non-match rate.
+
+    It lies half way between two scores: at one of them, the next pair of that kind that comes a
+    little lower would be on the wrong side.
+    """
+    scores = np.unique(np.concatenate([same, different]))
+    candidates = np.concatenate([scores[:1], (scores[1:] + scores[:-1]) / 2])
     true = 1 - np.searchsorted(np.sort(same), candidates, "left") / len(same)
     refused = np.searchsorted(np.sort(different), candidates, "left") / len(different)
     return float(candidates[np.argmax(true + refused)])
