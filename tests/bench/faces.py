@@ -185,27 +185,37 @@ def _goals_of_accuracy(found: Sequence[Accuracy]) -> Iterator[Verdict]:
 
 
 def _goals_of_encoding(found: Sequence[Encoded]) -> Iterator[Verdict]:
-    opencv, ours, product = (
-        max((one.per_s for one in found if one.way in ways), default=math.nan)
+    (opencv, opencv_ms), (ours, ours_ms), (product, product_ms) = (
+        (
+            max((one.per_s for one in found if one.way in ways), default=math.nan),
+            min((one.cpu_ms for one in found if one.way in ways), default=math.nan),
+        )
         for ways in (("opencv",), ("ours",), ("json", "msgpack"))
     )
-    yield Verdict(
-        goal="faces.encode: images/s, times OpenCV's own", wanted=0.9, measured=product / opencv
-    )
-    yield Verdict(
-        goal="faces.encode: share of the pipeline in process", wanted=0.9, measured=product / ours
-    )
+    for name, per_s, cpu_ms in (
+        ("OpenCV's own", opencv, opencv_ms),
+        ("our pipeline in process", ours, ours_ms),
+    ):
+        yield Verdict(
+            goal=f"faces.encode: images/s, times {name}", wanted=0.9, measured=product / per_s
+        )
+        yield Verdict(
+            goal=f"faces.encode: CPU per image, times {name}",
+            wanted=1.1,
+            measured=product_ms / cpu_ms,
+            at_most=True,
+        )
 
 
 def _goals_of_search(found: Sequence[Searched]) -> Iterator[Verdict]:
-    p50 = {(one.engine, one.entries, one.batch): one.p50_ms for one in found}
-    for entries, batch in sorted({key[1:] for key in p50}):
-        ours = p50["ours", entries, batch]
+    best_ms = {(one.engine, one.entries, one.batch): one.best_ms for one in found}
+    for entries, batch in sorted({key[1:] for key in best_ms}):
+        ours = best_ms["ours", entries, batch]
         for engine, wanted in (("numpy", 1.15), ("faiss", 1.0), ("usearch", 1.0)):
             yield Verdict(
-                goal=f"search, {entries:,}, batch {batch}: p50, times {engine}",
+                goal=f"search, {entries:,}, batch {batch}: fastest call, times {engine}",
                 wanted=wanted,
-                measured=ours / p50[engine, entries, batch],
+                measured=ours / best_ms[engine, entries, batch],
                 at_most=True,
             )
 
@@ -298,7 +308,7 @@ def _searched(found: Sequence[Searched]) -> Iterator[Sheet]:
     for entries in sorted({one.entries for one in found}):
         cells = {(one.engine, one.batch): one for one in found if one.entries == entries}
         yield Sheet(
-            f"Search: {entries:,} vectors of 128 values, p50 / p99 of a call in ms",
+            f"Search: {entries:,} vectors of 128 values; the fastest call, p50 and p99 in ms",
             ("engine", *(f"{batch} at once" for batch in batches), "recall"),
             [
                 (
@@ -314,7 +324,7 @@ def _searched(found: Sequence[Searched]) -> Iterator[Sheet]:
 
 def _ms(one: Searched) -> str:
     slowest = _short(one.p99_ms) if one.calls >= _CALLS_FOR_P99 else _MISSING
-    return f"{_short(one.p50_ms)} / {slowest}"
+    return f"{_short(one.best_ms)} / {_short(one.p50_ms)} / {slowest}"
 
 
 def _short(value: float) -> str:
@@ -328,11 +338,12 @@ def _recall(value: float | None) -> str:
 def _replayed(found: Sequence[Replayed]) -> Sheet:
     return Sheet(
         "Replay: a new replica reads a gallery from the broker",
-        ("entries", "s", "entries/s", "memory per entry, bytes", "at its most"),
+        ("entries", "s", "CPU, s", "entries/s", "memory per entry, bytes", "at its most"),
         [
             (
                 f"{one.entries:,}",
                 f"{one.replay_s:.1f}",
+                f"{one.replay_cpu_s:.1f}",
                 f"{one.entries / one.replay_s:,.0f}",
                 f"{one.bytes_per_entry:,.0f}",
                 f"{one.peak_bytes_per_entry:,.0f}",

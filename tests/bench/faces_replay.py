@@ -50,7 +50,8 @@ class Replayed(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         entries: How many, each with a person and without metadata.
-        replay_s: From the first event to being caught up.
+        replay_s: Until it was caught up.
+        replay_cpu_s: Processor time that it took for that.
         bytes_per_entry: What the replica's memory grew by, for each.
         peak_bytes_per_entry: The same at its most.
         searches: Of that replica.
@@ -58,6 +59,7 @@ class Replayed(msgspec.Struct, frozen=True, kw_only=True):
 
     entries: int
     replay_s: float
+    replay_cpu_s: float
     bytes_per_entry: float
     peak_bytes_per_entry: float
     searches: list[Joined]
