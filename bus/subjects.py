@@ -430,9 +430,9 @@ def instance_packs(root: str, plugin: str, slot: int) -> str:
     return f"{root}.inst.{token(plugin)}.{slot}.pack"
 
 
-def gallery_events(root: str) -> str:
-    """Return the subject of every event of every gallery."""
-    return f"{root}.gallery.>"
+def gallery_events(root: str, gallery: str | None = None) -> str:
+    """Return the subject of every event of a gallery, or of all of them."""
+    return f"{root}.gallery.>" if gallery is None else f"{root}.gallery.{token(gallery)}.>"
 
 
 FEEDS = (

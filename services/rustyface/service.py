@@ -24,7 +24,14 @@ from bus.subjects import DATASET_MANAGE, FACES_ENCODE, FACES_SEARCH
 from bus.tasks import beside
 from services.rustyface import images, pipeline
 from services.rustyface.embedding import Pixel32
-from services.rustyface.galleries import LITTLE_ENDIAN, Galleries, check_metadata
+from services.rustyface.galleries import (
+    LITTLE_ENDIAN,
+    Galleries,
+    NewEntry,
+    Query,
+    check_metadata,
+)
+from services.rustyface.manage import Manage
 from services.rustyface.pipeline import Face, Pipeline
 from services.rustyface.settings import RustyfaceSettings, settings_of
 from services.rustyface.transfer import take_in
@@ -117,6 +124,14 @@ class NameDataset(m.Message, frozen=True):
     dataset: str
 
 
+class NoJobs:
+    """Takes no work."""
+
+    async def enter(self, work: m.GalleryWork) -> m.Job:
+        """Refuse it."""
+        raise InvalidRequest(f"{work.action} cannot be done here", field="action")
+
+
 class Rustyface:
     """Embeds, enrols and searches faces.
 
@@ -141,11 +156,16 @@ class Rustyface:
         self._encoder = encoder
         self._settings = settings
         self._datasets_dir = datasets_dir
+        self._manages = Manage(galleries, NoJobs(), self._thresholds, lambda _cosine, _n: None)
         self._threshold = self._threshold_of(settings)
         instance.on_config(("threshold", "max_waiting"), self._take_settings)
         # One thread for each processor: onnxruntime runs with one thread and without the GIL.
         self._threads = ThreadPoolExecutor(_processors(), "faces")
         self._waiting = 0
+
+    def _thresholds(self, settings: m.DatasetSettings) -> tuple[float, float]:
+        own = self._threshold if settings.threshold is None else settings.threshold
+        return own, own if settings.verify_threshold is None else settings.verify_threshold
 
     async def run(self) -> None:
         """Serve until cancelled."""
@@ -194,7 +214,7 @@ class Rustyface:
 
     async def _health(self, _request: m.Empty) -> dict[str, Any]:
         datasets = len(self._galleries.datasets())
-        return {"status": "ok", "datasets": datasets, "entries": self._galleries.entries}
+        return {"status": "ok", "datasets": datasets, "entries": self._galleries.count}
 
     async def _list_here(self, _request: m.Empty) -> m.DatasetList:
         asked = m.ManageDataset(action="list")
@@ -213,7 +233,7 @@ class Rustyface:
     async def _encode(self, request: m.EncodeFace) -> m.EncodedFace:
         began = time.perf_counter()
         check_metadata(request.metadata)
-        vector, faces = await self._vector_of(request.image_base64)
+        vector, faces = await self._vector_of(request.image_base64 or "")
         if not vector.any():
             raise Unprocessable("the image is all black: it has no vector", field="image_base64")
         entry = request.entry_id or str(uuid.uuid4())
@@ -238,9 +258,9 @@ class Rustyface:
 
     async def _search(self, request: m.SearchFaces) -> m.FaceMatches:
         if (request.image_base64 is None) == (request.embedding is None):
-            found = "neither" if request.embedding is None else "both"
+            which = "neither" if request.embedding is None else "both"
             raise InvalidRequest(
-                f"give either image_base64 or embedding; there is {found}", field="image_base64"
+                f"give either image_base64 or embedding; there is {which}", field="image_base64"
             )
         dataset = request.dataset or self._settings.default_dataset
         faces: list[Face] = []
@@ -248,23 +268,25 @@ class Rustyface:
             vector, faces = await self._vector_of(request.image_base64)
         else:
             vector = _unit(request.embedding or [])
-        matches, revision = await self._galleries.search(
+        found = await self._galleries.search(
             dataset,
-            vector,
-            k=request.top_k,
-            threshold=request.threshold,
-            revision=request.revision,
-            by_embedder=request.image_base64 is not None,
+            Query(
+                vector=vector,
+                k=request.top_k,
+                threshold=request.threshold,
+                revision=request.revision,
+                by_embedder=request.image_base64 is not None,
+            ),
         )
         results = [
             m.FaceMatch(
-                id=hit.id,
-                score=hit.score,
-                metadata=entry.metadata,
-                last_seen=entry.at,
-                known=hit.score >= self._threshold,
+                id=match.entry.id,
+                score=match.score,
+                metadata=match.entry.metadata,
+                last_seen=match.entry.last_seen,
+                known=match.score >= self._threshold and not match.rejected,
             )
-            for hit, entry in matches
+            for match in found.matches
         ]
         return m.FaceMatches(
             dataset=dataset,
@@ -272,41 +294,29 @@ class Rustyface:
             results=results,
             known=bool(results) and results[0].known,
             threshold=self._threshold,
-            revision=revision,
+            revision=found.revision,
             faces=[_told(face) for face in faces],
         )
 
     async def _manage(self, request: m.ManageDataset) -> m.DatasetList:
-        match request.action:
-            case "create":
-                await self._galleries.create(request.dataset or str(uuid.uuid4()))
-            case "remove-entry":
-                dataset = _needed(request.dataset, "dataset", request.action)
-                entry = _needed(request.entry_id, "entry_id", request.action)
-                await self._galleries.remove(dataset, entry)
-                log.info("face.removed", dataset=dataset, entry=entry)
-            case "delete-dataset":
-                dataset = _needed(request.dataset, "dataset", request.action)
-                await self._galleries.delete(dataset)
-                log.info("dataset.deleted", dataset=dataset)
-            case "list":
-                await self._galleries.wait(await self._galleries.newest())
+        answer = await self._manages.answer(request)
         self._tell()
-        return m.DatasetList(datasets=self._galleries.datasets())
+        return answer
 
     async def _enrol(self, request: m.EncodeFace, entry: str, vector: Floats) -> int:
         """Store an entry and return its revision; the default dataset is made if it is gone.
 
         Waits for the broker alone: once that has the entry, nothing here may make it an error.
         """
+        new = NewEntry(id=entry, vector=vector, metadata=request.metadata, subject=request.subject)
         if request.dataset is not None:
-            return await self._galleries.enrol(request.dataset, entry, vector, request.metadata)
+            return await self._galleries.enrol(request.dataset, new, by=request.by)
         default = self._settings.default_dataset
         try:
-            return await self._galleries.enrol(default, entry, vector, request.metadata)
+            return await self._galleries.enrol(default, new, by=request.by)
         except NotFound:
             await self._galleries.create(default)
-            return await self._galleries.enrol(default, entry, vector, request.metadata)
+            return await self._galleries.enrol(default, new, by=request.by)
 
     async def _vector_of(self, image_base64: str) -> tuple[Floats, list[Face]]:
         def work() -> tuple[Floats, list[Face]]:
@@ -339,7 +349,7 @@ class Rustyface:
 
     def _tell(self) -> None:
         self._instance.counts["datasets"] = len(self._galleries.datasets())
-        self._instance.counts["entries"] = self._galleries.entries
+        self._instance.counts["entries"] = self._galleries.count
         self._instance.gauges["images_waiting"] = self._waiting
 
 
@@ -369,9 +379,3 @@ def _unit(values: list[float]) -> Floats:
             field="embedding",
         )
     return np.asarray(wide / length, np.float32)
-
-
-def _needed(value: str | None, name: str, action: str) -> str:
-    if value is None:
-        raise InvalidRequest(f"{action} needs the field {name}", field=name)
-    return value

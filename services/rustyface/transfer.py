@@ -15,7 +15,7 @@ from msgspec import Meta
 from bus import codec
 from bus.errors import BusError, Conflict
 from bus.messages import Name
-from services.rustyface.galleries import Galleries, check_metadata
+from services.rustyface.galleries import Galleries, NewEntry, check_metadata
 
 Floats = npt.NDArray[np.float32]
 
@@ -78,7 +78,8 @@ async def _take_in(path: Path, content: DatasetFile, galleries: Galleries) -> No
         begun = await asyncio.to_thread(path.rename, path.with_name(path.name + BEGUN))
     await galleries.create(content.id, at=content.created_at)
     for entry, vector in zip(content.entries, vectors, strict=True):
-        await galleries.enrol(content.id, entry.id, vector, entry.metadata, at=entry.last_seen)
+        new = NewEntry(id=entry.id, vector=vector, metadata=entry.metadata, at=entry.last_seen)
+        await galleries.enrol(content.id, new)
     with contextlib.suppress(FileNotFoundError):
         done = begun.with_name(begun.name.removesuffix(BEGUN) + DONE)
         await asyncio.to_thread(begun.rename, done)
