@@ -311,6 +311,30 @@ FACES_SEARCH = Endpoint(
 DATASET_MANAGE = Endpoint(
     "dataset.manage", RUSTYFACE, m.ManageDataset, m.DatasetList, "List and change datasets."
 )
+DATASET_JOB_CANCEL = Endpoint(
+    "dataset.job.cancel",
+    RUSTYFACE,
+    m.NameJob,
+    m.Job,
+    "End a job of a dataset; one that has ended stays as it is.",
+)
+DATASET_JOB_RETRY = Endpoint(
+    "dataset.job.retry",
+    RUSTYFACE,
+    m.NameJob,
+    m.Job,
+    "Take up a job of a dataset that failed or was cancelled.",
+)
+
+# By the kind of the job: whoever does it ends it, and takes it up again.
+JOB_CANCELS: Mapping[str, Endpoint[m.NameJob, m.Job]] = {
+    "import": JOB_CANCEL,
+    "gallery": DATASET_JOB_CANCEL,
+}
+JOB_RETRIES: Mapping[str, Endpoint[m.NameJob, m.Job]] = {
+    "import": JOB_RETRY,
+    "gallery": DATASET_JOB_RETRY,
+}
 
 ENDPOINTS: tuple[Endpoint[m.Message, m.Message], ...] = (  # type: ignore[assignment]
     PLUGINS_LIST, PLUGINS_GET, PLUGINS_START, PLUGINS_STOP, PLUGINS_RESTART, PLUGINS_CONFIGURE,
@@ -320,6 +344,7 @@ ENDPOINTS: tuple[Endpoint[m.Message, m.Message], ...] = (  # type: ignore[assign
     MODEL_ADD, MODEL_VALIDATE, MODEL_DESCRIBE, MODEL_REMOVE, MODEL_GC,
     MODEL_IMPORT, JOB_CANCEL, JOB_RETRY,
     FACES_ENCODE, FACES_DETECT, FACES_VERIFY, FACES_SEARCH, FACES_SHEET, DATASET_MANAGE,
+    DATASET_JOB_CANCEL, DATASET_JOB_RETRY,
 )  # fmt: skip
 # One subject per model, and per version of it; see `MODEL_RUN`.
 MODEL_INFER = RawEndpoint(

@@ -282,6 +282,7 @@ class DrawSheet(Message, frozen=True):
         limit: Entries at most; with an image, matches for each face.
         after: Go on behind this entry.
         format: What comes back.
+        language: What its words are in.
     """
 
     dataset: Name | None = None
@@ -291,6 +292,7 @@ class DrawSheet(Message, frozen=True):
     limit: Annotated[int, Meta(ge=1, le=200)] = 60
     after: EntryId | None = None
     format: Literal["html", "png"] = "html"
+    language: Literal["en", "de"] = "en"
 
 
 class Sheet(Message, frozen=True, omit_defaults=False):

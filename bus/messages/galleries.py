@@ -13,7 +13,7 @@ from bus.messages.repository import Digest
 Quality = Literal["reject", "warn", "off"]
 
 
-class QualityBounds(Message, frozen=True):
+class QualityBounds(Message, frozen=True, omit_defaults=False):
     """What a face has to reach to be enrolled; a bound at null does not count.
 
     Attributes:

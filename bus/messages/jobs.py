@@ -119,6 +119,7 @@ class Job(Message, frozen=True, omit_defaults=False):
         bytes_per_s: How fast, lately.
         entries: Of a gallery: how many entries are done.
         total_entries: Of how many, where that is known.
+        entries_per_s: How fast, in this try.
         eta_s: Seconds until all of it is there, where that can be told.
         cancelling: Whether somebody wants it to end.
         error: Why it failed, or why the last try did.
@@ -148,6 +149,7 @@ class Job(Message, frozen=True, omit_defaults=False):
     bytes_per_s: float | None = None
     entries: int = 0
     total_entries: int | None = None
+    entries_per_s: float | None = None
     eta_s: float | None = None
     cancelling: bool = False
     error: str | None = None

@@ -36,6 +36,7 @@ from bus.errors import (
     Unavailable,
     Unprocessable,
 )
+from bus.job_rules import Progress
 from bus.tasks import to_its_end
 from services.candle.outside import (
     Door,
@@ -101,16 +102,6 @@ class Wanted:
     headers: Mapping[str, str] = field(default_factory=dict)
     sha256: str | None = None
     digest_header: str | None = None
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a download is; what cannot be told is None."""
-
-    bytes: int
-    total_bytes: int | None
-    bytes_per_s: float | None
-    eta_s: float | None
 
 
 @dataclass(frozen=True)
@@ -454,11 +445,6 @@ class _Part:
         self._open.seek(0)
         self._open.truncate()
         _mark_of(self.path).unlink(missing_ok=True)
-
-
-def heals(error: BusError) -> bool:
-    """Tell whether another try may go better."""
-    return isinstance(error, Unavailable)
 
 
 def _mark_of(part: Path) -> Path:

@@ -86,6 +86,16 @@ class Meter:
             self._said = time.monotonic()
             self._say()
 
+    def say(self, line: str) -> None:
+        """Say how far it is where that is not counted in bytes, as a whole line."""
+        self._sums_up = False
+        if self._bar:
+            self._bar.update(self._task, description=line)
+        elif not self._quiet and time.monotonic() - self._said >= LINE_S:
+            self._said = time.monotonic()
+            sys.stderr.write(f"{line}\n")
+            sys.stderr.flush()
+
     def _say(self) -> None:
         if not self._quiet:
             spent_s = time.monotonic() - self._began

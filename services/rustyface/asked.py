@@ -111,12 +111,14 @@ class Found:
         revision: The gallery's revision that was searched.
         searched: How many entries were compared.
         settings: Of the gallery.
+        embedder: What made the gallery's vectors.
     """
 
     matches: list[Match]
     revision: int
     searched: int
     settings: m.DatasetSettings
+    embedder: str
 
 
 def check_metadata(metadata: Any) -> None:

@@ -73,6 +73,11 @@ class Questions:
         return sum(len(there.entries) for there in self._galleries.values())
 
     @property
+    def dimensions(self) -> int:
+        """How long the vectors of new galleries are."""
+        return self._dimensions
+
+    @property
     def images(self) -> set[str]:
         """Every kept image that an entry names, by SHA-256."""
         return {image for image, n in self._ledger.projection.images.items() if n > 0}
@@ -272,7 +277,7 @@ class Questions:
             # Removed while the rows were searched, it is not shown any more.
             if (kept := there.entries.get(hit.id)) is not None
         ]
-        return Found(matches, revision, found.searched, settings)
+        return Found(matches, revision, found.searched, settings, there.head.embedder)
 
     def check_vector(self, vector: Floats) -> None:
         """Raise InvalidRequest unless a vector from elsewhere could be this embedder's.

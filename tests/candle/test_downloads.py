@@ -25,9 +25,10 @@ from bus.errors import (
     Unavailable,
     Unprocessable,
 )
+from bus.job_rules import heals
 from bus.testing import until
 from services.candle import downloads, hub
-from services.candle.downloads import Downloads, Limits, Meter, Wanted, heals
+from services.candle.downloads import Downloads, Limits, Meter, Wanted
 from services.candle.outside import rules_from
 
 CONTENT = np.random.default_rng(7).bytes(3_000_000)

@@ -27,8 +27,7 @@ from services.candle.cache import Cache
 from services.candle.repository import Repository
 from services.candle.service import Candle
 from services.candle.settings import CandleSettings
-from services.gateway import ranges, repository
-from services.gateway.routes import models as routes
+from services.gateway import contents, ranges, repository
 
 BLOB = hashlib.shake_256(b"model").digest(700_000)
 
@@ -464,13 +463,13 @@ async def test_bytes_that_are_gone_are_404(gate, client, stored):
 
 
 async def test_more_readers_than_there_is_room_for_are_refused(gate, stored, monkeypatch):
-    monkeypatch.setattr(routes, "DOWNLOADS_MAX", 0)
+    monkeypatch.setattr(contents, "DOWNLOADS_MAX", 0)
     await content(gate, 429)
     assert gate.parts.downloads == 0
 
 
 async def test_a_reader_that_takes_nothing_is_cut_off(gate, client, know, monkeypatch):
-    monkeypatch.setattr(routes, "STALL_S", 0.5)
+    monkeypatch.setattr(contents, "STALL_S", 0.5)
     async with client.store.artefacts.writing() as upload:
         for _ in range(64):
             await upload.write(bytes(1 << 20))

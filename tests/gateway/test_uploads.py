@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from bus.errors import InvalidRequest
 from bus.messages import UnfinishedUpload, now
 from bus.testing import until
+from services.gateway import bodies
 from services.gateway import uploads as uploads_module
 from services.gateway.app import Options
-from services.gateway.routes import uploads
 from services.gateway.upload_headers import told_by
 
 MIB = 1024 * 1024
@@ -494,7 +494,7 @@ async def test_what_broke_off_is_dropped_after_its_time(into, client):
 
 
 async def test_a_sender_that_falls_silent_is_told_so_and_may_go_on_later(into, monkeypatch):
-    monkeypatch.setattr(uploads, "STALL_S", 0.5)
+    monkeypatch.setattr(bodies, "STALL_S", 0.5)
 
     async def blocks():
         yield blob(1_000)
