@@ -57,6 +57,7 @@ def everything() -> Found:
             best_ms=best,
             p50_ms=best,
             p99_ms=9.0,
+            cpu_ms=best,
             calls=99,
             recall=1.0,
         )
@@ -209,7 +210,7 @@ def test_every_engine_of_ours_finds_the_exact_nearest(tmp_path):
     np.save(files[0], vectors)
     np.save(files[1], queries)
     right = faces_search.exact(vectors, queries)
-    with faces_search._child(faces_search.HERE, files) as child:
+    with faces_search._child(faces_search.HERE, files, 1) as child:
         assert child.engines == ["read", "numpy", "numpy-partition", "ours", "ours-open"]
         for engine in child.engines[1:]:
             for batch in faces_search.BATCHES:
@@ -274,7 +275,15 @@ def test_few_pairs_are_called_few_and_a_missed_result_is_named():
     found = everything()
     found.searched.append(
         Searched(
-            engine="faiss", entries=9, batch=1, best_ms=1, p50_ms=1, p99_ms=1, calls=9, recall=0.9
+            engine="faiss",
+            entries=9,
+            batch=1,
+            best_ms=1,
+            p50_ms=1,
+            p99_ms=1,
+            cpu_ms=1,
+            calls=9,
+            recall=0.9,
         )
     )
     said = faces.remarks(found)

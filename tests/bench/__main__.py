@@ -1,6 +1,7 @@
 """`python -m tests.bench`: the parser; each part is a command, and README.md says what it does."""
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -202,6 +203,9 @@ def faces(
     images: Annotated[
         int, typer.Option(min=100, help="How many a worker's memory is watched for.")
     ] = 10_000,
+    threads: Annotated[
+        int, typer.Option(min=1, help="Of each engine that searches.", show_default="processors")
+    ] = os.cpu_count() or 1,
     quick: Annotated[
         bool, typer.Option("--quick", help="One round of 1 s, 10,000 entries, 300 images.")
     ] = False,
@@ -217,6 +221,7 @@ def faces(
         images=300 if quick else images,
         seconds=1 if quick else seconds,
         rounds=1 if quick else rounds,
+        threads=threads,
     )
     found = of_faces.begun()
     with nothing_left():

@@ -55,6 +55,7 @@ class Plan:
         images: How many a worker's memory is watched for.
         seconds: Length of a window.
         rounds: How often what is compared has its turn.
+        threads: Of each engine that searches.
     """
 
     parts: Sequence[str]
@@ -63,6 +64,7 @@ class Plan:
     images: int
     seconds: int
     rounds: int
+    threads: int
 
 
 class Found(msgspec.Struct, kw_only=True):
@@ -72,11 +74,13 @@ class Found(msgspec.Struct, kw_only=True):
         made_at: When it began, UTC, RFC 3339.
         machine: What it ran on.
         versions: Of the libraries.
+        threads: Of each engine that searches.
     """
 
     made_at: str
     machine: dict[str, str]
     versions: dict[str, str] = {}
+    threads: int = 1
     accuracy: list[Accuracy] = []
     encoded: list[Encoded] = []
     searched: list[Searched] = []
@@ -97,7 +101,10 @@ def measure(plan: Plan, found: Found, say: Callable[[str], None]) -> None:
     if "encode" in plan.parts:
         found.encoded = encode(plan.seconds, plan.rounds, say)
     if "search" in plan.parts:
-        found.searched, found.versions = search(plan.sizes, plan.seconds, plan.rounds, say)
+        found.threads = plan.threads
+        found.searched, found.versions = search(
+            plan.sizes, plan.threads, plan.seconds, plan.rounds, say
+        )
     if "galleries" in plan.parts:
         found.enrolled = enrol(min(plan.sizes), plan.seconds, say)
         found.replayed = replay(plan.sizes, plan.seconds, say)
@@ -122,7 +129,7 @@ def sheets(found: Found) -> list[Sheet]:
     every = [
         _accuracy(found.accuracy),
         _encoded(found.encoded),
-        *_searched(found.searched),
+        *_searched(found.searched, found.threads),
         _replayed(found.replayed),
         _joined(found.replayed),
         _enrolled(found.enrolled),
@@ -208,14 +215,15 @@ def _goals_of_encoding(found: Sequence[Encoded]) -> Iterator[Verdict]:
 
 
 def _goals_of_search(found: Sequence[Searched]) -> Iterator[Verdict]:
-    best_ms = {(one.engine, one.entries, one.batch): one.best_ms for one in found}
-    for entries, batch in sorted({key[1:] for key in best_ms}):
-        ours = best_ms["ours", entries, batch]
+    cells = {(one.engine, one.entries, one.batch): one for one in found}
+    for entries, batch in sorted({key[1:] for key in cells}):
+        ours = cells["ours", entries, batch]
         for engine, wanted in (("numpy", 1.15), ("faiss", 1.0), ("usearch", 1.0)):
+            other = cells[engine, entries, batch]
             yield Verdict(
                 goal=f"search, {entries:,}, batch {batch}: fastest call, times {engine}",
                 wanted=wanted,
-                measured=ours / best_ms[engine, entries, batch],
+                measured=ours.best_ms / other.best_ms,
                 at_most=True,
             )
 
@@ -303,17 +311,23 @@ def _encoded(found: Sequence[Encoded]) -> Sheet:
     )
 
 
-def _searched(found: Sequence[Searched]) -> Iterator[Sheet]:
+def _searched(found: Sequence[Searched], threads: int) -> Iterator[Sheet]:
     batches = sorted({one.batch for one in found})
     for entries in sorted({one.entries for one in found}):
         cells = {(one.engine, one.batch): one for one in found if one.entries == entries}
         yield Sheet(
-            f"Search: {entries:,} vectors of 128 values; the fastest call, p50 and p99 in ms",
-            ("engine", *(f"{batch} at once" for batch in batches), "recall"),
+            f"Search: {entries:,} vectors of 128 values, threads: {threads}; ms of a call",
+            (
+                "engine",
+                *(f"{batch} at once: fastest / p50 / p99" for batch in batches),
+                *(f"CPU of {batch} at once" for batch in batches),
+                "recall",
+            ),
             [
                 (
                     title,
                     *(_ms(cells[engine, batch]) for batch in batches),
+                    *(_short(cells[engine, batch].cpu_ms) for batch in batches),
                     _recall(cells[engine, batches[-1]].recall),
                 )
                 for engine, title in _ENGINES.items()

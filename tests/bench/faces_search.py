@@ -60,6 +60,7 @@ class Searched(msgspec.Struct, frozen=True, kw_only=True):
         best_ms: The fastest call of all rounds: others who use the machine disturb it least.
         p50_ms: Half of the calls took no longer.
         p99_ms: 99 % of them.
+        cpu_ms: Processor time of a call, of all threads together; of the round that used least.
         calls: How many there were.
         recall: Share of the right results among the first ten, None for `read`.
     """
@@ -70,17 +71,19 @@ class Searched(msgspec.Struct, frozen=True, kw_only=True):
     best_ms: float
     p50_ms: float
     p99_ms: float
+    cpu_ms: float
     calls: int
     recall: float | None
 
 
 def search(
-    sizes: Sequence[int], seconds: float, rounds: int, say: Callable[[str], None]
+    sizes: Sequence[int], threads: int, seconds: float, rounds: int, say: Callable[[str], None]
 ) -> tuple[list[Searched], dict[str, str]]:
     """Search with every engine in turn; return what each takes, and versions of the libraries.
 
     Args:
         sizes: How many vectors.
+        threads: How many each engine has.
         seconds: How long each engine has in a round.
         rounds: How often each has its turn.
         say: Is told how far it is.
@@ -98,7 +101,7 @@ def search(
         right = exact(vectors, queries)
         files = _kept(vectors, queries)
         try:
-            found += _of_size(files, entries, right, seconds, rounds, say)
+            found += _of_size(files, entries, right, threads, seconds, rounds, say)
         finally:
             for file in files:
                 file.unlink()
@@ -145,17 +148,19 @@ def _of_size(
     files: tuple[Path, Path],
     entries: int,
     right: npt.NDArray[np.float64],
+    threads: int,
     seconds: float,
     rounds: int,
     say: Callable[[str], None],
 ) -> list[Searched]:
     took_ms: dict[tuple[str, int], list[float]] = {}
+    cpu_ms: dict[tuple[str, int], list[float]] = {}
     rows: dict[tuple[str, int], list[list[int]]] = {}
     with ExitStack() as stack:
         engines = {
             name: child
             for peer in (HERE, *LIBRARIES)
-            for child in [stack.enter_context(_child(peer, files))]
+            for child in [stack.enter_context(_child(peer, files, threads))]
             for name in child.engines
         }
         for number in range(rounds):
@@ -166,6 +171,7 @@ def _of_size(
                 for batch in BATCHES:
                     told = engines[name].ask(name, batch, seconds)
                     took_ms.setdefault((name, batch), []).extend(told["ms"])
+                    cpu_ms.setdefault((name, batch), []).append(told["cpu_ms"])
                     rows[name, batch] = told["rows"]
             say(f"search: {entries:,} vectors, round {number + 1} of {rounds}")
     vectors, queries = (np.load(file) for file in files)
@@ -177,6 +183,7 @@ def _of_size(
             best_ms=min(each),
             p50_ms=float(np.percentile(each, 50)),
             p99_ms=float(np.percentile(each, 99)),
+            cpu_ms=min(cpu_ms[name, batch]),
             calls=len(each),
             recall=recall(vectors, queries, right, rows[name, batch]) if name != "read" else None,
         )
@@ -209,10 +216,11 @@ class _Child:
 
 
 @contextmanager
-def _child(peer: Peer, files: tuple[Path, Path]) -> Iterator[_Child]:
+def _child(peer: Peer, files: tuple[Path, Path], threads: int) -> Iterator[_Child]:
+    env = child_env() | {"OMP_NUM_THREADS": str(threads), "OPENBLAS_NUM_THREADS": str(threads)}
     line = [peer.python, "-m", peer.module, *map(str, files)]
     with subprocess.Popen(
-        line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=child_env()
+        line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
     ) as process:
         try:
             yield _Child(process, peer.title)

@@ -37,21 +37,23 @@ def opencv(cache_dir: Path) -> Callable[[], Encode]:
     not take that file. So the alignment is the usual one of five points to a template.
     """
     del cache_dir
-    faces, net_file = (str(weights.find(net)) for net in (weights.YUNET, weights.SFACE))
+    detector_file, net_file = (str(weights.find(net)) for net in (weights.YUNET, weights.SFACE))
     template = np.array(TEMPLATE, np.float32)
 
     def make() -> Encode:
-        detector = cv2.FaceDetectorYN.create(faces, "", (0, 0), 0.7, 0.3)
+        detector = cv2.FaceDetectorYN.create(detector_file, "", (0, 0), 0.7, 0.3)
         net = cv2.dnn.readNetFromONNX(net_file)
 
         def encode(data: bytes) -> object:
-            image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
-            detector.setInputSize(image.shape[1::-1])
-            points = detector.detect(image)[1][0, 4:14].reshape(5, 2)
-            move, _ = cv2.estimateAffinePartial2D(points, template, method=cv2.LMEDS)
+            image = np.asarray(cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR))
+            detector.setInputSize((image.shape[1], image.shape[0]))
+            faces = np.asarray(detector.detect(image)[1])
+            move, _ = cv2.estimateAffinePartial2D(
+                faces[0, 4:14].reshape(5, 2), template, method=cv2.LMEDS
+            )
             crop = cv2.warpAffine(image, move, (SIDE, SIDE))
             net.setInput(cv2.dnn.blobFromImage(crop, swapRB=True), "data")
-            vector = net.forward()[0]
+            vector = np.asarray(net.forward())[0]
             return vector / np.linalg.norm(vector)
 
         return encode

@@ -1,6 +1,7 @@
 """What every child that searches has in common: it is asked for windows, one JSON line each."""
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -15,8 +16,8 @@ Floats = npt.NDArray[np.float32]
 Search = Callable[[Floats], list[list[int]]]
 
 K: Final = 10
-# As many threads as the servers beside it would have, were there a real machine.
-THREADS: Final = 2
+# How many threads the run gives every engine.
+THREADS: Final = int(os.environ["OMP_NUM_THREADS"])
 
 
 def load(path: str) -> Floats:
@@ -28,8 +29,9 @@ def load(path: str) -> Floats:
 def serve(engines: Mapping[str, Search], queries: Floats) -> None:
     """Answer until standard input ends.
 
-    A line is ``{"engine", "batch", "seconds", "calls"}``; the answer is ``{"ms", "rows"}``: how
-    long each call took, `calls` of them at least, and what the first one found.
+    A line is ``{"engine", "batch", "seconds", "calls"}``; the answer is ``{"ms", "cpu_ms",
+    "rows"}``: how long each call took, `calls` of them at least, the processor time of one, and
+    what the first one found.
     """
     print(json.dumps({"engines": list(engines)}), flush=True)  # noqa: T201 - its answer
     for line in sys.stdin:
@@ -38,9 +40,11 @@ def serve(engines: Mapping[str, Search], queries: Floats) -> None:
         batches = [queries[i : i + batch] for i in range(0, len(queries) - batch + 1, batch)]
         first = engine(batches[0])
         took_ms: list[float] = []
-        began = time.perf_counter()
+        began, used_s = time.perf_counter(), time.process_time()
         while time.perf_counter() - began < asked["seconds"] or len(took_ms) < asked["calls"]:
             before = time.perf_counter()
             engine(batches[len(took_ms) % len(batches)])
             took_ms.append(1e3 * (time.perf_counter() - before))
-        print(json.dumps({"ms": took_ms, "rows": first}), flush=True)  # noqa: T201 - its answer
+        cpu_ms = 1e3 * (time.process_time() - used_s) / len(took_ms)
+        told = {"ms": took_ms, "cpu_ms": cpu_ms, "rows": first}
+        print(json.dumps(told), flush=True)  # noqa: T201 - its answer
