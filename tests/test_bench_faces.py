@@ -265,6 +265,16 @@ def test_tables_and_goals_say_what_was_measured():
     assert met["memory over 10,000 images: last, times first"] is True
 
 
+def test_parts_that_were_measured_apart_are_shown_as_one():
+    whole, empty = everything(), Found(made_at="2026-02-01T12:00:00+00:00", machine=MACHINE)
+    other = Found(made_at="2026-02-02T12:00:00+00:00", machine=MACHINE, threads=2)
+    other.searched = whole.searched[:1]
+    found = faces.joined([whole, empty, other])
+    assert (found.made_at, found.threads) == (whole.made_at, 2)
+    assert found.searched == other.searched
+    assert found.encoded == whole.encoded
+
+
 def test_a_run_that_measured_nothing_has_no_tables():
     empty = Found(made_at="2026-01-31T12:00:00+00:00", machine=MACHINE)
     assert faces.sheets(empty) == []

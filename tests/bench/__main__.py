@@ -237,13 +237,18 @@ def faces(
 
 @app.command("show-faces")
 def show_faces(
-    file: Annotated[Path, typer.Argument(exists=True, help="What `faces` has kept.")],
+    files: Annotated[
+        list[Path],
+        typer.Argument(exists=True, help="What `faces` has kept; later ones add their parts."),
+    ],
     write: Annotated[
         Path | None, typer.Option(help="Put the tables into this page, too.", dir_okay=False)
     ] = None,
 ) -> None:
-    """Show the tables of an earlier run of `faces`."""
-    found = msgspec.json.decode(file.read_bytes(), type=of_faces.Found)
+    """Show the tables of earlier runs of `faces`."""
+    found = of_faces.joined(
+        [msgspec.json.decode(file.read_bytes(), type=of_faces.Found) for file in files]
+    )
     report.draw(of_faces.sheets(found), of_faces.remarks(found), console)
     if write:
         report.fill(write, of_faces.BEGIN, of_faces.END, of_faces.markdown(found))

@@ -117,6 +117,21 @@ def begun() -> Found:
     return Found(made_at=now(), machine=describe_machine())
 
 
+def joined(runs: Sequence[Found]) -> Found:
+    """Return the parts of several runs as one; of a part that more than one has, the last."""
+    whole = runs[0]
+    for run in runs[1:]:
+        measured = {
+            name: value
+            for name in run.__struct_fields__
+            if (value := getattr(run, name)) and name not in {"made_at", "machine", "threads"}
+        }
+        whole = msgspec.structs.replace(
+            whole, **measured, threads=run.threads if run.searched else whole.threads
+        )
+    return whole
+
+
 def markdown(found: Found) -> str:
     """Return machine, tables and remarks as Markdown."""
     libraries = "".join(f", {name} {version}" for name, version in found.versions.items())
