@@ -17,7 +17,7 @@ Search = Callable[[Floats], list[list[int]]]
 
 K: Final = 10
 # How many threads the run gives every engine.
-THREADS: Final = int(os.environ["OMP_NUM_THREADS"])
+THREADS: Final = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
 
 
 def load(path: str) -> Floats:
