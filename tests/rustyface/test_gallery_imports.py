@@ -126,7 +126,7 @@ async def test_an_import_that_ends_and_is_undone_at_the_same_moment_stays_undone
     galleries, replica, connected
 ):
     async with replica(await connected()) as other:
-        for i in range(10):
+        for i in range(30):
             name = f"i{i}"
             await galleries.begin_import("g", record(name))
             await asyncio.gather(
