@@ -68,6 +68,11 @@ class Moves:
             raise InvalidRequest(f"its moves are at {seqs}; they have to rise up to {seq}, its own")
         self._of[event.id] = moves
 
+    def last(self, name: str) -> int:
+        """Return the event that moved a name last; 0 if none did."""
+        moves = self._of.get(name)
+        return moves[-1][0] if moves else 0
+
     def walk(self, name: str, since: int) -> tuple[str | None, int]:
         """Return what who bore a name since an event bears now, and since which event.
 
