@@ -162,11 +162,14 @@ def all_gone() -> Callable[..., Awaitable[None]]:
     return none_left
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def rustyface(
     broker: Broker, tmp_path_factory: pytest.TempPathFactory
 ) -> Generator[dict[str, str]]:
-    """Run a worker for all tests here; gives the environment that leads the commands to it."""
+    """Run a worker for all tests of a file; gives the environment that leads the commands to it.
+
+    No longer than that: what its streams may grow to is taken from the broker's room.
+    """
     home = tmp_path_factory.mktemp("rustyface")
     kept = {name: value for name, value in os.environ.items() if not name.startswith("BKG_")}
     env = kept | {
