@@ -11,16 +11,15 @@ anything else that comes there (nobody listens, the pack cannot be read) is for 
 Figures are in `docs/decisions/0011-packs.md`.
 """
 
-import asyncio
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final, Generic, TypeVar
+from typing import Any, Final, Generic, Protocol, TypeVar
 
 import msgspec
 import structlog
 
 from bus.errors import BusError, InvalidRequest, TooLarge
-from bus.wire import Incoming, Replies, Wire
+from bus.wire import Incoming, Replies, Waiting, Wire
 
 # As many callers as one turn is seen to bring; more save next to nothing each.
 PACK_MAX: Final = 64
@@ -67,10 +66,6 @@ class PackedReply(_Packed, frozen=True, array_like=True):
     to: str
     headers: dict[str, str]
     body: bytes
-
-
-class NotSentError(Exception):
-    """It could not be sent this way; nobody has seen it."""
 
 
 encode: Final = msgspec.msgpack.Encoder().encode
@@ -170,30 +165,25 @@ class _Gathering(Generic[T]):
             self._send_one(key)
 
 
-class Asked:
-    """A request that was given to `Asking`.
+class Asked(Waiting, Protocol):
+    """A request that may share its message.
 
     Attributes:
-        reply: Will have the answer, TimeoutError or NotSentError.
-        inbox: Where the answer goes; empty until it was sent.
+        alone: Where it goes if it is the only one.
+        headers: Its headers.
+        body: Its body.
+        over: Whether nobody waits for the answer any more.
+        inbox: Where the answer goes; is set when it is sent.
     """
 
-    __slots__ = ("alone", "body", "deadline", "headers", "inbox", "reply")
+    alone: str
+    headers: dict[str, str]
+    body: bytes
+    over: bool
+    inbox: str
 
-    def __init__(
-        self,
-        alone: str,
-        headers: Mapping[str, str],
-        body: bytes,
-        reply: asyncio.Future[Incoming],
-        deadline: float,
-    ) -> None:
-        self.alone = alone
-        self.headers = headers
-        self.body = body
-        self.reply = reply
-        self.deadline = deadline
-        self.inbox = ""
+    def not_sent(self) -> None:
+        """Take note that it could not be sent this way; nobody has seen it."""
 
 
 class Asking:
@@ -207,43 +197,29 @@ class Asking:
     def __init__(self, wire: Wire, replies: Replies) -> None:
         self._wire = wire
         self._replies = replies
-        self._loop = asyncio.get_running_loop()
         self._gathering: _Gathering[Asked] = _Gathering(wire, self._send)
 
-    def ask(
-        self,
-        to: str,
-        alone: str,
-        call: str,
-        headers: dict[str, str],
-        body: bytes,
-        timeout_s: float,
-    ) -> Asked | None:
+    def ask(self, to: str, call: str, asked: Asked) -> bool:
         """Have a request sent at the end of this turn, with what else goes to the same subject.
 
         Args:
             to: Where packs for the instance go.
-            alone: Where it goes if it is the only one.
             call: What is asked, as in a pack.
-            headers: Its headers.
-            body: Its body.
-            timeout_s: How long the answer may take.
+            asked: The request.
 
         Returns:
-            What to wait for, or None: it is nothing for a pack.
+            Whether that will be done; if not, it is nothing for a pack.
         """
-        if len(body) > ALONE_BYTES or not self._wire.plain(headers):
-            return None
+        if len(asked.body) > ALONE_BYTES or not self._wire.plain(asked.headers):
+            return False
         try:
-            encoded = encode(PackedRequest(call, headers, body))
+            encoded = encode(PackedRequest(call, asked.headers, asked.body))
         except UnicodeEncodeError:
-            return None
+            return False
         if len(encoded) > ALONE_BYTES:
-            return None
-        deadline = self._loop.time() + timeout_s
-        asked = Asked(alone, headers, body, self._loop.create_future(), deadline)
+            return False
         self._gathering.add(to, asked, encoded)
-        return asked
+        return True
 
     def take(self, message: Incoming) -> None:
         """Give what comes to an inbox to whoever waits for it."""
@@ -266,7 +242,7 @@ class Asking:
             self._replies.give(inbox, Incoming(inbox, "", part.body, {**shared, **part.headers}))
 
     def _send(self, to: str, asked: list[Asked], encoded: list[bytes]) -> None:
-        gone = [one.reply.done() for one in asked]
+        gone = [one.over for one in asked]
         if any(gone):
             encoded = [part for part, left in zip(encoded, gone, strict=True) if not left]
             asked = [one for one, left in zip(asked, gone, strict=True) if not left]
@@ -275,7 +251,7 @@ class Asking:
         first = self._replies.reserve(len(asked))
         for number, one in enumerate(asked, first):
             one.inbox = self._replies.inbox(number)
-            self._replies.await_at(one.inbox, one.reply, one.deadline)
+            self._replies.await_at(one.inbox, one)
         try:
             if len(asked) == 1:
                 one = asked[0]
@@ -288,8 +264,7 @@ class Asking:
         if not sent:
             for one in asked:
                 self._replies.forget(one.inbox)
-                one.inbox = ""
-                one.reply.set_exception(NotSentError())
+                one.not_sent()
 
 
 def unpack(message: Incoming, root: str) -> list[tuple[Incoming, InvalidRequest | None]]:
