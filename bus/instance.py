@@ -1,19 +1,14 @@
 """This process as others see it: it registers, beats, serves, drains and leaves.
 
-An instance is a service of the NATS service protocol (ADR-32): `nats service ls`, `info` and
-`stats` work on it. The responder is ours because the one in nats-py 2.16 handles one request at a
-time and unsubscribes, instead of draining, when it stops.
+What it is asked is worked on in `bus.serving`; how others find it stands in `bus.discovery`.
 """
 
 import asyncio
 import contextlib
-import json
 import os
-import re
 import secrets
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final, TypeVar
 
@@ -23,6 +18,7 @@ import structlog
 from bus import codec, logs
 from bus import messages as m
 from bus.client import Answer, Client
+from bus.discovery import Identity, discoverable
 from bus.errors import BusError, Conflict, DeadlineExceeded, NobodyListens, Unavailable
 from bus.metrics import Figures, Series
 from bus.probes import Facts, Probes, Route
@@ -117,7 +113,6 @@ class Instance:
         self.series: list[Callable[[], Sequence[Series]]] = []
         self._client = client
         self._registration = registration
-        self._description = description
         self._listed = listed
         self._revision = 0
         self._registering = asyncio.Lock()
@@ -125,7 +120,13 @@ class Instance:
             client, plugin=self.plugin, slot=self.slot, instance=self.id, listed=listed
         )
         self._probes = Probes(Facts(self._missing, self._about, self._metrics), client.max_payload)
-        self._started = m.now()
+        self._identity = Identity(
+            plugin=self.plugin,
+            id=self.id,
+            version=registration.version,
+            description=description,
+            metadata={"host": self.host, "slot": str(self.slot), "pid": str(os.getpid())},
+        )
         self._lag_ms = 0.0
         self._waiting_config: tuple[m.DesiredState, int] | None = None
         self._takers: list[tuple[frozenset[str], Callable[[], None]]] = []
@@ -529,51 +530,6 @@ class Instance:
             self._registration = msgspec.structs.replace(self._registration, port=port)
             yield
 
-    @asynccontextmanager
-    async def _discoverable(self) -> AsyncGenerator[None]:
-        """Answer the service protocol while inside."""
-        identity = {
-            "name": self.plugin,
-            "id": self.id,
-            "version": _semver(self._registration.version),
-            "metadata": {"host": self.host, "slot": str(self.slot), "pid": str(os.getpid())},
-        }
-
-        async def on_message(message: Any) -> None:
-            said: dict[str, Any]
-            match message.subject.split(".")[1]:
-                case "PING":
-                    said = {"type": "io.nats.micro.v1.ping_response"}
-                case "INFO":
-                    # The description is required: `nats service` passes over a reply without.
-                    said = {
-                        "type": "io.nats.micro.v1.info_response",
-                        "description": self._description,
-                        "endpoints": [served.info for served in self._asked.served.values()],
-                    }
-                case "STATS":
-                    said = {
-                        "type": "io.nats.micro.v1.stats_response",
-                        "started": _rfc3339(self._started),
-                        "endpoints": [served.stats for served in self._asked.served.values()],
-                    }
-                case _:
-                    return
-            if message.reply:
-                with contextlib.suppress(BusError):
-                    body = json.dumps({**identity, **said}).encode()
-                    await self._client.answer(message.reply, body, {})
-
-        subjects = [
-            f"$SRV.*{tail}" for tail in ("", f".{self.plugin}", f".{self.plugin}.{self.id}")
-        ]
-        heard = [await self._client.listen(subject, "", on_message) for subject in subjects]
-        try:
-            yield
-        finally:
-            for subscription in heard:
-                await self._client.stop_listening(subscription)
-
 
 @asynccontextmanager
 async def join(
@@ -646,7 +602,7 @@ async def join(
     )
     async with (
         logs.shipping(client, about, settings.log_level),
-        instance._discoverable(),  # noqa: SLF001
+        discoverable(instance._identity, instance._asked),  # noqa: SLF001
         instance._addressed(),  # noqa: SLF001
         instance._probed(settings.probe_port),  # noqa: SLF001
     ):
@@ -684,12 +640,3 @@ _AT_START: Final = ("entrypoint", "args", "env")
 def _telemetry_interval(config: m.PluginConfig | None) -> float:
     period = config.settings.get("telemetry_interval", 10) if config else 10
     return float(period) if isinstance(period, int | float) and period > 0 else 10.0
-
-
-def _rfc3339(moment: datetime) -> str:
-    return moment.isoformat().replace("+00:00", "Z")
-
-
-def _semver(found: str) -> str:
-    """Return a version as the service protocol wants it: three numbers at least."""
-    return found if re.fullmatch(r"\d+\.\d+\.\d+([-+].*)?", found) else "0.0.0"

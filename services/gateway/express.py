@@ -187,7 +187,7 @@ class Express(web.RequestHandler):
             headers=headers,
             timeout_s=TIMEOUT_DEFAULT_S,
         )
-        if self._asking:
+        if self._asking and not asked.over:
             self._asked = asked
 
     def _answer(self, outcome: Answer | BusError) -> None:

@@ -26,9 +26,9 @@ COMPRESS_MIN_BYTES: Final = 1_400
 OUTCOME: Final = web.RequestKey("outcome", Answer | BusError)
 
 
-def too_many(at: Parts, more_bytes: int) -> Overloaded | None:
-    """Return why one more request with so many bytes cannot be taken, if it is so."""
-    if at.relaying < RELAYING_MAX and at.relaying_bytes + more_bytes <= RELAYING_MAX_BYTES:
+def too_many(at: Parts, more_bytes: int, *, more: int = 1) -> Overloaded | None:
+    """Return why so many more requests with so many bytes cannot be taken, if it is so."""
+    if at.relaying + more <= RELAYING_MAX and at.relaying_bytes + more_bytes <= RELAYING_MAX_BYTES:
         return None
     return Overloaded(
         f"this gateway waits for {at.relaying} answers already; {RELAYING_MAX}, and "

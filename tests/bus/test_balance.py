@@ -262,7 +262,7 @@ class Two:
     async def known(self) -> None:
         """Have the caller know both."""
         async with asyncio.timeout(60):
-            while len(self._client._balance.known(self.subject)) < 2:
+            while len(self._client._asker.balance.known(self.subject)) < 2:
                 await self.ask()
 
 
@@ -327,7 +327,7 @@ async def test_an_instance_that_is_gone_costs_no_request(client, connected, sett
         a.serving_raw(MODEL_INFER, made.handler(0), "m"),
     ):
         await made.ask(30)
-        assert client._balance.known(made.subject) == {"candle.0"}
+        assert client._asker.balance.known(made.subject) == {"candle.0"}
 
 
 async def test_a_busy_instance_is_not_seen_where_there_is_another(
@@ -377,7 +377,7 @@ async def test_who_answers_without_a_slot_is_always_asked_by_the_group(client, c
         await other.listen(subject, "raw", on_message)
     for _ in range(60):
         await client.relay(subject, b"", timeout_s=60)
-    assert not client._balance.known(subject)
+    assert not client._asker.balance.known(subject)
     assert counts[0] > 5
     assert counts[1] > 5
 

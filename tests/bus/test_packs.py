@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bus import instance, packs
+from bus import packs, serving
 from bus.balance import EXPLORE, SILENT_S, Balance
 from bus.broker import running_broker
 from bus.client import ERROR_CODE, PACKS, Answer, Client, connect
@@ -154,7 +154,7 @@ class Echo:
         """Have the caller know that packs are taken for both models."""
         for model in ("m", "n"):
             subject = MODEL_INFER.subject(self.root, model)
-            while not self.client._balance.packs(subject, "candle.0"):
+            while not self.client._asker.balance.packs(subject, "candle.0"):
                 await self.ask(b"hello", model=model)
         self.messages.clear()
         self.bodies.clear()
@@ -168,7 +168,7 @@ async def echoing(client, asked, settings, monkeypatch):
     """Serve at `client`, ask at `asked`, and note the subjects of what is sent."""
     made = Echo(asked)
     # One request in 256 goes by the group; here none does.
-    monkeypatch.setattr(asked._balance, "_draw", lambda: 0.999)
+    monkeypatch.setattr(asked._asker.balance, "_draw", lambda: 0.999)
     send = asked._wire.send
 
     def noting(subject, reply, body, headers):
@@ -236,7 +236,7 @@ async def test_an_error_is_its_own_requests_alone(echo):
     assert echo.packed() == 1
     assert (one.body, two.body) == (b"a", b"b")
     assert isinstance(missing, NotFound)
-    assert echo.candle._served[MODEL_INFER.subject(echo.root, "m")].stats["num_errors"] == 1
+    assert echo.candle._asked.served[MODEL_INFER.subject(echo.root, "m")].stats["num_errors"] == 1
 
 
 async def test_a_model_that_has_left_is_missed_by_its_own_requests_alone(echo):
@@ -258,7 +258,7 @@ async def test_a_request_of_a_pack_is_cancelled_alone(echo):
     await until(lambda: echo.stopped == [b"a"])
     echo.go_on.set()
     assert (await asked[1]).body == b"b"
-    assert not echo.candle._by_inbox
+    assert not echo.candle._asked._by_inbox
 
 
 async def test_what_is_cancelled_before_it_is_sent_is_not_sent(echo):
@@ -287,11 +287,11 @@ async def test_each_has_a_deadline_of_its_own(echo):
 
 
 async def test_of_a_pack_as_many_are_taken_as_there_is_room_for(echo, monkeypatch):
-    monkeypatch.setattr(instance, "MAX_IN_FLIGHT", 3)
+    monkeypatch.setattr(serving, "MAX_IN_FLIGHT", 3)
     echo.go_on.clear()
     asked = asyncio.create_task(echo.ask(*[b"%d" % i for i in range(5)]))
     await until(lambda: len(echo.bodies) == 3)
-    await until(lambda: not echo.candle._refusals)
+    await until(lambda: not echo.candle._asked._posting)
     echo.go_on.set()
     answers = await asked
     # Who was refused asks once more, by the group.
@@ -308,7 +308,7 @@ async def test_an_instance_that_is_gone_costs_no_request(client, connected, sett
         join(client, other, plugin="candle", description="a test") as candle,
         candle.serving_raw(MODEL_INFER, made.handle, "m"),
     ):
-        assert asked._balance.known(MODEL_INFER.subject(made.root, "m")) == {"candle.0"}
+        assert asked._asker.balance.known(MODEL_INFER.subject(made.root, "m")) == {"candle.0"}
         assert [a.body for a in await made.ask(b"a", b"b", b"c")] == [b"a", b"b", b"c"]
         assert made.packed() == 1
     assert not asked._replies._waiting

@@ -106,10 +106,10 @@ async def test_both_ways_stop_work_that_nobody_waits_for(way, broker, root, sett
             with pytest.raises(DeadlineExceeded):
                 await client.relay(MODEL_INFER.subject(root, "m"), b"", timeout_s=0.2)
             await until(lambda: stopped == 3)
-            counted = candle._served[MODEL_INFER.subject(root, "m")].stats
+            counted = candle._asked.served[MODEL_INFER.subject(root, "m")].stats
             assert counted["num_errors"] == 2
             assert counted["last_error"] == "cancelled: the caller has gone"
-            assert not candle._by_inbox
+            assert not candle._asked._by_inbox
         await client.store.delete_everything()
 
 

@@ -22,7 +22,6 @@ from services.gateway.inference import (
     LENGTH,
     NAME_MAX_CHARS,
     OUTCOME,
-    RELAYING_MAX_BYTES,
     shown,
     subject_of,
     too_many,
@@ -169,7 +168,7 @@ async def _relayed(request: web.Request, at: Parts, subject: str) -> Answer:
         # It may have come in pieces, or compressed: then nobody knew before how large it is.
         at.relaying_bytes += len(body) - size
         size = len(body)
-        if at.relaying_bytes > RELAYING_MAX_BYTES and (full := too_many(at, 0)):
+        if full := too_many(at, 0, more=0):
             raise full
         headers = {}
         if length := request.headers.get(LENGTH):
