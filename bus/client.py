@@ -11,20 +11,18 @@ import asyncio
 import contextlib
 import random
 import time
-from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Generator, Iterable, Mapping
+from collections.abc import AsyncGenerator, Coroutine, Generator, Iterable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
-from typing import Any, Final, Generic, TypeVar
+from typing import Any, Final, TypeVar
 
 import nats.errors
 import structlog
 from nats.aio.client import Client as Nats
-from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 
 from bus import codec
 from bus.errors import BusError, InvalidRequest, TooLarge, Unavailable
+from bus.followed import Followed, Received
 from bus.messages import CancelCall, Message
 from bus.packs import Answering
 from bus.relay import (
@@ -44,7 +42,7 @@ from bus.relay import (
     trace,
 )
 from bus.state import Store
-from bus.subjects import CANCEL, DEFAULT_ROOT, Endpoint, Feed, name_of, token
+from bus.subjects import CANCEL, DEFAULT_ROOT, Endpoint, Feed, token
 from bus.tasks import beside
 from bus.wire import PENDING_MAX_BYTES, Incoming, Replies, Taker, Wire
 
@@ -55,73 +53,11 @@ __all__ = [
 
 # Room that a message's headers may need beside its body.
 HEADER_ROOM_BYTES: Final = 16 * 1024
-FOLLOW_BUFFER: Final = 10_000
 
 log = structlog.get_logger("bus.client")
 
 Req = TypeVar("Req", bound=Message)
 Rep = TypeVar("Rep", bound=Message)
-
-
-@dataclass(frozen=True)
-class Received(Generic[Req]):
-    """A message of a feed.
-
-    Attributes:
-        payload: What it says.
-        tokens: What stood in the subject where the feed's template varies.
-        seq: The stream's number for it, when the broker republished it from a stream.
-    """
-
-    payload: Req
-    tokens: Mapping[str, str]
-    seq: int | None
-
-
-@dataclass
-class Followed(Generic[Req]):
-    """A subscription to a feed, read with `async for`.
-
-    Attributes:
-        dropped: How many messages a reader that was too slow has lost, the oldest first.
-    """
-
-    _template: list[str]
-    _payload: type[Req]
-    _waiting: deque[Msg] = field(default_factory=lambda: deque(maxlen=FOLLOW_BUFFER))
-    _arrived: asyncio.Event = field(default_factory=asyncio.Event)
-    dropped: int = 0
-
-    def __aiter__(self) -> AsyncIterator[Received[Req]]:
-        return self
-
-    async def __anext__(self) -> Received[Req]:
-        while True:
-            while not self._waiting:
-                self._arrived.clear()
-                await self._arrived.wait()
-            message = self._waiting.popleft()
-            try:
-                return self._read(message)
-            except InvalidRequest as error:
-                log.warning("feed.unreadable", subject=message.subject, cause=error.message)
-
-    async def _take(self, message: Msg) -> None:
-        if len(self._waiting) == self._waiting.maxlen:
-            self.dropped += 1
-        self._waiting.append(message)
-        self._arrived.set()
-
-    def _read(self, message: Msg) -> Received[Req]:
-        headers = message.headers or {}
-        payload = codec.decode(message.data, self._payload, headers.get(codec.CONTENT_TYPE))
-        tokens = zip(self._template, message.subject.split(".")[1:], strict=False)
-        seq = headers.get("Nats-Sequence")
-        return Received(
-            payload=payload,
-            tokens={t[1:-1]: name_of(value) for t, value in tokens if t.startswith("{")},
-            seq=int(seq) if seq else None,
-        )
 
 
 class Client:
@@ -276,7 +212,7 @@ class Client:
         Entered, it hears all that is published from then on.
         """
         followed = Followed(feed.template.split("."), feed.payload)
-        heard = await self._nc.subscribe(feed.subject(self.root, **tokens), cb=followed._take)  # noqa: SLF001
+        heard = await self._nc.subscribe(feed.subject(self.root, **tokens), cb=followed.take)
         try:
             await self.barrier()
             yield followed
