@@ -11,6 +11,7 @@ import random
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from contextvars import ContextVar
+from functools import partial
 from typing import Any, Final, Protocol
 
 import msgspec
@@ -248,7 +249,7 @@ class Asked:
         """Go the public way, which says what is wrong, or waits; nobody has seen it yet."""
         self.inbox = ""
         if not self.over:
-            self._work(self._send_long(self._to()))
+            self._work(partial(self._send_long, self._to()))
 
     def _nobody(self, said: str) -> None:
         """Ask the group where a slot does not serve it any more."""
@@ -292,7 +293,7 @@ class Asked:
         asker = self._asker
         self._sent_at = time.perf_counter()
         if not asker.connection.connected:
-            self._work(self._send_when_online())
+            self._work(self._send_when_online)
             return
         left_s = max(0.001, self.deadline - asker.loop.time())
         headers = {TIMEOUT_MS: str(int(left_s * 1000)), **self._given}
@@ -318,7 +319,7 @@ class Asked:
             self.inbox = inbox
             asker.replies.await_at(inbox, self)
         else:
-            self._work(self._send_long(to))
+            self._work(partial(self._send_long, to))
 
     def _to(self) -> str:
         return self._asker.to(self._subject, self._slot)
@@ -335,13 +336,13 @@ class Asked:
         asker.replies.await_at(self.inbox, self)
         await asker.connection.send(self._subject, to, self.inbox, self.body, self.headers)
 
-    def _work(self, work: Awaitable[None]) -> None:
+    def _work(self, work: Callable[[], Awaitable[None]]) -> None:
         """Do what cannot be done at once."""
 
         async def done() -> None:
             failure: BusError | None = None
             try:
-                await work
+                await work()
             except BusError as error:
                 failure = error
             if failure and not self.over:

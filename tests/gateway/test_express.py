@@ -4,6 +4,7 @@ import asyncio
 import json
 import zlib
 from contextlib import asynccontextmanager
+from functools import partial
 
 import pytest
 import pytest_asyncio
@@ -14,6 +15,8 @@ from bus.instance import join
 from bus.subjects import MODEL_INFER
 from bus.testing import until
 from services.gateway import express
+from services.gateway.app import Options, gateway
+from services.gateway.pages import Pages
 from services.gateway.routes import kserve
 from tests.gateway.conftest import KEY
 
@@ -118,6 +121,12 @@ async def connection(gate):
         yield one
 
 
+async def received(gate):
+    """Return when the gateway has read what was sent before on other connections."""
+    async with gate.http.get("/livez") as response:
+        assert response.status == 200
+
+
 async def test_a_plain_request_does_not_reach_aiohttp(gate, model, connection, long_way):
     for number in range(3):
         body = b"%d" % number
@@ -185,12 +194,11 @@ async def test_a_worker_cannot_write_fields_of_its_own_making(model, connection)
     assert "2" not in fields
 
 
-async def test_a_body_that_comes_in_pieces_is_put_together(model, connection, long_way):
+async def test_a_body_that_comes_in_pieces_is_put_together(gate, model, connection, long_way):
     whole = request(b"0123456789" * 1_000)
     for piece in (whole[:-7_000], whole[-7_000:-1], whole[-1:]):
         connection.writer.write(piece)
-        await connection.writer.drain()
-        await asyncio.sleep(0.02)
+        await received(gate)
     assert (await connection.answer())[2] == b"0123456789" * 1_000
     assert not long_way
 
@@ -201,7 +209,7 @@ async def test_a_body_that_stops_coming_is_given_to_aiohttp(
     monkeypatch.setattr(express, "BODY_PATIENCE_S", 0.05)
     whole = request()
     connection.writer.write(whole[:-1])
-    await asyncio.sleep(0.3)
+    await until(lambda: long_way)
     connection.writer.write(whole[-1:])
     assert (await connection.answer())[2] == BODY
     assert len(long_way) == 1
@@ -230,15 +238,14 @@ async def test_who_sends_on_and_on_is_made_to_wait(model, connection, gate):
     assert [(await connection.answer())[0] for _ in range(201)] == [200] * 201
 
 
-async def test_a_head_in_two_pieces_is_never_taken_for_two_requests(model, connection):
+async def test_a_head_in_two_pieces_is_never_taken_for_two_requests(gate, model, connection):
     hidden = request(b"", method="POST")
     outer = b"GET /livez HTTP/1.1\r\nHost: localhost\r\nX-More: "
     connection.writer.write(outer)
-    await connection.writer.drain()
-    await asyncio.sleep(0.05)
+    await received(gate)
     connection.writer.write(hidden)
     assert (await connection.answer())[0] == 200
-    await asyncio.sleep(0.05)
+    await received(gate)
     assert not model.calls
 
 
@@ -258,10 +265,16 @@ async def test_a_caller_that_asks_for_the_end_of_the_connection_gets_it(model, c
     assert await connection.reader.read() == b""
 
 
-async def test_a_clean_stop_answers_what_is_in_flight(client, settings, model, pages):
-    from services.gateway.app import Options, gateway  # noqa: PLC0415
-    from services.gateway.pages import Pages  # noqa: PLC0415
+async def refused(port):
+    try:
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+    except ConnectionRefusedError:
+        return True
+    writer.close()
+    return False
 
+
+async def test_a_clean_stop_answers_what_is_in_flight(client, settings, model, pages):
     model.go_on.clear()
     async with join(client, settings, plugin="gateway", description="a test", listed=False) as here:
         running = gateway(client, here, Options(port=0), KEY, Pages(pages))
@@ -272,8 +285,7 @@ async def test_a_clean_stop_answers_what_is_in_flight(client, settings, model, p
         one.send()
         await until(lambda: model.calls)
         stopping = asyncio.create_task(running.__aexit__(None, None, None))
-        await until(lambda: parts.client.connected)
-        await asyncio.sleep(0.1)
+        await until(partial(refused, parts.port))
         assert not stopping.done()
         model.go_on.set()
         assert (await one.answer())[2] == BODY
