@@ -87,7 +87,10 @@ class Express(web.RequestHandler):
 
     def data_received(self, data: bytes) -> None:
         """Take what the client sent."""
-        if self._asking:
+        if not data:
+            # aiohttp's own call: it looks again at what it has.
+            super().data_received(data)
+        elif self._asking:
             self._take_later(data)
         elif self._to_gather:
             self._gather(data)

@@ -18,6 +18,7 @@ from services.gateway import express
 from services.gateway.app import Options, gateway
 from services.gateway.pages import Pages
 from services.gateway.routes import kserve
+from services.gateway.translate import whole
 from tests.gateway.conftest import KEY
 
 BODY = json.dumps({"inputs": []}).encode()
@@ -43,8 +44,6 @@ class Model:
             raise InvalidRequest("inputs lack everything", field="inputs")
         if call.body == b"large":
             return Answer(b"7" * 5_000, {"Content-Type": "application/json"})
-        if call.body == b"smuggle":
-            return Answer(b"{}", {"Content-Type": "a/b", "Bkg-Model-Version": "1\x0b2"})
         return Answer(call.body, {"Content-Type": "application/json", "Bkg-Model-Version": "1"})
 
 
@@ -160,7 +159,7 @@ async def test_trace_and_id_are_passed_on_where_they_are_sound(model, connection
 
 async def test_an_error_is_the_same_problem_on_both_ways(model, connection, long_way):
     status, fields, said = await connection.ask(b"bad")
-    assert (status, fields["Content-Type"]) == (400, "application/problem+json; charset=utf-8")
+    assert (status, fields["Content-Type"]) == (400, "application/problem+json")
     assert json.loads(said)["error"] == "inputs lack everything"
     assert isinstance(long_way[0], InvalidRequest)
     assert len(model.calls) == 1
@@ -188,10 +187,10 @@ async def test_an_answer_that_the_client_takes_compressed_is_compressed(model, c
     assert len(model.calls) == 2
 
 
-async def test_a_worker_cannot_write_fields_of_its_own_making(model, connection):
-    status, fields, _ = await connection.ask(b"smuggle")
-    assert status in {200, 500}
-    assert "2" not in fields
+def test_an_answer_with_a_field_of_more_than_a_line_is_not_written_in_one_piece():
+    assert whole(b"x", {"A": "b"}, "1").endswith(b"\r\n\r\nx")
+    assert whole(b"x", {"A": "b\r\nC: d"}, "1") is None
+    assert whole(b"x", {"A": "b\nC: d"}, "1") is None
 
 
 async def test_a_body_that_comes_in_pieces_is_put_together(gate, model, connection, long_way):
@@ -204,7 +203,7 @@ async def test_a_body_that_comes_in_pieces_is_put_together(gate, model, connecti
 
 
 async def test_a_body_that_stops_coming_is_given_to_aiohttp(
-    model, connection, long_way, monkeypatch
+    gate, model, connection, long_way, monkeypatch
 ):
     monkeypatch.setattr(express, "BODY_PATIENCE_S", 0.05)
     whole = request()
@@ -213,6 +212,7 @@ async def test_a_body_that_stops_coming_is_given_to_aiohttp(
     connection.writer.write(whole[-1:])
     assert (await connection.answer())[2] == BODY
     assert len(long_way) == 1
+    await received(gate)
     assert (await connection.ask())[0] == 200
     assert len(long_way) == 1
 
@@ -244,7 +244,8 @@ async def test_a_head_in_two_pieces_is_never_taken_for_two_requests(gate, model,
     connection.writer.write(outer)
     await received(gate)
     connection.writer.write(hidden)
-    assert (await connection.answer())[0] == 200
+    # It is one request, with two fields that say where it goes to.
+    assert (await connection.answer())[0] == 400
     await received(gate)
     assert not model.calls
 
@@ -268,7 +269,7 @@ async def test_a_caller_that_asks_for_the_end_of_the_connection_gets_it(model, c
 async def refused(port):
     try:
         _, writer = await asyncio.open_connection("127.0.0.1", port)
-    except ConnectionRefusedError:
+    except (ConnectionRefusedError, ConnectionResetError):
         return True
     writer.close()
     return False
