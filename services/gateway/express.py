@@ -52,7 +52,8 @@ class Express(web.RequestHandler):
 
     __slots__ = (
         "_asked", "_asking", "_closing", "_gathered", "_gathering", "_head", "_head_read", "_idle",
-        "_later", "_left", "_make", "_outcome", "_parts", "_raw", "_request_id", "_to_gather",
+        "_later", "_left", "_make", "_outcome", "_parts", "_raw", "_request_id", "_theirs",
+        "_to_gather",
     )  # fmt: skip
 
     def __init__(
@@ -63,6 +64,8 @@ class Express(web.RequestHandler):
         # How many bytes of the present request aiohttp has not had yet; below zero: nobody but
         # aiohttp knows where the next one begins.
         self._left = 0
+        # Whether aiohttp has a request, or a part of one.
+        self._theirs = False
         # The head that came last: a client sends nearly always the same.
         self._head = b""
         self._head_read: Head | None = None
@@ -125,15 +128,9 @@ class Express(web.RequestHandler):
 
     def _may_ask(self, infer: Infer, size: int) -> bool:
         """Tell whether a request can go the short way."""
-        waiter, parts = self._waiter, self._parts
-        return (
-            # aiohttp has nothing to do here, and nothing to send.
-            waiter is not None
-            and not waiter.done()
-            and not self._messages
-            and not self._paused
-            and not self._closing
-            and size <= GATHERED_MAX_BYTES
+        parts = self._parts
+        return not (self._theirs or self._paused or self._close or self._closing) and (
+            size <= GATHERED_MAX_BYTES
             and parts.gate.passes(infer.host, infer.authorization)
             and too_many(parts, size) is None
         )
@@ -159,9 +156,19 @@ class Express(web.RequestHandler):
 
     def _pass(self, data: bytes) -> None:
         """Give data to aiohttp."""
+        self._theirs = True
         if self._left > 0:
             self._left -= len(data)
         super().data_received(data)
+
+    async def finish_response(
+        self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
+    ) -> tuple[web.StreamResponse, bool]:
+        """Take note of the end of a request that was aiohttp's."""
+        finished = await super().finish_response(request, resp, start_time)
+        # Where it has more, or a part of more, it goes on.
+        self._theirs = bool(self._messages) or self._left != 0
+        return finished
 
     def _take_later(self, data: bytes) -> None:
         self._later += data
@@ -200,7 +207,7 @@ class Express(web.RequestHandler):
         if self.transport is None or self._force_close:
             return
         if not self._write(outcome):
-            self._outcome = outcome
+            self._outcome, self._theirs = outcome, True
             super().data_received(raw)
         if self._buffer_paused and not self._messages:
             self._resume_reading_for_buffer()
