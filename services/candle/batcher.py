@@ -115,12 +115,17 @@ class _Batch:
 
 @dataclass(slots=True, frozen=True)
 class _Outcome:
-    """How a run went, with the moments between its steps; without shares it failed."""
+    """How a run went, with the moments between its steps; without shares it failed.
+
+    Attributes:
+        computed_ns: The processor time of the thread that ran it.
+    """
 
     began_ns: int
     joined_ns: int
     ran_ns: int
     ended_ns: int
+    computed_ns: int
     shares: list[Tensors] | None
     error: BaseException | None
 
@@ -366,7 +371,7 @@ class Batcher:
             batch = _Batch([self._waiting.popitem(last=False)[0] for _ in range(requests)], rows)
             self._rows_waiting -= rows
             if self._pace.quick(rows):
-                self._conclude(batch, self._outcome(batch), quick=True)
+                self._conclude(batch, self._outcome(batch))
                 if self._waiting:
                     # One after the other, so that whoever else is due has a turn between.
                     self._look_soon()
@@ -395,6 +400,7 @@ class Batcher:
         shares: list[Tensors] | None = None
         failure: BaseException | None = None
         began_ns = joined_ns = ran_ns = time.monotonic_ns()
+        computed_ns = time.thread_time_ns()
         try:
             if len(asked) == 1:
                 shares = [self._run(asked[0].tensors)]
@@ -407,21 +413,24 @@ class Batcher:
                 shares = apart(outputs, [one.rows for one in asked])
         except BaseException as error:  # noqa: BLE001 - it belongs to whoever asked
             failure = error
-        return _Outcome(began_ns, joined_ns, ran_ns, time.monotonic_ns(), shares, failure)
+        computed_ns = time.thread_time_ns() - computed_ns
+        ended_ns = time.monotonic_ns()
+        return _Outcome(began_ns, joined_ns, ran_ns, ended_ns, computed_ns, shares, failure)
 
     def _finish(self, batch: _Batch, outcome: _Outcome) -> None:
         """Take a batch back from its thread, and go on with what waits."""
         self._running.discard(batch)
-        self._conclude(batch, outcome, quick=False)
+        self._conclude(batch, outcome)
         if not self._ended:
             self._look()
         elif not self._running:
             self._idle.set()
 
-    def _conclude(self, batch: _Batch, outcome: _Outcome, *, quick: bool) -> None:
+    def _conclude(self, batch: _Batch, outcome: _Outcome) -> None:
         """Give each asker of a batch their rows or their error."""
-        self._pace.ran(batch.rows, outcome.ended_ns - outcome.began_ns, quick=quick)
-        row_ns = (outcome.ended_ns - outcome.began_ns) / batch.rows
+        took_ns = outcome.ended_ns - outcome.began_ns
+        self._pace.ran(batch.rows, outcome.computed_ns, took_ns)
+        row_ns = took_ns / batch.rows
         self._row_ns += LAST_RUN * (row_ns - self._row_ns) if self._row_ns else row_ns
         if outcome.shares is not None:
             self._deliver(batch, outcome, outcome.shares)

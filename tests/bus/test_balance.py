@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from nats.aio.msg import Msg
 
-from bus import balance, instance
+from bus import balance, serving
 from bus import messages as m
 from bus.balance import Balance
 from bus.client import NOT_SERVED, SLOT, Answer, Client
@@ -333,7 +333,7 @@ async def test_an_instance_that_is_gone_costs_no_request(client, connected, sett
 async def test_a_busy_instance_is_not_seen_where_there_is_another(
     client, connected, settings, monkeypatch
 ):
-    monkeypatch.setattr(instance, "MAX_IN_FLIGHT", 3)
+    monkeypatch.setattr(serving, "MAX_IN_FLIGHT", 3)
     async with two(client, connected, settings) as made:
         await made.known()
         made.counts.clear()

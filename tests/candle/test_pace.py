@@ -14,10 +14,10 @@ from services.candle.pace import QUICK_NS, Pace
 from services.candle.statistics import Statistics
 
 
-def after(*took_ns: int, rows: int = 1, pace: Pace | None = None) -> Pace:
+def after(*computed_ns: int, rows: int = 1, passed_ns: int = 0, pace: Pace | None = None) -> Pace:
     pace = pace or Pace()
-    for one in took_ns:
-        pace.ran(rows, one, quick=pace.quick(rows))
+    for one in computed_ns:
+        pace.ran(rows, one, passed_ns or one)
     return pace
 
 
@@ -27,9 +27,17 @@ def test_nothing_is_quick_before_it_is_known():
     assert after(1, 1, 1).quick(1)
 
 
-def test_what_the_machine_does_besides_makes_no_run_slow():
+def test_the_quickest_of_the_latest_runs_counts():
     assert after(QUICK_NS, 9 * QUICK_NS, 2 * QUICK_NS).quick(1)
     assert not after(*[QUICK_NS + 1] * 20).quick(1)
+
+
+def test_what_the_machine_does_besides_makes_no_run_slow():
+    assert after(*[QUICK_NS] * 3, passed_ns=10 * QUICK_NS).quick(1)
+
+
+def test_what_waits_is_not_quick_however_little_it_computes():
+    assert not after(*[1] * 8, passed_ns=30 * QUICK_NS).quick(1)
 
 
 def test_each_size_is_known_by_itself():
@@ -44,7 +52,8 @@ def test_a_model_that_has_become_slow_is_quick_no_longer():
 
 
 def test_a_run_that_held_everybody_up_is_not_repeated_soon():
-    pace = after(1, 1, 1, 100 * QUICK_NS)
+    pace = after(1, 1, 1)
+    pace.ran(1, 1, 200 * QUICK_NS)
     assert not pace.quick(1)
     assert after(*[1] * 500, pace=pace).quick(1)
 
@@ -78,7 +87,7 @@ async def noting(threads):
     model = Noting()
     batcher = Batcher(
         model.run, joins=True, limits=Limits(), name="m", statistics=Statistics("m"),
-        threads=threads, pace=Pace(quick_ns=50_000_000),
+        threads=threads, pace=Pace(quick_ns=5_000_000),
     )  # fmt: skip
     model.batcher = batcher
     running = asyncio.create_task(batcher.run())
