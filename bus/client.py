@@ -24,12 +24,11 @@ from bus import codec
 from bus.errors import BusError, InvalidRequest, TooLarge, Unavailable
 from bus.followed import Followed, Received
 from bus.messages import CancelCall, Message
-from bus.packs import Answering
 from bus.relay import (
     ERROR,
     ERROR_CODE,
+    INSTANCE,
     NOT_SERVED,
-    PACKS,
     SLOT,
     TIMEOUT_MS,
     TRACEPARENT,
@@ -44,10 +43,10 @@ from bus.relay import (
 from bus.state import Store
 from bus.subjects import CANCEL, DEFAULT_ROOT, Endpoint, Feed, token
 from bus.tasks import beside
-from bus.wire import PENDING_MAX_BYTES, Incoming, Replies, Taker, Wire
+from bus.wire import PENDING_MAX_BYTES, Replies, Taker, Wire
 
 __all__ = [
-    "ERROR", "ERROR_CODE", "NOT_SERVED", "PACKS", "SLOT", "TIMEOUT_MS", "TRACEPARENT", "Answer",
+    "ERROR", "ERROR_CODE", "INSTANCE", "NOT_SERVED", "SLOT", "TIMEOUT_MS", "TRACEPARENT", "Answer",
     "Asked", "Client", "Followed", "Received", "connect", "new_traceparent", "trace",
 ]  # fmt: skip
 
@@ -165,8 +164,7 @@ class Client:
         Where several instances are known to answer a subject, the one that is likely to be the
         quickest is asked (`bus.balance`), else the broker picks one. One that does not serve it
         any more says so, and the broker picks then. A busy one answers so at once; then one more
-        is asked. What is sent to one instance in the same turn of the event loop shares a message
-        (`bus.packs`).
+        is asked.
         """
         reply: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         asked = self.ask(subject, body, settle(reply), headers=headers, timeout_s=timeout_s)
@@ -267,15 +265,6 @@ class Client:
         self.check_size(body)
         await self.send(inbox, inbox, "", body, headers)
 
-    @property
-    def packs(self) -> bool:
-        """Whether packs can be taken: only the short way (`bus.wire`) has them."""
-        return self._wire.short
-
-    def answering(self, shared: Mapping[str, str]) -> Answering:
-        """Return what answers packs with these headers; for `bus.instance`."""
-        return Answering(self._wire, shared, self._post)
-
     def answer_now(self, inbox: str, body: bytes, headers: Mapping[str, str]) -> bool:
         """Answer a request if it can be done at once; return whether it is.
 
@@ -332,19 +321,18 @@ class Client:
         if not self._nc.is_connected:
             return
         feed, body = CANCEL.subject(self.root), codec.encode(CancelCall(inbox=inbox))
-        self._post(feed, body, {codec.CONTENT_TYPE: codec.JSON})
+        headers = {codec.CONTENT_TYPE: codec.JSON}
+        if self._wire.send(feed, "", body, headers):
+            return
 
-    def _post(self, subject: str, body: bytes, headers: Mapping[str, str]) -> None:
-        """Send a message, at once or in a task; raises TooLarge as `Wire.send` does."""
-        if not self._wire.send(subject, "", body, headers):
-            posting = asyncio.create_task(self._posted(subject, body, headers))
-            self._last_words.add(posting)
-            posting.add_done_callback(self._last_words.discard)
+        async def post() -> None:
+            with contextlib.suppress(nats.errors.Error, OSError, TimeoutError):
+                async with asyncio.timeout(5):
+                    await self._nc.publish(feed, body, headers=headers)
 
-    async def _posted(self, subject: str, body: bytes, headers: Mapping[str, str]) -> None:
-        with contextlib.suppress(nats.errors.Error, OSError, TimeoutError):
-            async with asyncio.timeout(5):
-                await self._nc.publish(subject, body, headers=dict(headers))
+        posting = asyncio.create_task(post())
+        self._last_words.add(posting)
+        posting.add_done_callback(self._last_words.discard)
 
     async def come_online(self, timeout_s: float) -> None:
         """Wait until the broker can be reached, or raise Unavailable; for `bus.relay`."""
@@ -459,7 +447,7 @@ async def connect(
     client = Client(nc, root)
     client._online.set()  # noqa: SLF001
     try:
-        await client._wire.take(client._replies.subject, "", client._asker.packing.take)  # noqa: SLF001
+        await client._wire.take(client._replies.subject, "", client._replies.take)  # noqa: SLF001
         await client.barrier()
         await client.store.check()
         async with beside(client._watch(), _raise_when(lost)):  # noqa: SLF001

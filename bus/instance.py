@@ -17,13 +17,13 @@ import structlog
 
 from bus import codec, logs
 from bus import messages as m
-from bus.client import Answer, Client
+from bus.client import INSTANCE, SLOT, Answer, Client
 from bus.discovery import Identity, discoverable
 from bus.errors import BusError, Conflict, DeadlineExceeded, NobodyListens, Unavailable
 from bus.metrics import Figures, Series
 from bus.probes import Facts, Probes, Route
 from bus.process import settle
-from bus.serving import DRAIN_S, MAX_IN_FLIGHT, Call, Served, in_task, serving_of
+from bus.serving import DRAIN_S, MAX_IN_FLIGHT, Call, Served, Serving, in_task
 from bus.settings import Settings
 from bus.state import OBSERVED_TTL_S
 from bus.subjects import (
@@ -33,7 +33,6 @@ from bus.subjects import (
     Endpoint,
     RawEndpoint,
     instance_calls,
-    instance_packs,
 )
 from bus.tasks import beside
 from bus.telemetry import Sampler
@@ -116,9 +115,10 @@ class Instance:
         self._listed = listed
         self._revision = 0
         self._registering = asyncio.Lock()
-        self._asked = serving_of(
-            client, plugin=self.plugin, slot=self.slot, instance=self.id, listed=listed
-        )
+        who = {INSTANCE: self.id}
+        if listed:
+            who[SLOT] = f"{self.plugin}.{self.slot}"
+        self._asked = Serving(client, self.plugin, who)
         self._probes = Probes(Facts(self._missing, self._about, self._metrics), client.max_payload)
         self._identity = Identity(
             plugin=self.plugin,
@@ -296,21 +296,17 @@ class Instance:
             yield
             return
         here = instance_calls(self._client.root, self.plugin, self.slot)
-        packs = instance_packs(self._client.root, self.plugin, self.slot)
 
         def taker(message: Incoming) -> None:
             subject = f"{self._client.root}.call.{message.subject[len(here) - 1 :]}"
             self._asked.take_direct(subject, message)
 
         # In a queue group, because a slot has two instances for a moment when it changes hands.
-        heard = [await self._client.take(here, self.plugin, taker)]
-        if self._asked.answering:
-            heard.append(await self._client.take(packs, self.plugin, self._asked.take_pack))
+        heard = await self._client.take(here, self.plugin, taker)
         try:
             yield
         finally:
-            for subscription in heard:
-                await self._client.stop_listening(subscription)
+            await self._client.stop_listening(heard)
             await self._asked.posted()
 
     async def _follow_cancels(self) -> None:

@@ -30,17 +30,15 @@ from bus.errors import (
     error_from,
     error_from_number,
 )
-from bus.packs import Asking
-from bus.wire import Incoming, Replies, Wire
+from bus.wire import TRACEPARENT, Incoming, Replies, Wire
 
 ERROR: Final = "Nats-Service-Error"
 ERROR_CODE: Final = "Nats-Service-Error-Code"
 TIMEOUT_MS: Final = "Bkg-Timeout-Ms"
-TRACEPARENT: Final = "traceparent"
-# On an answer: the plugin and slot that can be asked for the same, `<plugin>.<slot>`.
+# On an answer: the process that gave it.
+INSTANCE: Final = "Bkg-Instance"
+# Beside it: the plugin and slot that can be asked for the same, `<plugin>.<slot>`.
 SLOT: Final = "Bkg-Slot"
-# Beside it: that it takes packs of requests, too.
-PACKS: Final = "Bkg-Packs"
 # On a refusal: this instance does not serve that, or no longer; whoever does may be asked.
 NOT_SERVED: Final = "Bkg-Not-Served"
 # The broker ends a connection that sends a longer control line than 4 KiB; the inbox stands there
@@ -98,7 +96,6 @@ class Asker:
         self.connection = connection
         self.wire = wire
         self.replies = replies
-        self.packing = Asking(wire, replies)
         self.balance = Balance()
         self.calls = f"{root}.call."
         self.instances = f"{root}.inst."
@@ -109,8 +106,9 @@ class Asker:
     def ask(
         self, subject: str, body: bytes, headers: Mapping[str, str], timeout_s: float, done: Done
     ) -> "Asked":
-        """Ask whoever answers a subject; `done` is called when it is over, perhaps before this
-        returns.
+        """Ask whoever answers a subject, and have `done` called when that is over.
+
+        That may be before this returns.
 
         Args:
             subject: What is asked.
@@ -146,15 +144,12 @@ class Asked:
     Attributes:
         deadline: Until when the answer may come, in the event loop's time.
         inbox: Where it comes to; empty while nothing is sent.
-        alone: Where it goes if it is the only one for a pack.
-        body: The question.
-        headers: Those that are sent with it.
         over: Whether nobody waits for an answer any more.
     """
 
     __slots__ = (
-        "_again", "_asker", "_balanced", "_done", "_given", "_sent_at", "_slot", "_subject",
-        "_timeout_s", "alone", "body", "deadline", "headers", "inbox", "over",
+        "_again", "_asker", "_balanced", "_body", "_done", "_headers", "_sent_at", "_slot",
+        "_subject", "_timeout_s", "deadline", "inbox", "over",
     )  # fmt: skip
 
     def __init__(
@@ -168,7 +163,8 @@ class Asked:
     ) -> None:
         self._asker = asker
         self._subject = subject
-        self._given = headers
+        self._body = body
+        self._headers = headers
         self._timeout_s = timeout_s
         self._done = done
         self._balanced = subject.startswith(asker.calls)
@@ -177,9 +173,6 @@ class Asked:
         self._sent_at = 0.0
         self.deadline = asker.loop.time() + timeout_s
         self.inbox = ""
-        self.alone = ""
-        self.body = body
-        self.headers: dict[str, str] = {}
         self.over = False
 
     def begin(self) -> None:
@@ -193,7 +186,7 @@ class Asked:
             )
             return
         try:
-            self._asker.connection.check_size(self.body)
+            self._asker.connection.check_size(self._body)
         except BusError as error:
             self._end(error)
             return
@@ -215,22 +208,22 @@ class Asked:
         """Take the reply."""
         self.inbox = ""
         found = message.headers
-        by, packs = found.get(SLOT), PACKS in found
+        by = found.get(SLOT)
         if ERROR_CODE in found:
             error = _error_in(message.data, found)
             if NOT_SERVED in found:
                 self._nobody(error.message)
             elif isinstance(error, Overloaded) and not self._again:
-                self._tell("busy", by, packs=packs)
+                self._tell("busy", by)
                 self._again = True
                 self._ask_another()
             else:
-                self._tell("busy" if isinstance(error, Overloaded) else "failed", by, packs=packs)
+                self._tell("busy" if isinstance(error, Overloaded) else "failed", by)
                 self._end(error)
         elif not message.data and found.get("Status") == "503":
             self._nobody(f"nobody answers {self._subject} just now")
         else:
-            self._tell("answered", by, packs=packs)
+            self._tell("answered", by)
             self._end(Answer(message.data, found))
 
     def ended(self, error: TimeoutError | Unavailable) -> None:
@@ -241,15 +234,7 @@ class Asked:
             return
         self._withdraw()
         self._tell("gone")
-        self._end(
-            DeadlineExceeded(f"{self._subject} gave no answer within {self._timeout_s:g} s")
-        )
-
-    def not_sent(self) -> None:
-        """Go the public way, which says what is wrong, or waits; nobody has seen it yet."""
-        self.inbox = ""
-        if not self.over:
-            self._work(partial(self._send_long, self._to()))
+        self._end(DeadlineExceeded(f"{self._subject} gave no answer within {self._timeout_s:g} s"))
 
     def _nobody(self, said: str) -> None:
         """Ask the group where a slot does not serve it any more."""
@@ -266,14 +251,13 @@ class Asked:
             self._slot = self._asker.balance.choose(self._subject, now, again=True)
         self._send()
 
-    def _tell(self, outcome: Outcome, by: str | None = None, *, packs: bool = False) -> None:
+    def _tell(self, outcome: Outcome, by: str | None = None) -> None:
         """Let the balance know what became of it."""
         if self._balanced:
             now = time.perf_counter()
             self._asker.balance.ended(
-                self._subject, self._slot, outcome, now,
-                by=by, took_s=now - self._sent_at, packs=packs,
-            )  # fmt: skip
+                self._subject, self._slot, outcome, now, by=by, took_s=now - self._sent_at
+            )
 
     def _end(self, outcome: Answer | BusError) -> None:
         if not self.over:
@@ -296,21 +280,13 @@ class Asked:
             self._work(self._send_when_online)
             return
         left_s = max(0.001, self.deadline - asker.loop.time())
-        headers = {TIMEOUT_MS: str(int(left_s * 1000)), **self._given}
+        headers = {TIMEOUT_MS: str(int(left_s * 1000)), **self._headers}
         if TRACEPARENT not in headers:
             headers[TRACEPARENT] = trace.get() or new_traceparent()
-        self.headers = headers
-        slot, balance = self._slot, asker.balance
-        if slot is not None and balance.packs(self._subject, slot):
-            # Alone, it may as well find another one.
-            self.alone = self._subject if balance.only(self._subject) else self._to()
-            call = self._subject[len(asker.calls) :]
-            if asker.packing.ask(f"{asker.instances}{slot}.pack", call, self):
-                return
-        to = self._to()
+        to = asker.to(self._subject, self._slot)
         inbox = asker.replies.inbox(asker.replies.reserve(1))
         try:
-            sent = asker.wire.send(to, inbox, self.body, headers)
+            sent = asker.wire.send(to, inbox, self._body, headers)
         except BusError as error:
             self._tell("dropped")
             self._end(error)
@@ -319,10 +295,7 @@ class Asked:
             self.inbox = inbox
             asker.replies.await_at(inbox, self)
         else:
-            self._work(partial(self._send_long, to))
-
-    def _to(self) -> str:
-        return self._asker.to(self._subject, self._slot)
+            self._work(partial(self._send_long, to, headers))
 
     async def _send_when_online(self) -> None:
         left_s = self.deadline - self._asker.loop.time()
@@ -330,11 +303,11 @@ class Asked:
         if not self.over:
             self._send()
 
-    async def _send_long(self, to: str) -> None:
+    async def _send_long(self, to: str, headers: dict[str, str]) -> None:
         asker = self._asker
         self.inbox = asker.replies.inbox(asker.replies.reserve(1))
         asker.replies.await_at(self.inbox, self)
-        await asker.connection.send(self._subject, to, self.inbox, self.body, self.headers)
+        await asker.connection.send(self._subject, to, self.inbox, self._body, headers)
 
     def _work(self, work: Callable[[], Awaitable[None]]) -> None:
         """Do what cannot be done at once."""

@@ -19,8 +19,6 @@ from bus.client import (
     ERROR,
     ERROR_CODE,
     NOT_SERVED,
-    PACKS,
-    SLOT,
     TIMEOUT_MS,
     TRACEPARENT,
     Answer,
@@ -30,13 +28,11 @@ from bus.client import (
 from bus.errors import (
     BusError,
     Internal,
-    InvalidRequest,
     NobodyListens,
     Overloaded,
     body_of,
 )
 from bus.metrics import Calls
-from bus.packs import Answering, unpack
 from bus.subjects import Endpoint, RawEndpoint
 from bus.wire import Incoming
 
@@ -44,6 +40,7 @@ DRAIN_S: Final = 10.0
 MAX_IN_FLIGHT: Final = 1_024
 
 log = structlog.get_logger("bus.serving")
+
 
 class Served:
     """One endpoint that is being served, with its statistics.
@@ -219,7 +216,6 @@ class Serving:
         client: The connection.
         plugin: What it is an instance of.
         who: Headers of every answer.
-        answering: Answers what came in packs; None if it takes none.
         served: By subject.
         calls: By capability: unlike what is served just now, these only ever grow.
     """
@@ -227,7 +223,6 @@ class Serving:
     client: Client
     plugin: str
     who: Mapping[str, str]
-    answering: Answering | None
     served: dict[str, Served] = field(default_factory=dict)
     calls: dict[str, Calls] = field(default_factory=dict)
     # The oldest first.
@@ -282,21 +277,6 @@ class Serving:
             error = NobodyListens(f"{subject} is not served by this instance", retry_after_s=2)
             self.refuse(message, error, {NOT_SERVED: "1"})
 
-    def take_pack(self, message: Incoming) -> None:
-        """Take each request of a pack as if it had come alone."""
-        if not message.reply:
-            return
-        try:
-            parts = unpack(message, self.client.root)
-        except InvalidRequest as error:
-            self.refuse(message, error)
-            return
-        for part, wrong in parts:
-            if wrong:
-                self.refuse(part, wrong)
-            else:
-                self.take_direct(part.subject, part)
-
     async def here(self, served: Served, request: Any) -> Any:
         """Answer a request that did not come over the bus as if it had: same limits, same counts.
 
@@ -304,14 +284,13 @@ class Serving:
             BusError: What the handler raised.
         """
         assert served.handler is not None  # noqa: S101 - who calls has looked
-        full, began_ns, local = self._full(), time.perf_counter_ns(), object()
+        handler, full = served.handler, self._full()
+        began_ns, local = time.perf_counter_ns(), object()
         served.began()
         self._local[local] = time.monotonic()
         cause = None
         try:
-            if full:
-                raise full
-            return await served.handler(request)
+            return await (_raised(full) if full else handler(request))
         except asyncio.CancelledError:
             cause = "cancelled: the caller has gone"
             raise
@@ -354,10 +333,6 @@ class Serving:
         Raises:
             TooLarge: It is over the broker's limit.
         """
-        if message.pack and self.answering:
-            # It says once for all of a pack who answers.
-            self.answering.answer(message.reply, message.pack, body, headers)
-            return True
         return self.client.answer_now(message.reply, body, {**headers, **self.who})
 
     def reply_later(
@@ -424,27 +399,8 @@ class Serving:
         )
 
 
-def serving_of(
-    client: Client, *, plugin: str, slot: int, instance: str, listed: bool
-) -> Serving:
-    """Return what an instance serves with, which is nothing yet.
-
-    Args:
-        client: The connection.
-        plugin: What it is an instance of.
-        slot: The place that it fills.
-        instance: The id of this process.
-        listed: Whether it can be asked by its slot.
-    """
-    who = {"Bkg-Instance": instance}
-    answering = None
-    if listed:
-        who[SLOT] = f"{plugin}.{slot}"
-        import os
-        if client.packs and not os.environ.get("XP"):
-            who[PACKS] = "1"
-            answering = client.answering(who)
-    return Serving(client, plugin, who, answering)
+async def _raised(error: BusError) -> Any:
+    raise error
 
 
 def in_task(work: Callable[[Call], Awaitable[Answer]]) -> Callable[[Call], None]:

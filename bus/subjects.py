@@ -381,11 +381,6 @@ def instance_calls(root: str, plugin: str, slot: int) -> str:
     return f"{root}.inst.{token(plugin)}.{slot}.call.>"
 
 
-def instance_packs(root: str, plugin: str, slot: int) -> str:
-    """Return where one instance hears packs of requests (`bus.packs`)."""
-    return f"{root}.inst.{token(plugin)}.{slot}.pack"
-
-
 def gallery_events(root: str) -> str:
     """Return the subject of every event of every gallery."""
     return f"{root}.gallery.>"

@@ -14,7 +14,7 @@ there as it is known, everything goes the public way, and only costs more.
 import asyncio
 import inspect
 import re
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import lru_cache
 from types import MappingProxyType
 from typing import Any, Final, Protocol
@@ -24,6 +24,7 @@ import structlog
 
 from bus.errors import TooLarge, Unavailable
 
+TRACEPARENT: Final = "traceparent"
 # How late a time-out may be noticed.
 SWEEP_S: Final = 0.05
 # What the socket has not taken yet, from which on nats-py's own task writes and waits for it.
@@ -44,8 +45,6 @@ class Incoming(msgspec.Struct, frozen=True):
     reply: str
     data: bytes
     headers: Mapping[str, str]
-    # The reply subject of the pack that it came in.
-    pack: str = ""
 
 
 # Must not wait; should it raise, that is logged and the message is gone.
@@ -66,9 +65,7 @@ class Wire:
         self.short = _is_as_known(nc)
         self._nc = nc
         self._takers: dict[int, Taker] = {}
-        self._names: set[str] = set()
         self._writing = False
-        self._at_end: list[Callable[[], None]] = []
         self._loop = asyncio.get_running_loop()
         if self.short:
             self._process: Callable[..., Awaitable[None]] = nc._process_msg  # noqa: SLF001
@@ -124,12 +121,13 @@ class Wire:
                 connection for good.
         """
         nc = self._nc
-        if not self.short or not nc.is_connected or not self.plain(headers):
+        if not self.short or not nc.is_connected:
+            return False
+        block = _block(headers)
+        if block is None:
             return False
         if not _SUBJECT.fullmatch(subject) or (reply and not _SUBJECT.fullmatch(reply)):
             return False
-        lines = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
-        block = f"NATS/1.0\r\n{lines}\r\n".encode()
         size = len(block) + len(body)
         if size > nc._max_payload:  # noqa: SLF001
             raise TooLarge(
@@ -149,36 +147,8 @@ class Wire:
             self._loop.call_soon(self._write)
         return True
 
-    def at_end(self, send: Callable[[], None]) -> None:
-        """Have something sent when this turn of the event loop ends; it must not raise."""
-        self._at_end.append(send)
-        if not self._writing:
-            self._writing = True
-            self._loop.call_soon(self._write)
-
-    def plain(self, headers: Mapping[str, str]) -> bool:
-        """Tell whether these headers can go as they are: each name and value one line."""
-        values = "".join(headers.values())
-        if "\n" in values or "\r" in values:
-            return False
-        if self._names.issuperset(headers):
-            return True
-        for name in headers:
-            if name not in self._names:
-                if not _NAME.fullmatch(name) or len(self._names) >= _NAMES_MAX:
-                    return False
-                self._names.add(name)
-        return True
-
     def _write(self) -> None:
         """Write what waits; leave it where the connection is lost, nats-py sends it later."""
-        waiting, self._at_end = self._at_end, []
-        for send in waiting:
-            try:
-                send()
-            except Exception:
-                # Whatever else is waiting is written all the same.
-                log.exception("messages.lost")
         self._writing = False
         nc = self._nc
         if not self.short or not nc._pending or not nc.is_connected:  # noqa: SLF001
@@ -210,7 +180,7 @@ class Wire:
             line_end = data.find(b"\r\n", at, at + _LINE_MAX_BYTES)
             words = data[at:line_end].split() if line_end > 0 else ()
             # HMSG subject sid [reply] headers total, MSG subject sid [reply] total
-            if not len(words) - has_headers in {4, 5}:
+            if len(words) - has_headers not in {4, 5}:
                 break
             taker = takers.get(int(words[2]))
             begin = line_end + 2
@@ -365,7 +335,7 @@ class Replies:
 
 _SUBJECT = re.compile(r"[^\s]+")
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
-_NAMES_MAX: Final = 256
+_TRACEPARENT: Final = TRACEPARENT.encode()
 _PRIVATE: Final = (
     "_pending", "_pending_data_size", "_max_pending_size", "_max_payload", "_flush_queue",
     "_process_msg", "_transport",
@@ -394,10 +364,36 @@ def _is_as_known(nc: Any) -> bool:
     )
 
 
+def _block(headers: Mapping[str, str]) -> bytes | None:
+    """Return headers as they are written; None if one is not one line, or has no plain name."""
+    if TRACEPARENT in headers:
+        # It is another one each time.
+        return _write_block(headers.items())
+    return _remembered_block(tuple(headers.items()))
+
+
+@lru_cache(256)
+def _remembered_block(headers: tuple[tuple[str, str], ...]) -> bytes | None:
+    return _write_block(headers)
+
+
+def _write_block(headers: Iterable[tuple[str, str]]) -> bytes | None:
+    lines = ["NATS/1.0"]
+    for name, value in headers:
+        if "\n" in value or "\r" in value or not _is_plain(name):
+            return None
+        lines.append(f"{name}: {value}")
+    return "\r\n".join([*lines, "", ""]).encode()
+
+
+@lru_cache(256)
+def _is_plain(name: str) -> bool:
+    return _NAME.fullmatch(name) is not None
+
+
 def _headers(raw: bytes) -> Mapping[str, str]:
     """Read a block of headers, as nats-py does: a status of the broker is the header `Status`."""
-    # A trace is another one each time.
-    if len(raw) > REMEMBERED_MAX_BYTES or b"traceparent" in raw:
+    if len(raw) > REMEMBERED_MAX_BYTES or _TRACEPARENT in raw:
         return _read_headers(raw)
     return _remembered_headers(raw)
 

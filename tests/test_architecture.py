@@ -12,7 +12,7 @@ WINGS = ("cli", "supervisor", "candle", "rustyface", "gateway")
 FLOORS = (
     {"errors", "messages", "balance"},
     {"codec", "masking", "subjects", "tasks", "settings", "process", "redaction", "wire"},
-    {"log_search", "statistics", "packs", "followed"},
+    {"log_search", "statistics", "followed"},
     {"streams"},
     {"uploads"},
     {"artefacts"},

@@ -235,8 +235,9 @@ class Batcher:
             raise
 
     def put(self, tensors: Tensors, deadline: float | None, done: Done) -> Asked:
-        """Do what `submit` does without waiting: `done` is called with the outcome, never before
-        this returns. Who waits no longer calls `drop`.
+        """Do what `submit` does without waiting, and have `done` called with the outcome.
+
+        That is never before this returns. Who waits no longer calls `drop`.
 
         Raises:
             BusError: The request is not taken; `done` is not called then.

@@ -56,9 +56,7 @@ class Express(web.RequestHandler):
         "_to_gather",
     )  # fmt: skip
 
-    def __init__(
-        self, parts: Parts, manager: web.Server, loop: asyncio.AbstractEventLoop
-    ) -> None:
+    def __init__(self, parts: Parts, manager: web.Server, loop: asyncio.AbstractEventLoop) -> None:
         super().__init__(manager, loop=loop, access_log=None)  # type: ignore[arg-type]
         self._parts = parts
         # How many bytes of the present request aiohttp has not had yet; below zero: nobody but
@@ -268,7 +266,7 @@ class Express(web.RequestHandler):
         else:
             super().close()
 
-    async def shutdown(self, timeout: float | None = 15.0) -> None:  # noqa: ASYNC109 - aiohttp's
+    async def shutdown(self, timeout: float | None = 15.0) -> None:
         """End, when the present request is answered or the time is up."""
         if self._asking:
             self._idle = self._loop.create_future()

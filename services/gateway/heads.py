@@ -1,4 +1,4 @@
-"""The heads of HTTP requests, as far as they are plain: where a request ends, and what it asks. Pure.
+"""Heads of HTTP requests, as far as they are plain: where a request ends, what it asks. Pure.
 
 Nothing is read here that two readers could read in two ways: whatever is not of the narrow form
 below (HTTP/1.1, one `Content-Length` or none, each field once, printable ASCII) is left to aiohttp.

@@ -40,9 +40,7 @@ async def taker(client, settings):
         join(client, settings, plugin="candle", description="a test") as one.instance,
         contextlib.AsyncExitStack() as leaving,
     ):
-        await leaving.enter_async_context(
-            one.instance.serving_calls(MODEL_INFER, one.take, "m")
-        )
+        await leaving.enter_async_context(one.instance.serving_calls(MODEL_INFER, one.take, "m"))
         one.leave = leaving.aclose
         one.subject = MODEL_INFER.subject(client.root, "m")
         one.stats = one.instance._asked.served[one.subject]

@@ -7,7 +7,7 @@ import json
 import msgspec
 import pytest
 
-from bus import codec, serving
+from bus import codec, instance, serving
 from bus import messages as m
 from bus.client import connect
 from bus.errors import Conflict, InvalidRequest, Overloaded

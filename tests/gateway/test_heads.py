@@ -1,4 +1,4 @@
-"""Heads of requests: what is taken for plain ends and says what aiohttp finds, and nothing else is."""
+"""Heads of requests: what is taken for plain is what aiohttp finds; what is doubtful is not."""
 
 import asyncio
 

@@ -175,9 +175,7 @@ async def _relayed(request: web.Request, at: Parts, subject: str) -> Answer:
             headers[LENGTH] = length
         if traced := trace.get():
             headers[TRACEPARENT] = traced
-        return await at.client.relay(
-            subject, body, headers=headers, timeout_s=timeout_of(request)
-        )
+        return await at.client.relay(subject, body, headers=headers, timeout_s=timeout_of(request))
     finally:
         at.relaying -= 1
         at.relaying_bytes -= size
