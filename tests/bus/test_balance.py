@@ -290,7 +290,7 @@ async def test_requests_go_round_an_instance_that_is_held(client, connected, set
         made.go_on[1].clear()
         held = [asyncio.create_task(made.ask()) for _ in range(20)]
         await until(lambda: made.counts[1] > 0 and made.instances[0].in_flight == 0)
-        await until(lambda: made.instances[1]._oldest_s() > 0.1)
+        await until(lambda: made.instances[1]._asked.oldest_s() > 0.1)
         before = made.counts.copy()
         # One in 256 looks for others by the group, and may find the one that is held.
         callers = [asyncio.create_task(made.ask(20)) for _ in range(10)]
