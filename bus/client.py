@@ -31,7 +31,6 @@ from bus.relay import (
     NOT_SERVED,
     SLOT,
     TIMEOUT_MS,
-    TRACEPARENT,
     Answer,
     Asked,
     Asker,
@@ -43,7 +42,7 @@ from bus.relay import (
 from bus.state import Store
 from bus.subjects import CANCEL, DEFAULT_ROOT, Endpoint, Feed, token
 from bus.tasks import beside
-from bus.wire import PENDING_MAX_BYTES, Replies, Taker, Wire
+from bus.wire import PENDING_MAX_BYTES, TRACEPARENT, Replies, Taker, Wire
 
 __all__ = [
     "ERROR", "ERROR_CODE", "INSTANCE", "NOT_SERVED", "SLOT", "TIMEOUT_MS", "TRACEPARENT", "Answer",

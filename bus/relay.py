@@ -342,8 +342,8 @@ class Asked:
 def new_traceparent() -> str:
     """Return a W3C trace context that begins here."""
     # Random enough to tell requests apart; never zero, which the standard forbids.
-    trace_id, span_id = random.getrandbits(128) | 1, random.getrandbits(64) | 1
-    return f"00-{trace_id:032x}-{span_id:016x}-01"
+    both = f"{random.getrandbits(192) | 1 << 64 | 1:048x}"
+    return f"00-{both[:32]}-{both[32:]}-01"
 
 
 def settle(reply: "asyncio.Future[Any]") -> Done:

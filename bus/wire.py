@@ -29,6 +29,8 @@ TRACEPARENT: Final = "traceparent"
 SWEEP_S: Final = 0.05
 # What the socket has not taken yet, from which on nats-py's own task writes and waits for it.
 BACKLOG_BYTES: Final = 256 * 1024
+# What is written in one piece.
+JOINED_MAX_BYTES: Final = 64 * 1024
 # From here on a body is not copied into one piece with its headers.
 LONG_BODY_BYTES: Final = 16 * 1024
 PENDING_MAX_BYTES: Final = 512 * 1024 * 1024
@@ -48,7 +50,7 @@ class Incoming(msgspec.Struct, frozen=True):
 
 
 # Must not wait; should it raise, that is logged and the message is gone.
-Taker = Callable[[Incoming], None]
+Taker = Callable[[Incoming], object]
 
 
 class Wire:
@@ -161,8 +163,13 @@ class Wire:
             if not nc._flush_queue.full():  # noqa: SLF001
                 nc._flush_queue.put_nowait(self._loop.create_future())  # noqa: SLF001
             return
-        lines, nc._pending, nc._pending_data_size = nc._pending, [], 0  # noqa: SLF001
-        transport.writelines(lines)
+        lines, size = nc._pending, nc._pending_data_size  # noqa: SLF001
+        nc._pending, nc._pending_data_size = [], 0  # noqa: SLF001
+        # Many pieces cost uvloop more than one that is put together; long ones are not copied.
+        if size < JOINED_MAX_BYTES:
+            transport.write(b"".join(lines))
+        else:
+            transport.writelines(lines)
 
     def _read(self, data: bytes) -> int:
         """Give the messages that data begins with to their takers; return where they end.
@@ -178,7 +185,7 @@ class Wire:
             else:
                 break
             line_end = data.find(b"\r\n", at, at + _LINE_MAX_BYTES)
-            words = data[at:line_end].split() if line_end > 0 else ()
+            words = data[at:line_end].split() if line_end > 0 else []
             # HMSG subject sid [reply] headers total, MSG subject sid [reply] total
             if len(words) - has_headers not in {4, 5}:
                 break

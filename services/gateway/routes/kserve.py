@@ -155,7 +155,7 @@ async def _relayed(request: web.Request, at: Parts, subject: str) -> Answer:
     outcome = request.get(OUTCOME)
     if isinstance(outcome, BusError):
         raise outcome
-    if outcome is not None:
+    if isinstance(outcome, Answer):
         return outcome
     # What came with the headers is here, and known, already.
     size = 0 if request.content.is_eof() else request.content_length or 0
