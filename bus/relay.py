@@ -275,11 +275,13 @@ class Asked:
 
     def _send(self) -> None:
         asker = self._asker
-        self._sent_at = time.perf_counter()
         if not asker.connection.connected:
             self._work(self._send_when_online)
             return
-        left_s = max(0.001, self.deadline - asker.loop.time())
+        left_s = self._timeout_s
+        if self._sent_at:
+            left_s = max(0.001, self.deadline - asker.loop.time())
+        self._sent_at = time.perf_counter()
         headers = {TIMEOUT_MS: str(int(left_s * 1000)), **self._headers}
         if TRACEPARENT not in headers:
             headers[TRACEPARENT] = trace.get() or new_traceparent()
