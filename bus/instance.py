@@ -1,6 +1,7 @@
 """This process as others see it: it registers, beats, serves, drains and leaves.
 
-What it is asked is worked on in `bus.serving`; how others find it stands in `bus.discovery`.
+What it is asked is worked on in `bus.serving`, how it is stands in `bus.vitals`, and how others
+find it in `bus.discovery`.
 """
 
 import asyncio
@@ -20,7 +21,6 @@ from bus import messages as m
 from bus.client import INSTANCE, SLOT, Answer, Client
 from bus.discovery import Identity, discoverable
 from bus.errors import BusError, Conflict, DeadlineExceeded, NobodyListens, Unavailable
-from bus.metrics import Figures, Series
 from bus.probes import Facts, Probes, Route
 from bus.process import settle
 from bus.serving import DRAIN_S, MAX_IN_FLIGHT, Call, Served, Serving, in_task
@@ -28,14 +28,12 @@ from bus.settings import Settings
 from bus.state import OBSERVED_TTL_S
 from bus.subjects import (
     CANCEL,
-    HEALTH,
-    TELEMETRY,
     Endpoint,
     RawEndpoint,
     instance_calls,
 )
 from bus.tasks import beside
-from bus.telemetry import Sampler
+from bus.vitals import Vitals
 from bus.wire import Incoming
 
 __all__ = [
@@ -43,7 +41,6 @@ __all__ = [
     "join",
 ]  # fmt: skip
 
-HEARTBEAT_S: Final = 1.0
 REGISTER_AGAIN_S: Final = OBSERVED_TTL_S / 3
 FIRST_FREE_SLOT: Final = 100
 LAST_FREE_SLOT: Final = 999
@@ -107,9 +104,6 @@ class Instance:
         self.slot = registration.slot
         self.host = registration.host
         self.config = config
-        self.counts: dict[str, int] = {}
-        self.gauges: dict[str, float] = {}
-        self.series: list[Callable[[], Sequence[Series]]] = []
         self._client = client
         self._registration = registration
         self._listed = listed
@@ -119,7 +113,19 @@ class Instance:
         if listed:
             who[SLOT] = f"{self.plugin}.{self.slot}"
         self._asked = Serving(client, self.plugin, who)
-        self._probes = Probes(Facts(self._missing, self._about, self._metrics), client.max_payload)
+        self._vitals = Vitals(
+            client,
+            self._asked,
+            lambda: self._registration,
+            telemetry_s or _telemetry_interval(config),
+        )
+        self.counts = self._vitals.counts
+        self.gauges = self._vitals.gauges
+        self.series = self._vitals.series
+        self._probes = Probes(
+            Facts(self._vitals.missing, self._vitals.about, self._vitals.metrics),
+            client.max_payload,
+        )
         self._identity = Identity(
             plugin=self.plugin,
             id=self.id,
@@ -127,14 +133,10 @@ class Instance:
             description=description,
             metadata={"host": self.host, "slot": str(self.slot), "pid": str(os.getpid())},
         )
-        self._lag_ms = 0.0
         self._waiting_config: tuple[m.DesiredState, int] | None = None
         self._takers: list[tuple[frozenset[str], Callable[[], None]]] = []
-        self._telemetry_s = telemetry_s or _telemetry_interval(config)
-        self._telemetry_changed = asyncio.Event()
         if telemetry_s is None:
             self.on_config(["telemetry_interval"], self._take_telemetry_interval)
-        self._worst_lag_ms = 0.0
 
     @property
     def in_flight(self) -> int:
@@ -361,8 +363,7 @@ class Instance:
         return True
 
     def _take_telemetry_interval(self) -> None:
-        self._telemetry_s = _telemetry_interval(self.config)
-        self._telemetry_changed.set()
+        self._vitals.report_every(_telemetry_interval(self.config))
 
     async def _become(self, status: m.Status) -> None:
         self._registration = msgspec.structs.replace(
@@ -413,108 +414,6 @@ class Instance:
                 await self._register()
             except Unavailable as error:
                 log.warning("instance.not_registered", cause=error.message)
-
-    async def _beat(self) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            due = loop.time() + HEARTBEAT_S
-            await asyncio.sleep(HEARTBEAT_S)
-            self._lag_ms = max(0.0, 1e3 * (loop.time() - due))
-            self._worst_lag_ms = max(self._worst_lag_ms, self._lag_ms)
-            beat = m.Heartbeat(
-                plugin=self.plugin,
-                slot=self.slot,
-                id=self.id,
-                host=self.host,
-                pid=os.getpid(),
-                status=self._registration.status,
-                in_flight=self.in_flight,
-                oldest_s=self._asked.oldest_s(),
-                lag_ms=round(self._lag_ms, 1),
-                generation=self._registration.generation,
-                timestamp=m.now(),
-            )
-            if self._client.connected:
-                with contextlib.suppress(Unavailable):
-                    await self._client.publish(HEALTH, beat, plugin=self.plugin, slot=self.slot)
-
-    def _missing(self) -> list[str]:
-        """Return why this instance is not ready; nothing when it is."""
-        status = self._registration.status
-        found = [] if status == "running" else [f"the instance is {status}"]
-        return found if self._client.connected else [*found, "the broker is away"]
-
-    def _about(self) -> dict[str, Any]:
-        return {
-            "plugin": self.plugin,
-            "slot": self.slot,
-            "instance": self.id,
-            "version": self._registration.version,
-            "state": self._registration.status,
-            "in_flight": self.in_flight,
-            "oldest_s": self._asked.oldest_s(),
-        }
-
-    def _metrics(self) -> bytes:
-        return Figures(
-            labels={"plugin": self.plugin, "slot": str(self.slot)},
-            identity={
-                "instance": self.id,
-                "host": self.host,
-                "version": self._registration.version,
-            },
-            ready=not self._missing(),
-            connected=self._client.connected,
-            lag_s=self._lag_ms / 1e3,
-            oldest_s=self._asked.oldest_s(),
-            counts=self.counts,
-            gauges=self.gauges,
-            calls=self._asked.calls,
-            series=[one for give in self.series for one in give()],
-        ).text()
-
-    async def _report(self) -> None:
-        sampler = Sampler()
-        while True:
-            # Half a period first, so that a new instance shows up early.
-            await self._half_a_period()
-            if self._client.connected:
-                with contextlib.suppress(Unavailable):
-                    await self._client.publish(
-                        TELEMETRY, self._snapshot(sampler), plugin=self.plugin, slot=self.slot
-                    )
-            await self._half_a_period()
-
-    async def _half_a_period(self) -> None:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self._telemetry_s / 2):
-                # A long period ends when a shorter one is wanted.
-                await self._telemetry_changed.wait()
-        self._telemetry_changed.clear()
-
-    def _snapshot(self, sampler: Sampler) -> m.TelemetrySnapshot:
-        used = sampler.sample()
-        lag_ms, self._worst_lag_ms = self._worst_lag_ms, 0.0
-        return m.TelemetrySnapshot(
-            plugin=self.plugin,
-            cpu=used.cpu,
-            mem_bytes=used.mem_bytes,
-            timestamp=m.now(),
-            slot=self.slot,
-            instance=self.id,
-            host=self.host,
-            gauges={
-                "in_flight": self.in_flight,
-                "requests": sum(served.requests for served in self._asked.served.values()),
-                "errors": sum(served.errors for served in self._asked.served.values()),
-                "loop_lag_ms": round(lag_ms, 1),
-                **used.gauges,
-                **self.gauges,
-            },
-            models_loaded=self.counts.get("models_loaded"),
-            datasets=self.counts.get("datasets"),
-            entries=self.counts.get("entries"),
-        )
 
     @asynccontextmanager
     async def _probed(self, wanted: int) -> AsyncGenerator[None]:
@@ -606,8 +505,8 @@ async def join(
         try:
             async with beside(
                 instance._keep_registered(),  # noqa: SLF001
-                instance._beat(),  # noqa: SLF001
-                instance._report(),  # noqa: SLF001
+                instance._vitals.beat(),  # noqa: SLF001
+                instance._vitals.report(),  # noqa: SLF001
                 instance._follow_cancels(),  # noqa: SLF001
                 *([instance._follow_config()] if listed else []),  # noqa: SLF001
             ):

@@ -20,7 +20,7 @@ FLOORS = (
     {"client", "plugins", "models", "broker", "reference"},
     {"logs", "telemetry", "metrics", "probes"},
     {"serving"},
-    {"discovery"},
+    {"discovery", "vitals"},
     {"instance"},
     {"testing"},
 )
