@@ -19,13 +19,18 @@ from bus import messages as m
 from bus.artefacts import Artefacts
 from bus.errors import Conflict, Internal, InvalidRequest, Unavailable
 from bus.log_search import LEVELS, LogPage, LogQuery
-from bus.settings import LogLimits
+from bus.settings import ARTEFACTS_MAX_BYTES, LogLimits, artefacts_max_bytes
 from bus.streams import MIB, NS, Stored, Stream, ask_jetstream
 from bus.subjects import (
     BROKER_TELEMETRY,
     EVENT,
+    GALLERY_CHANGE,
     GALLERY_ENTRY,
     GALLERY_HEAD,
+    GALLERY_IMPORT,
+    GALLERY_REJECTION,
+    GALLERY_SETTINGS,
+    GALLERY_SUBJECT,
     HOST_TELEMETRY,
     LIVE_LOG,
     LOG,
@@ -195,11 +200,14 @@ class Store:
         hosts_desired: What each host should be, by name; without an entry, one that takes replicas.
         models: The repository's models, and what of them should be served, by model id.
         reports: What validation found, by artefact.
+        removed: Which files were removed, by model id and digest.
         jobs: Work that outlives its request, by id; they leave a week after their end.
         uploads: Uploads that go on or broke off, by model and version.
         answers: What uploads were answered, by idempotency key.
         served: What each instance of candle serves, by plugin and slot.
         galleries: The events of all galleries.
+        changes: What was done to galleries: their history.
+        faces: Images of galleries that keep them, and files that are imported or exported.
         artefacts: Model files by digest.
     """
 
@@ -214,12 +222,16 @@ class Store:
         self.hosts_desired = Bucket(nc, f"{root}-desired", m.HostDesired, 1, "host")
         self.models = Bucket(nc, f"{root}-models", m.ModelSpec, 1)
         self.reports = Bucket(nc, f"{root}-models", m.ModelReport, 1, "report")
+        self.removed = Bucket(nc, f"{root}-models", m.RemovedFile, 2, "removed")
         self.jobs = Bucket(nc, f"{root}-jobs", m.Job, 1)
         self.uploads = Bucket(nc, f"{root}-uploads", m.UnfinishedUpload, 2, "upload")
         self.answers = Bucket(nc, f"{root}-uploads", m.KeptAnswer, 1, "answer")
         self.served = Bucket(nc, f"{root}-observed", m.ServedModels, 2, "models")
         self.galleries = Stream(nc, f"{root}-galleries")
-        self.artefacts = Artefacts(Stream(nc, f"OBJ_{root}-artefacts"), f"{root}-artefacts")
+        self.changes = Stream(nc, f"{root}-gallery-history")
+        self.faces = Artefacts(Stream(nc, f"OBJ_{root}-faces"), f"{root}-faces")
+        self._objects = Stream(nc, f"OBJ_{root}-artefacts")
+        self.artefacts = Artefacts(self._objects, f"{root}-artefacts", ARTEFACTS_MAX_BYTES)
         self._logs = Stream(nc, f"{root}-logs")
         self._telemetry = Stream(nc, f"{root}-telemetry")
         self._events = Stream(nc, f"{root}-events")
@@ -240,9 +252,13 @@ class Store:
             InvalidRequest: The environment has a limit that there cannot be.
         """
         limits = _limits(LogLimits.from_env() if logs is None else logs)
+        artefacts = artefacts_max_bytes()
+        room = {} if artefacts is None else {"max_bytes": artefacts}
         for config in _assets(self._root):
             if config["name"] == self._logs.name:
                 await self._declare(config | limits, kept=_LIMITS.keys() - limits.keys())
+            elif config["name"] == self._objects.name:
+                await self._declare(config | room, kept={"max_bytes"} - room.keys())
             else:
                 await self._declare(config)
 
@@ -568,17 +584,39 @@ def _assets(root: str) -> list[dict[str, Any]]:
     ]
     galleries = {
         "name": f"{root}-galleries",
-        "description": "the events of all galleries: the last one of each entry",
-        "subjects": [GALLERY_HEAD.subject(root), GALLERY_ENTRY.subject(root)],
+        "description": "the events of all galleries: the last one of each entry and person",
+        "subjects": [
+            feed.subject(root)
+            for feed in (
+                GALLERY_HEAD,
+                GALLERY_SETTINGS,
+                GALLERY_ENTRY,
+                GALLERY_SUBJECT,
+                GALLERY_REJECTION,
+                GALLERY_IMPORT,
+            )
+        ],
         "storage": "file",
         "max_msgs_per_subject": 1,
         "max_bytes": 2_048 * MIB,
         "discard": "new",
         "allow_direct": True,
     }
+    changes = {
+        "name": f"{root}-gallery-history",
+        "description": "what was done to galleries, a ring for each person",
+        "subjects": [GALLERY_CHANGE.subject(root)],
+        "storage": "file",
+        "max_msgs_per_subject": 1_000,
+        "max_bytes": 256 * MIB,
+        "max_age": 365 * 86_400 * NS,
+        "discard": "old",
+        "allow_direct": True,
+    }
     return [
         *rings,
         galleries,
+        changes,
         _bucket(f"{root}-desired", "what each plugin should be", history=64),
         _bucket(
             f"{root}-models",
@@ -616,6 +654,16 @@ def _assets(root: str) -> list[dict[str, Any]]:
             "name": f"OBJ_{root}-artefacts",
             "description": "artefacts by SHA-256",
             "subjects": [f"$O.{root}-artefacts.C.>", f"$O.{root}-artefacts.M.>"],
+            "storage": "file",
+            "discard": "new",
+            "allow_rollup_hdrs": True,
+            "allow_direct": True,
+            "max_bytes": 4_096 * MIB,
+        },
+        {
+            "name": f"OBJ_{root}-faces",
+            "description": "kept images of galleries, and files that are imported or exported",
+            "subjects": [f"$O.{root}-faces.C.>", f"$O.{root}-faces.M.>"],
             "storage": "file",
             "discard": "new",
             "allow_rollup_hdrs": True,

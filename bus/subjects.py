@@ -292,12 +292,49 @@ CANDLE_STATS = Endpoint(
 FACES_ENCODE = Endpoint(
     "faces.encode", RUSTYFACE, m.EncodeFace, m.EncodedFace, "Embed a face, and enrol it."
 )
+FACES_DETECT = Endpoint(
+    "faces.detect", RUSTYFACE, m.DetectFaces, m.DetectedFaces, "Find the faces of an image."
+)
+FACES_VERIFY = Endpoint(
+    "faces.verify",
+    RUSTYFACE,
+    m.VerifyFaces,
+    m.VerifiedFaces,
+    "Say whether two faces are one person.",
+)
+FACES_SHEET = Endpoint(
+    "faces.sheet", RUSTYFACE, m.DrawSheet, m.Sheet, "Draw a contact sheet of a dataset or a search."
+)
 FACES_SEARCH = Endpoint(
     "faces.search", RUSTYFACE, m.SearchFaces, m.FaceMatches, "Find the nearest enrolled faces."
 )
 DATASET_MANAGE = Endpoint(
     "dataset.manage", RUSTYFACE, m.ManageDataset, m.DatasetList, "List and change datasets."
 )
+DATASET_JOB_CANCEL = Endpoint(
+    "dataset.job.cancel",
+    RUSTYFACE,
+    m.NameJob,
+    m.Job,
+    "End a job of a dataset; one that has ended stays as it is.",
+)
+DATASET_JOB_RETRY = Endpoint(
+    "dataset.job.retry",
+    RUSTYFACE,
+    m.NameJob,
+    m.Job,
+    "Take up a job of a dataset that failed or was cancelled.",
+)
+
+# By the kind of the job: whoever does it ends it, and takes it up again.
+JOB_CANCELS: Mapping[str, Endpoint[m.NameJob, m.Job]] = {
+    "import": JOB_CANCEL,
+    "gallery": DATASET_JOB_CANCEL,
+}
+JOB_RETRIES: Mapping[str, Endpoint[m.NameJob, m.Job]] = {
+    "import": JOB_RETRY,
+    "gallery": DATASET_JOB_RETRY,
+}
 
 ENDPOINTS: tuple[Endpoint[m.Message, m.Message], ...] = (  # type: ignore[assignment]
     PLUGINS_LIST, PLUGINS_GET, PLUGINS_START, PLUGINS_STOP, PLUGINS_RESTART, PLUGINS_CONFIGURE,
@@ -306,7 +343,8 @@ ENDPOINTS: tuple[Endpoint[m.Message, m.Message], ...] = (  # type: ignore[assign
     MODEL_RUN, MODEL_LOAD, MODEL_UNLOAD, MODEL_ALIAS, MODEL_WAKE, CANDLE_STATS,
     MODEL_ADD, MODEL_VALIDATE, MODEL_DESCRIBE, MODEL_REMOVE, MODEL_GC,
     MODEL_IMPORT, JOB_CANCEL, JOB_RETRY,
-    FACES_ENCODE, FACES_SEARCH, DATASET_MANAGE,
+    FACES_ENCODE, FACES_DETECT, FACES_VERIFY, FACES_SEARCH, FACES_SHEET, DATASET_MANAGE,
+    DATASET_JOB_CANCEL, DATASET_JOB_RETRY,
 )  # fmt: skip
 # One subject per model, and per version of it; see `MODEL_RUN`.
 MODEL_INFER = RawEndpoint(
@@ -370,6 +408,37 @@ GALLERY_ENTRY = Feed(
     sent_by=("rustyface",),
     heard_by=("rustyface",),
 )
+GALLERY_SETTINGS = Feed(
+    "gallery.{gallery}.settings",
+    m.GallerySettings,
+    sent_by=("rustyface",),
+    heard_by=("rustyface",),
+)
+GALLERY_SUBJECT = Feed(
+    "gallery.{gallery}.subject.{subject}",
+    m.GallerySubject,
+    sent_by=("rustyface",),
+    heard_by=("rustyface",),
+)
+GALLERY_REJECTION = Feed(
+    "gallery.{gallery}.rejection.{rejection}",
+    m.GalleryRejection,
+    sent_by=("rustyface",),
+    heard_by=("rustyface",),
+)
+GALLERY_IMPORT = Feed(
+    "gallery.{gallery}.import.{imported}",
+    m.GalleryImport,
+    sent_by=("rustyface",),
+    heard_by=("rustyface",),
+)
+# The newest of each person, and of what concerns no one person (`subject` is then `-`).
+GALLERY_CHANGE = Feed(
+    "gallery-history.{gallery}.{subject}",
+    m.GalleryChange,
+    sent_by=("rustyface",),
+    heard_by=("rustyface", "operator"),
+)
 
 
 def instance_calls(root: str, plugin: str, slot: int) -> str:
@@ -381,12 +450,13 @@ def instance_calls(root: str, plugin: str, slot: int) -> str:
     return f"{root}.inst.{token(plugin)}.{slot}.call.>"
 
 
-def gallery_events(root: str) -> str:
-    """Return the subject of every event of every gallery."""
-    return f"{root}.gallery.>"
+def gallery_events(root: str, gallery: str | None = None) -> str:
+    """Return the subject of every event of a gallery, or of all of them."""
+    return f"{root}.gallery.>" if gallery is None else f"{root}.gallery.{token(gallery)}.>"
 
 
 FEEDS = (
     LOG, LIVE_LOG, TELEMETRY, HOST_TELEMETRY, BROKER_TELEMETRY, LOG_LEVEL,
-    CANCEL, STATUS, HEALTH, EVENT, JOB, GALLERY_HEAD, GALLERY_ENTRY,
+    CANCEL, STATUS, HEALTH, EVENT, JOB, GALLERY_HEAD, GALLERY_SETTINGS, GALLERY_ENTRY,
+    GALLERY_SUBJECT, GALLERY_REJECTION, GALLERY_IMPORT, GALLERY_CHANGE,
 )  # fmt: skip

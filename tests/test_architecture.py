@@ -11,7 +11,17 @@ WINGS = ("cli", "supervisor", "candle", "rustyface", "gateway")
 # From the ground up; a room may use those below it.
 FLOORS = (
     {"errors", "messages", "balance"},
-    {"codec", "masking", "subjects", "tasks", "settings", "process", "redaction", "wire"},
+    {
+        "codec",
+        "job_rules",
+        "masking",
+        "subjects",
+        "tasks",
+        "settings",
+        "process",
+        "redaction",
+        "wire",
+    },
     {"log_search", "statistics", "followed"},
     {"streams"},
     {"uploads"},
@@ -22,11 +32,13 @@ FLOORS = (
     {"serving"},
     {"discovery", "vitals"},
     {"instance"},
+    {"jobs"},
     {"testing"},
 )
 OUTSIDERS = {
     "nats": {"bus/client.py", "bus/state.py", "bus/streams.py"},
-    "orjson": {"services/candle/kserve.py"},
+    "orjson": {"services/candle/kserve.py", "services/rustyface/files/json_file.py"},
+    "pyarrow": {"services/rustyface/files/parquet_file.py"},
     "psutil": {
         "bus/telemetry.py", "bus/metrics.py", "services/supervisor/process.py", "services/cli",
     },
@@ -38,7 +50,8 @@ OUTSIDERS = {
     "numpy": {"services/candle", "services/rustyface"},
     "cv2": {"services/rustyface"},
     "aiohttp": {"bus/probes.py", "services/gateway", "services/cli",
-                "services/supervisor/health.py", "services/candle/downloads.py"},
+                "services/supervisor/health.py", "services/candle/downloads.py",
+                "services/candle/exchange.py"},
     "huggingface_hub": {"services/candle/hub.py"},
     "prometheus_client": {"bus/metrics.py", "bus/probes.py"},
     "typer": {"services/cli"},
@@ -57,6 +70,8 @@ DEAF = (
     "services/candle/joining.py",
     "services/candle/pace.py",
     "services/candle/runtimes",
+    "services/rustyface/exif.py",
+    "services/rustyface/formats.py",
     "services/rustyface/images.py",
     "services/rustyface/detection.py",
     "services/rustyface/alignment.py",

@@ -8,6 +8,8 @@ snake_case: clients of the system that this one grew out of rely on both. Times 
 from bus.messages.base import *  # noqa: F403
 from bus.messages.faces import *  # noqa: F403
 from bus.messages.feeds import *  # noqa: F403
+from bus.messages.galleries import *  # noqa: F403
+from bus.messages.jobs import *  # noqa: F403
 from bus.messages.models import *  # noqa: F403
 from bus.messages.plugins import *  # noqa: F403
 from bus.messages.repository import *  # noqa: F403

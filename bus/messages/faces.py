@@ -1,4 +1,4 @@
-"""Faces and datasets of them."""
+"""Faces: finding, embedding, comparing and searching them."""
 
 from datetime import datetime
 from typing import Annotated, Any, Literal
@@ -6,6 +6,12 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta
 
 from bus.messages.base import Message, Name
+
+EntryId = Annotated[str, Meta(min_length=1, max_length=256)]
+"""An entry's id in its dataset."""
+SubjectName = Annotated[str, Meta(min_length=1, max_length=256)]
+"""The person that an entry shows, as callers name them."""
+Cosine = Annotated[float, Meta(ge=-1, le=1)]
 
 
 class FaceInfo(Message, frozen=True):
@@ -15,31 +21,82 @@ class FaceInfo(Message, frozen=True):
         box: ``[x, y, width, height]`` in pixels of the upright image.
         landmarks: Right eye, left eye, nose, right and left corner of the mouth: five ``[x, y]``.
         score: The detector's confidence, 0 to 1.
-        quality: Measures by name: `size_px`, `blur`.
+        quality: Measures by name: `size_px` (shorter side of the box), `sharpness` (variance of
+            the Laplacian, low is blurred), `yaw`, `pitch` and `roll` (degrees, 0 is frontal and
+            upright, estimated from the landmarks).
+        warnings: What of that makes it hard to recognise, in sentences.
+        embedding: Its unit vector, where every face's was asked for.
+        matches: What a search found for it, where every face was searched for.
     """
 
     box: list[float]
     landmarks: list[list[float]]
     score: float
     quality: dict[str, float]
+    warnings: list[str] = []
+    embedding: list[float] | None = None
+    matches: list["FaceMatch"] | None = None
+
+
+class DetectFaces(Message, frozen=True):
+    """Asks for the faces of an image, without embeddings.
+
+    Attributes:
+        image_base64: The image file; a `data:` URL is taken too. This or `image`.
+        image: Its bytes, for MessagePack.
+        score_min: How sure the detector has to be; the plugin's own setting if absent.
+        faces_max: The largest ones are given back.
+        small: Whether faces that are small in a large photo are looked for too, in tiles: this
+            takes several times as long.
+    """
+
+    image_base64: str | None = None
+    image: bytes | None = None
+    score_min: Annotated[float, Meta(gt=0, lt=1)] | None = None
+    faces_max: Annotated[int, Meta(ge=1, le=1_000)] = 64
+    small: bool = False
+
+
+class DetectedFaces(Message, frozen=True, omit_defaults=False):
+    """The faces of an image, the largest first.
+
+    Attributes:
+        width: Of the upright image, in pixels.
+        height: Likewise.
+        faces: None is no error.
+    """
+
+    width: int
+    height: int
+    faces: list[FaceInfo]
 
 
 class EncodeFace(Message, frozen=True):
     """Asks for the embedding of an image's largest face, kept in a dataset unless told not to.
 
     Attributes:
-        image_base64: The image file; a `data:` URL is taken too.
+        image_base64: The image file; a `data:` URL is taken too. This or `image`.
+        image: Its bytes, for MessagePack.
         dataset: Where it is kept; the default one if absent.
         entry_id: Its id there; a UUID if absent. An entry of that id is replaced.
         metadata: Kept with it and given back by searches.
         persist: Whether it is kept at all.
+        subject: The person that it shows.
+        every_face: Whether `faces` carries an embedding for each face, not only the largest's.
+        quality: What a face below the dataset's bounds leads to; as the dataset has it if absent.
+        by: Who asks; the gateway says it.
     """
 
-    image_base64: str
+    image_base64: str | None = None
+    image: bytes | None = None
     dataset: Name | None = None
-    entry_id: Annotated[str, Meta(min_length=1, max_length=256)] | None = None
+    entry_id: EntryId | None = None
     metadata: Any = None
     persist: bool = True
+    subject: SubjectName | None = None
+    every_face: bool = False
+    quality: Literal["reject", "warn", "off"] | None = None
+    by: Annotated[str, Meta(max_length=255)] | None = None
 
 
 class EncodedFace(Message, frozen=True):
@@ -54,6 +111,8 @@ class EncodedFace(Message, frozen=True):
         faces: All faces found, the largest first: the one that counts.
         embedder: What made the vector.
         revision: The gallery's revision that has the entry.
+        subject: The person that it was enrolled as.
+        warnings: What makes the face hard to recognise.
     """
 
     id: str
@@ -64,6 +123,8 @@ class EncodedFace(Message, frozen=True):
     faces: list[FaceInfo] = []
     embedder: str | None = None
     revision: int | None = None
+    subject: str | None = None
+    warnings: list[str] = []
 
 
 class SearchFaces(Message, frozen=True):
@@ -73,17 +134,27 @@ class SearchFaces(Message, frozen=True):
         dataset: Where to look; the default one if absent.
         top_k: How many at most.
         image_base64: The image; its largest face counts.
+        image: Its bytes, for MessagePack.
         embedding: The vector; it is normalised.
         threshold: Cosine below which a result leaves.
         revision: The gallery's revision that must be known; its newest if absent.
+        group_by: `subject`: one result for each person, by the entry that matched best; entries
+            of nobody stand for themselves.
+        filter: Only entries whose metadata have these values: field (dots lead into objects) to
+            a value, or to a list of which one has to fit. `subject` is a field, too.
+        every_face: Whether every face of the image is searched for; see `FaceInfo.matches`.
     """
 
     dataset: Name | None = None
     top_k: Annotated[int, Meta(ge=1, le=1000)] = 5
     image_base64: str | None = None
+    image: bytes | None = None
     embedding: list[float] | None = None
-    threshold: Annotated[float, Meta(ge=-1, le=1)] = 0.0
+    threshold: Cosine = 0.0
     revision: int | None = None
+    group_by: Literal["entry", "subject"] = "entry"
+    filter: Annotated[dict[str, Any], Meta(max_length=16)] = {}
+    every_face: bool = False
 
 
 class FaceMatch(Message, frozen=True):
@@ -94,7 +165,14 @@ class FaceMatch(Message, frozen=True):
         score: Cosine to the query.
         metadata: As it was enrolled.
         last_seen: When it was enrolled.
-        known: Whether the score reaches the dataset's threshold.
+        known: Whether it counts as the same person: the score reaches the dataset's threshold,
+            and nobody has said that it is not.
+        subject: The person that the entry shows.
+        subject_score: Cosine to the mean of that person's entries; only by subject.
+        subject_entries: How many entries that person has; only by subject.
+        rejected: Whether somebody has said of such a face that it is not this person.
+        expected_false: How many entries of strangers are expected to reach this score in a
+            gallery of this size, from the rates measured for the embedder; absent where none were.
     """
 
     id: str
@@ -102,6 +180,11 @@ class FaceMatch(Message, frozen=True):
     metadata: Any
     last_seen: datetime
     known: bool
+    subject: str | None = None
+    subject_score: float | None = None
+    subject_entries: int | None = None
+    rejected: bool = False
+    expected_false: float | None = None
 
 
 class FaceMatches(Message, frozen=True):
@@ -111,10 +194,12 @@ class FaceMatches(Message, frozen=True):
         dataset: Where it looked.
         query_embedding: The vector that it looked for.
         results: The matches.
-        known: Whether the best one reaches the dataset's threshold.
-        threshold: That threshold: the cosine from which a match counts as the same person.
+        known: Whether the best one counts as the same person.
+        threshold: The dataset's threshold: the cosine from which a match counts.
         faces: All faces of the query image, the largest first: the one that counts.
         revision: The gallery's revision that was searched.
+        subject: Who it is, when `known`.
+        searched: How many entries were compared.
     """
 
     dataset: str
@@ -124,62 +209,103 @@ class FaceMatches(Message, frozen=True):
     threshold: float
     revision: int
     faces: list[FaceInfo] = []
+    subject: str | None = None
+    searched: int | None = None
 
 
-class ManageDataset(Message, frozen=True):
-    """Asks for a change of the datasets, or only for their list."""
+class FaceSide(Message, frozen=True):
+    """One side of a comparison: one of the three.
 
-    action: Literal["list", "create", "remove-entry", "delete-dataset"]
+    Attributes:
+        image_base64: An image; its largest face counts.
+        image: Its bytes, for MessagePack.
+        embedding: A vector; it is normalised.
+    """
+
+    image_base64: str | None = None
+    image: bytes | None = None
+    embedding: list[float] | None = None
+
+
+class VerifyFaces(Message, frozen=True):
+    """Asks whether two faces are of one person.
+
+    Attributes:
+        a: The one.
+        b: The other.
+        threshold: Cosine from which they are; absent, it follows from `false_match_rate`, from
+            the dataset, or is the embedder's own, in this order.
+        false_match_rate: How often strangers may be taken for one person.
+        dataset: Whose threshold counts.
+    """
+
+    a: FaceSide
+    b: FaceSide
+    threshold: Cosine | None = None
+    false_match_rate: Annotated[float, Meta(gt=0, lt=1)] | None = None
     dataset: Name | None = None
-    entry_id: Annotated[str, Meta(min_length=1, max_length=256)] | None = None
 
 
-class DatasetInfo(Message, frozen=True):
-    """A dataset: how many entries, since when, and what made its vectors."""
-
-    id: str
-    entries: int
-    created_at: datetime
-    updated_at: datetime
-    embedder: str
-    dimensions: int
-
-
-class DatasetList(Message, frozen=True):
-    """Every dataset, by id."""
-
-    datasets: list[DatasetInfo]
-
-
-class GalleryHead(Message, frozen=True):
-    """A dataset's own event: it was created, or deleted with all that it had.
+class VerifiedFaces(Message, frozen=True, omit_defaults=False):
+    """How much two faces are alike.
 
     Attributes:
-        id: The dataset.
-        at: When.
-        embedder: What makes its vectors; entries of another are refused.
-        dimensions: Their length.
-        deleted: Whether this ends it.
+        similarity: The cosine.
+        same: Whether it reaches the threshold.
+        threshold: From which cosine on they count as one person.
+        false_match_rate: How often strangers reach that threshold, as measured for the embedder;
+            null where nothing was measured.
+        false_match_rate_here: How often they reach this similarity.
+        embedder: What made the vectors.
+        faces_a: All faces of the first image, the one that counts first.
+        faces_b: Likewise of the second.
     """
 
-    id: str
-    at: datetime
+    similarity: float
+    same: bool
+    threshold: float
+    false_match_rate: float | None
+    false_match_rate_here: float | None
     embedder: str
-    dimensions: int
-    deleted: bool = False
+    faces_a: list[FaceInfo] = []
+    faces_b: list[FaceInfo] = []
 
 
-class GalleryEntry(Message, frozen=True):
-    """An entry's event: it was enrolled (with its vector), or removed (without).
+class DrawSheet(Message, frozen=True):
+    """Asks for a contact sheet: pictures to look at instead of numbers.
 
     Attributes:
-        id: The entry.
-        at: When.
-        embedding: Little-endian float32 values; absent when it was removed.
-        metadata: As it was enrolled.
+        dataset: Its entries, by person; pictures are there if the dataset keeps images.
+        subject: Only of this person.
+        image_base64: With an image: its faces, boxed, and what a search finds for each.
+        image: Its bytes, for MessagePack.
+        limit: Entries at most; with an image, matches for each face.
+        after: Go on behind this entry.
+        format: What comes back.
+        language: What its words are in.
     """
 
-    id: str
-    at: datetime
-    embedding: bytes | None = None
-    metadata: Any = None
+    dataset: Name | None = None
+    subject: SubjectName | None = None
+    image_base64: str | None = None
+    image: bytes | None = None
+    limit: Annotated[int, Meta(ge=1, le=200)] = 60
+    after: EntryId | None = None
+    format: Literal["html", "png"] = "html"
+    language: Literal["en", "de"] = "en"
+
+
+class Sheet(Message, frozen=True, omit_defaults=False):
+    """A contact sheet.
+
+    Attributes:
+        content_type: `text/html; charset=utf-8` or `image/png`.
+        body: The file.
+        shown: How many entries are on it.
+        next: Where the next sheet goes on; null at the end.
+    """
+
+    content_type: str
+    body: bytes
+    shown: int
+    next: str | None = None

@@ -1,7 +1,7 @@
 """How artefacts come into the repository of models, are validated, described and removed."""
 
 from datetime import datetime
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from msgspec import Meta
 
@@ -77,6 +77,18 @@ class ModelReport(Message, frozen=True, omit_defaults=False):
     sample_shapes: dict[str, list[int]] = {}
     runtime: str = ""
     confined: list[str] = []
+
+
+class RemovedFile(Message, frozen=True):
+    """Says that a model's file was removed; bucket `models`, key `<model>.<digest>.removed`.
+
+    A file of these bytes that lies in a watched folder since before is not entered again.
+
+    Attributes:
+        removed_at: When it was removed last.
+    """
+
+    removed_at: datetime
 
 
 class AddModel(Message, frozen=True):
@@ -276,96 +288,3 @@ class ShippedModels(Message, frozen=True, omit_defaults=False):
     """What comes with the plugins that run, by plugin and name."""
 
     models: list[ShippedModel]
-
-
-# --- Jobs -----------------------------------------------------------------------------------------
-
-JobState = Literal["queued", "running", "done", "failed", "cancelled"]
-
-
-class ImportModel(Message, frozen=True):
-    """Asks for a model to be fetched from elsewhere; answered with the job that does it.
-
-    Attributes:
-        id: The model.
-        url: `https://`, `http://` or `hf://owner/repo/file@revision`.
-        version: The version's name; the next number, if not given.
-        sha256: What the bytes must come to.
-        load: Whether it is served when it has come and is sound.
-        by: Who asks.
-        key: The caller's idempotency key: asked again with it, the first job is the answer.
-    """
-
-    id: Name
-    url: Annotated[str, Meta(min_length=1, max_length=2_048)]
-    version: VersionName | None = None
-    sha256: Digest | None = None
-    load: bool = False
-    by: Annotated[str, Meta(max_length=255)] | None = None
-    key: Annotated[str, Meta(min_length=1, max_length=255)] | None = None
-
-
-class NameJob(Message, frozen=True):
-    """Names a job."""
-
-    job: Annotated[str, Meta(pattern=r"\A[a-z0-9]{1,40}\Z", description="must be the id of a job")]
-
-
-class Job(Message, frozen=True, omit_defaults=False):
-    """Work that outlives its request; bucket `jobs`, key `<job>`, and told of on `job.<job>`.
-
-    Attributes:
-        job: Its id.
-        kind: `import`.
-        state: How far it is.
-        request: What was asked, without passwords.
-        created_at: When.
-        updated_at: When this was written.
-        started_at: When the present try began.
-        ended_at: When it came to an end.
-        instance: Who does it; whoever lets `lease_until` pass has lost it.
-        host: Where.
-        lease_until: How long nobody else takes it up.
-        tries: How often it was begun.
-        failures: How many of the last tries brought nothing.
-        retry_at: When it is tried again.
-        stage: `fetching`, `storing`, `validating` or `loading`.
-        bytes: What has come.
-        total_bytes: What should come, where that is known.
-        bytes_per_s: How fast, lately.
-        eta_s: Seconds until all of it is there, where that can be told.
-        cancelling: Whether somebody wants it to end.
-        error: Why it failed, or why the last try did.
-        result: What it led to.
-        only: The one instance that can do it, because it alone knows the password of the address.
-    """
-
-    job: str
-    request: ImportModel
-    created_at: datetime
-    updated_at: datetime
-    kind: Literal["import"] = "import"
-    state: JobState = "queued"
-    started_at: datetime | None = None
-    ended_at: datetime | None = None
-    instance: str | None = None
-    host: str | None = None
-    lease_until: datetime | None = None
-    tries: int = 0
-    failures: int = 0
-    retry_at: datetime | None = None
-    stage: Literal["fetching", "storing", "validating", "loading"] | None = None
-    bytes: int = 0
-    total_bytes: int | None = None
-    bytes_per_s: float | None = None
-    eta_s: float | None = None
-    cancelling: bool = False
-    error: str | None = None
-    result: AddedModel | None = None
-    only: str | None = None
-
-
-class JobList(Message, frozen=True, omit_defaults=False):
-    """Jobs, the newest first."""
-
-    jobs: list[Job]

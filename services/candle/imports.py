@@ -5,15 +5,17 @@ import base64
 import dataclasses
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
+from typing import Final
 
 import msgspec
 from yarl import URL
 
 from bus import messages as m
-from bus.errors import BusError, Unprocessable
+from bus.errors import BusError, InvalidRequest, Unprocessable
+from bus.job_rules import Progress
+from bus.jobs import KeptError, Told
 from services.candle import hub
-from services.candle.downloads import Downloads, Fetched, Limits, Progress, Wanted
-from services.candle.jobs import KeptError, Told
+from services.candle.downloads import Downloads, Fetched, Limits, Wanted
 from services.candle.outside import Rules, name_in, parsed, rules_from, shown, trusted
 from services.candle.repository import Repository
 from services.candle.runtimes import FORMATS
@@ -31,6 +33,8 @@ class Imports:
         settings: The plugin's settings, as they are now.
         load: Has a version served, and returns when it is.
     """
+
+    kind: Final = "import"
 
     def __init__(
         self,
@@ -79,6 +83,8 @@ class Imports:
             BusError: It did not come, or could not be stored or loaded.
         """
         request, settings = job.request, self._settings()
+        if request is None:
+            raise InvalidRequest(f"job {job.job!r} does not say what to import", field="request")
 
         def fetching(progress: Progress) -> None:
             told("fetching", progress)
@@ -104,9 +110,12 @@ class Imports:
             try:
                 await self._load(m.LoadModel(id=added.id, version=added.version))
             except BusError as error:
-                raise KeptError(error, added) from None
+                raise KeptError(_for_good(error), added) from None
         await asyncio.to_thread(downloads.discard, job.job)
         return added
+
+    async def closed(self, job: m.Job) -> None:
+        """Leave what has come: another try goes on from it, and `tidy` removes it after a day."""
 
     async def tidy(self, live: set[str]) -> None:
         """Remove partial files that nobody has touched for a day, but for those of live jobs."""
@@ -114,7 +123,12 @@ class Imports:
 
     def _downloads(self, settings: CandleSettings) -> Downloads:
         rules = rules_of(settings)
-        return Downloads(self._folder, rules, ca_file=settings.import_ca_file)
+        return Downloads(
+            self._folder,
+            rules,
+            ca_file=settings.import_ca_file,
+            check_room=self._repository.store.artefacts.check_room,
+        )
 
 
 def rules_of(settings: CandleSettings) -> Rules:
@@ -160,6 +174,13 @@ def authorization(
     if secret is None and " " in known:
         return {"Authorization": known}
     return {"Authorization": f"Basic {base64.b64encode(known.encode()).decode()}"}
+
+
+def _for_good(error: BusError) -> BusError:
+    """Return why a version was not loaded; a lack of memory stays, however often it is fetched."""
+    if "budget_bytes" not in (error.details or {}):
+        return error
+    return Unprocessable(f"{error.message}; the version is kept, and can be loaded later")
 
 
 def _as_added(request: m.ImportModel, fetched: Fetched) -> m.AddModel:

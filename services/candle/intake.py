@@ -7,10 +7,10 @@ from pathlib import Path
 from bus import messages as m
 from bus.client import Client
 from bus.instance import Instance
-from bus.subjects import MODEL_LOAD
+from bus.jobs import Jobs
+from bus.subjects import MODEL_IMPORT, MODEL_LOAD
 from services.candle.folder import Folder
 from services.candle.imports import Imports
-from services.candle.jobs import Jobs
 from services.candle.repository import Repository
 from services.candle.settings import LIVE_IMPORTS, CandleSettings
 
@@ -22,7 +22,7 @@ async def taking_in(
     repository: Repository,
     cache_dir: Path,
     models_dir: Path,
-) -> AsyncGenerator[Jobs]:
+) -> AsyncGenerator[Jobs[m.ImportModel]]:
     """Do jobs and watch the models folder while inside.
 
     Args:
@@ -47,5 +47,9 @@ async def taking_in(
     instance.on_config(LIVE_IMPORTS, imports.check)
     jobs = Jobs(client, instance, imports, lambda: settings().import_jobs)
     folder = Folder(models_dir, repository, lambda: settings().watch_folder)
-    async with folder.watching(), jobs.serving():
+    async with (
+        folder.watching(),
+        jobs.serving(),
+        instance.serving(MODEL_IMPORT, jobs.enter),
+    ):
         yield jobs

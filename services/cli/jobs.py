@@ -15,7 +15,7 @@ from bus import codec
 from bus import messages as m
 from bus.client import Client
 from bus.errors import NotFound
-from bus.subjects import JOB, JOB_CANCEL, JOB_RETRY, MODEL_IMPORT
+from bus.subjects import JOB, JOB_CANCELS, JOB_RETRIES, MODEL_IMPORT
 from services.cli.console import age, out, plain_table, show_json
 from services.cli.models import end_unsound
 from services.cli.options import Platform, named
@@ -69,11 +69,11 @@ async def bring(
     async with connected(at.nats, at.data_dir) as client:
         job = await client.call(MODEL_IMPORT, ask)
         if not detach:
-            job = await _watched(client, job.job, at)
+            job = await watched(client, job.job, at)
     if detach and not at.as_json:
         out.print(f"job {job.job} brings {name}; `bkg jobs watch {job.job}` follows it")
         return
-    _end(job, at)
+    end(job, at)
 
 
 async def list_all(at: Platform, *, state: str | None) -> None:
@@ -85,17 +85,16 @@ async def list_all(at: Platform, *, state: str | None) -> None:
     if at.as_json:
         show_json(jobs)
         return
-    table = plain_table("job", "state", "model", "how far", "began", "by", "from")
+    table = plain_table("job", "state", "what", "how far", "began", "by", "from")
     for job in jobs:
-        request = job.request
         table.add_row(
             Text(job.job, "cyan"),
             Text(job.state, COLOURS[job.state]),
-            request.id + (f":{request.version}" if request.version else ""),
-            _how_far(job),
+            about(job),
+            how_far(job),
             f"{age((m.now() - job.created_at).total_seconds())} ago",
-            request.by or "-",
-            Text(request.url, overflow="fold"),
+            _by(job) or "-",
+            Text(_source(job) or "-", overflow="fold"),
         )
         if job.error:
             table.add_row("", Text(job.error, "red" if job.state == "failed" else "dim"))
@@ -115,20 +114,22 @@ async def watch(job_id: str, at: Platform) -> None:
         typer.Exit: It failed or was cancelled, or what it brought is not sound.
     """
     async with connected(at.nats, at.data_dir) as client:
-        job = await _watched(client, job_id, at)
-    _end(job, at)
+        job = await watched(client, job_id, at)
+    end(job, at)
 
 
 async def cancel(job_id: str, at: Platform) -> None:
     """End a job."""
     async with connected(at.nats, at.data_dir) as client:
-        _show(await client.call(JOB_CANCEL, _named(job_id)), at)
+        job = await _job(client, job_id)
+        _show(await client.call(JOB_CANCELS[job.kind], _named(job_id)), at)
 
 
 async def retry(job_id: str, at: Platform) -> None:
     """Take up a job that failed or was cancelled."""
     async with connected(at.nats, at.data_dir) as client:
-        _show(await client.call(JOB_RETRY, _named(job_id)), at)
+        job = await _job(client, job_id)
+        _show(await client.call(JOB_RETRIES[job.kind], _named(job_id)), at)
 
 
 def name_in(url: str) -> str:
@@ -170,15 +171,19 @@ async def told_of(client: Client, job_id: str) -> AsyncIterator[m.Job]:
                 yield last
 
 
-async def _watched(client: Client, job_id: str, at: Platform) -> m.Job:
+async def watched(client: Client, job_id: str, at: Platform) -> m.Job:
     """Show a job's progress until it ends; whoever stops watching leaves it running."""
     last: m.Job | None = None
     try:
         with Meter(f"job {job_id}", quiet=at.as_json) as meter:
             async for job in told_of(client, job_id):
-                if last is None and job.state not in ENDED:
-                    meter.begin_at(job.bytes)
-                meter.to(_bytes(job), job.total_bytes, f"{job.request.id}: {_stage(job)}")
+                if job.kind == "gallery":
+                    # A bar of bytes says nothing about entries.
+                    meter.say(f"{about(job)}: {_stage(job)}, {how_far(job)}")
+                else:
+                    if last is None and job.state not in ENDED:
+                        meter.begin_at(job.bytes)
+                    meter.to(_bytes(job), job.total_bytes, f"{about(job)}: {_stage(job)}")
                 last = job
     except asyncio.CancelledError:
         sys.stderr.write(
@@ -190,7 +195,7 @@ async def _watched(client: Client, job_id: str, at: Platform) -> m.Job:
     return last
 
 
-def _end(job: m.Job, at: Platform) -> None:
+def end(job: m.Job, at: Platform) -> None:
     """Print what a job led to, and end with status 1 where it did not go well."""
     if at.as_json:
         show_json(job)
@@ -208,16 +213,15 @@ def _show(job: m.Job, at: Platform) -> None:
     if at.as_json:
         show_json(job)
         return
-    request = job.request
     line = Text(job.job, "cyan").append(f"  {_stage(job)}", COLOURS[job.state])
     out.print(line.append(", is to be cancelled" if job.cancelling else "", "yellow"))
     facts = [
-        ("model", request.id + (f":{request.version}" if request.version else "")),
-        ("from", request.url),
-        ("how far", _how_far(job)),
+        ("what" if job.gallery else "model", about(job)),
+        ("from", _source(job)),
+        ("how far", how_far(job)),
         ("on", f"{job.instance} on {job.host}" if job.instance and job.host else ""),
         ("tries", str(job.tries) if job.tries > 1 else ""),
-        ("by", request.by or ""),
+        ("by", _by(job)),
         ("error", job.error or ""),
     ]
     if job.retry_at:
@@ -225,6 +229,8 @@ def _show(job: m.Job, at: Platform) -> None:
         facts.append(("again in", f"{max(0, left_s):.0f} s"))
     if job.result:
         facts.append(("became", f"{job.result.id}:{job.result.version}"))
+    if job.gallery_result:
+        facts += _led_to(job.gallery_result)
     for title, text in facts:
         if text:
             out.print(Text(f"{title:<10} ", "dim").append(text, ""))
@@ -239,15 +245,54 @@ def _bytes(job: m.Job) -> int:
     return max(job.bytes, job.result.report.size_bytes if job.result else 0)
 
 
-def _how_far(job: m.Job) -> str:
-    text = decimal(_bytes(job))
-    if job.total_bytes:
-        text += f" of {decimal(job.total_bytes)}"
+def about(job: m.Job) -> str:
+    """Return what a job is about: a model and its version, or what is done with a dataset."""
+    if (work := job.gallery) is not None:
+        into = f" into {work.into}" if work.into else ""
+        return f"{work.action} {work.dataset}{into}"
+    if job.request is None:
+        return "-"
+    return job.request.id + (f":{job.request.version}" if job.request.version else "")
+
+
+def how_far(job: m.Job) -> str:
+    """Return what of a job is done, of how much, how fast and how long yet, as far as is known."""
+    if job.kind == "gallery":
+        done = max(job.entries, job.gallery_result.entries if job.gallery_result else 0)
+        text = f"{done:,} entries"
+        if job.total_entries:
+            text = f"{done:,} of {job.total_entries:,} entries"
+    else:
+        text = decimal(_bytes(job))
+        if job.total_bytes:
+            text += f" of {decimal(job.total_bytes)}"
     if job.state == "running" and job.bytes_per_s:
         text += f", {decimal(int(job.bytes_per_s))}/s"
+    if job.state == "running" and job.entries_per_s:
+        text += f", {job.entries_per_s:,.0f}/s"
     if job.state == "running" and job.eta_s is not None:
         text += f", {job.eta_s:.0f} s left"
     return text
+
+
+def _source(job: m.Job) -> str:
+    if job.request is not None:
+        return job.request.url
+    return job.gallery.artefact or "" if job.gallery else ""
+
+
+def _by(job: m.Job) -> str:
+    asked = job.gallery or job.request
+    return (asked.by if asked else None) or ""
+
+
+def _led_to(done: m.GalleryWorkDone) -> list[tuple[str, str]]:
+    counts = (("added", done.added), ("replaced", done.replaced), ("skipped", done.skipped))
+    facts = [(title, f"{count:,}") for title, count in counts if count]
+    if done.artefact:
+        size = decimal(done.size_bytes or 0)
+        facts.append(("file", f"{done.file_name}, {size}, {done.artefact}, kept for an hour"))
+    return facts + [("not taken", sentence) for sentence in done.failed]
 
 
 async def _job(client: Client, job_id: str) -> m.Job:

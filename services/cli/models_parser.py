@@ -22,7 +22,9 @@ from services.cli.options import (
 models_app = typer.Typer(
     no_args_is_help=True, help="Bring models in, look at them, and have them served."
 )
-jobs_app = typer.Typer(no_args_is_help=True, help="Look at jobs that bring models, and end them.")
+jobs_app = typer.Typer(
+    no_args_is_help=True, help="Look at jobs of models and datasets, end them, try them again."
+)
 
 Version = Annotated[str | None, typer.Option(help="The version.", show_default="the next number")]
 Load = Annotated[bool, typer.Option("--load", help="Have it served, if it is sound.")]

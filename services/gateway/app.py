@@ -20,6 +20,7 @@ from bus.plugins import follow_plugins
 from bus.tasks import beside
 from services.gateway import live
 from services.gateway.auth import Access, Gate, is_loopback
+from services.gateway.bodies import hold_back
 from services.gateway.express import Express
 from services.gateway.feeds import Feeds
 from services.gateway.pages import Pages
@@ -27,6 +28,9 @@ from services.gateway.parts import PARTS, Parts
 from services.gateway.routes import (
     access,
     capabilities,
+    dataset_files,
+    datasets,
+    faces,
     health,
     hosts,
     jobs,
@@ -42,7 +46,7 @@ from services.gateway.translate import dress, translated
 from services.gateway.uploads import Uploads
 
 STOP_PATIENCE_S: Final = 5.0
-OPEN, READ, ADMIN = Access.OPEN, Access.READ, Access.ADMIN
+OPEN, READ, PRIVATE, ADMIN = Access.OPEN, Access.READ, Access.PRIVATE, Access.ADMIN
 
 log = structlog.get_logger("services.gateway")
 
@@ -83,6 +87,7 @@ ROUTES: Final[tuple[tuple[str, str, Handler, Access], ...]] = (
     ("POST", "/api/models/{name}/validate", models.validate, ADMIN),
     ("POST", "/api/models/{name}/load", models.load, ADMIN),
     ("POST", "/api/models/{name}/unload", models.unload, ADMIN),
+    ("GET", "/api/models/{name}/versions", models.versions, READ),
     ("POST", "/api/models/{name}/versions", uploads.post, ADMIN),
     ("GET", "/api/models/{name}/versions/{version}", models.version, READ),
     ("PUT", "/api/models/{name}/versions/{version}", uploads.put, ADMIN),
@@ -91,6 +96,35 @@ ROUTES: Final[tuple[tuple[str, str, Handler, Access], ...]] = (
     ("GET", "/api/models/{name}/versions/{version}/content", models.content, READ),
     ("GET", "/api/models/{name}/versions/{version}/upload", uploads.offset, READ),
     ("DELETE", "/api/models/{name}/versions/{version}/upload", uploads.drop, ADMIN),
+    ("POST", "/api/faces/encode", faces.encode, ADMIN),
+    ("POST", "/api/faces/detect", faces.detect, PRIVATE),
+    ("POST", "/api/faces/search", faces.search, PRIVATE),
+    ("POST", "/api/faces/verify", faces.verify, PRIVATE),
+    ("POST", "/api/faces/sheet", faces.sheet, PRIVATE),
+    ("GET", "/api/datasets", datasets.list_all, READ),
+    ("GET", "/api/datasets/{dataset}", datasets.get, READ),
+    ("PUT", "/api/datasets/{dataset}", datasets.create, ADMIN),
+    ("PATCH", "/api/datasets/{dataset}", datasets.configure, ADMIN),
+    ("DELETE", "/api/datasets/{dataset}", datasets.delete, ADMIN),
+    ("GET", "/api/datasets/{dataset}/entries", datasets.entries, PRIVATE),
+    ("GET", "/api/datasets/{dataset}/entries/{entry}", datasets.entry, PRIVATE),
+    ("PATCH", "/api/datasets/{dataset}/entries/{entry}", datasets.move, ADMIN),
+    ("DELETE", "/api/datasets/{dataset}/entries/{entry}", datasets.remove_entry, ADMIN),
+    ("GET", "/api/datasets/{dataset}/entries/{entry}/image", datasets.image, PRIVATE),
+    ("GET", "/api/datasets/{dataset}/subjects", datasets.subjects, PRIVATE),
+    ("PATCH", "/api/datasets/{dataset}/subjects/{subject}", datasets.rename, ADMIN),
+    ("DELETE", "/api/datasets/{dataset}/subjects/{subject}", datasets.remove_subject, ADMIN),
+    ("POST", "/api/datasets/{dataset}/subjects/{subject}/merge", datasets.merge, ADMIN),
+    ("POST", "/api/datasets/{dataset}/rejections", datasets.reject, ADMIN),
+    ("DELETE", "/api/datasets/{dataset}/rejections/{rejection}", datasets.withdraw, ADMIN),
+    ("GET", "/api/datasets/{dataset}/history", datasets.history, PRIVATE),
+    ("GET", "/api/datasets/{dataset}/imports", datasets.imports, PRIVATE),
+    ("POST", "/api/datasets/{dataset}/imports/{imported}/undo", datasets.undo, ADMIN),
+    ("POST", "/api/datasets/{dataset}/import", dataset_files.take, ADMIN),
+    ("POST", "/api/datasets/{dataset}/export", dataset_files.export, ADMIN),
+    ("GET", "/api/datasets/{dataset}/exports/{job}", dataset_files.content, PRIVATE),
+    ("POST", "/api/datasets/{dataset}/reembed", dataset_files.reembed, ADMIN),
+    ("GET", "/api/datasets/{dataset}/sheet", datasets.sheet, PRIVATE),
     ("GET", "/api/jobs", jobs.list_all, READ),
     ("GET", "/api/jobs/{job}", jobs.get, READ),
     ("POST", "/api/jobs/{job}/cancel", jobs.cancel, ADMIN),
@@ -132,6 +166,8 @@ ROUTES: Final[tuple[tuple[str, str, Handler, Access], ...]] = (
     ("GET", "/plugins/{path:.*}", page.index, OPEN),
     ("GET", "/ui/{hash}/{path:.+}", page.file, OPEN),
 )
+
+_TAKE_FILES: Final = {uploads.put, uploads.post, dataset_files.take}
 
 
 @dataclass(frozen=True)
@@ -218,7 +254,7 @@ def make_app(parts: Parts) -> web.Application:
         guarded = translated(parts.instance, _guarded(parts.gate, needs, handler))
         for one in ("GET", "HEAD") if method == "GET" and not streams else (method,):
             # Whoever uploads hears of a refusal before the file goes out.
-            waits = uploads.hold_back if handler in {uploads.put, uploads.post} else None
+            waits = hold_back if handler in _TAKE_FILES else None
             app.router.add_route(one, path, guarded, expect_handler=waits)
     # What is not there is told to everybody.
     app.router.add_route("*", "/{path:.*}", translated(parts.instance, _nothing_here))

@@ -36,10 +36,14 @@ log = structlog.get_logger("services.gateway.auth")
 
 
 class Access(Enum):
-    """What a route asks of its callers: nothing, reading, or everything."""
+    """What a route asks of its callers: nothing, reading, or everything.
+
+    Private is reading, too, but of what is about people: making reading public does not open it.
+    """
 
     OPEN = "open"
     READ = "read"
+    PRIVATE = "private"
     ADMIN = "admin"
 
 
@@ -84,7 +88,11 @@ class Gate:
         if access is Access.OPEN:
             return
         caller = self.caller(request)
-        if caller is None or (access is Access.ADMIN and caller.role != "admin"):
+        if (
+            caller is None
+            or (access is Access.ADMIN and caller.role != "admin")
+            or (access is Access.PRIVATE and caller.auth == "public")
+        ):
             raise _unauthorized(
                 "this needs the admin key: send `Authorization: Bearer KEY`; it stands in "
                 f"{KEY_FILE} in the data directory"

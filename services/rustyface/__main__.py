@@ -1,6 +1,5 @@
 """Starts a rustyface worker: settings from the environment, things made and handed on."""
 
-import asyncio
 import sys
 
 from bus import codec
@@ -8,8 +7,9 @@ from bus.client import connect
 from bus.instance import join
 from bus.process import run
 from bus.settings import Settings
-from services.rustyface.galleries import Galleries
-from services.rustyface.service import SERVED, Rustyface, make_encoder
+from services.rustyface.assembly import assemble
+from services.rustyface.encoder import open_encoder
+from services.rustyface.service import SERVED
 from services.rustyface.settings import RustyfaceSettings, settings_of
 from services.rustyface.weights import shipped
 
@@ -30,10 +30,9 @@ async def main() -> None:
         ) as instance,
     ):
         wanted = settings_of(instance)
-        encoder = await asyncio.to_thread(make_encoder, wanted, env.data_dir, env.cache_dir)
-        galleries = Galleries(client.store.galleries, client.root, encoder.name, encoder.dimensions)
+        encoder = await open_encoder(wanted, client.store, env.data_dir, env.cache_dir)
         datasets = env.data_dir / wanted.datasets_path if wanted.datasets_path else None
-        await Rustyface(instance, galleries, encoder, wanted, datasets).run()
+        await assemble(client, instance, encoder, wanted, datasets, env.cache_dir).run()
 
 
 if __name__ == "__main__":

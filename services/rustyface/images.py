@@ -1,29 +1,29 @@
-"""Bytes into pixels: the guards before decoding, the formats, and which way is up."""
+"""Bytes into pixels: the guards before decoding, and which way is up; and pictures to be kept."""
 
 import base64
 import binascii
 import re
-from collections.abc import Callable
-from struct import error as StructError  # noqa: N812
-from struct import unpack_from
-from typing import Final
+from struct import pack
+from typing import Any, Final
+from zlib import crc32
 
 import cv2
 import numpy as np
 import numpy.typing as npt
 
 from bus.errors import InvalidRequest, TooLarge, Unprocessable
+from services.rustyface import exif, formats
+from services.rustyface.formats import ALLOWED, Header
 
 Image = npt.NDArray[np.uint8]
 """Pixels of shape ``[height, width, 3]``, blue first, upright."""
 
 MAX_BYTES: Final = 16 * 1024 * 1024
 MAX_PIXELS: Final = 50_000_000
-"""What today's cameras give, and 150 MB once decoded."""
+"""What today's cameras give: 150 MB once decoded, and up to 500 MB on the way there (10 bytes for
+each pixel, measured)."""
 MAX_SIDE: Final = 32_767
 """OpenCV's warps count pixels in 16 bits."""
-
-ALLOWED: Final = "JPEG, PNG, WebP, BMP, TIFF or GIF"
 
 
 def decode(
@@ -37,13 +37,15 @@ def decode(
 
     The size is read from the file's header, so that a small file that unfolds into a huge
     picture is refused before a decoder sees it. The orientation that a camera noted is applied.
-    Grey becomes three equal channels, 16 bits become 8, transparency is dropped (the colour
-    below it counts), and of an animation the first frame is taken.
+    Grey becomes three equal channels, 16 bits become 8, what is transparent is white, as viewers
+    show it (what a file hides below it is nobody's face), and of an animation the first frame is
+    taken.
 
     Args:
         data: The file, of a format named in `ALLOWED`.
         max_bytes: Largest file.
-        max_pixels: Largest width times height.
+        max_pixels: Largest width times height; half of it for kinds that take twice the memory:
+            GIF, and transparency in 16 bits.
         field: The request's field that `data` came from, for the error.
 
     Raises:
@@ -56,37 +58,46 @@ def decode(
     if len(data) > max_bytes:
         raise TooLarge(f"the image has {len(data)} bytes, {max_bytes} are allowed", field=field)
     held = bytes(data)
-    name = _format(held)
-    if name is None:
-        raise Unprocessable(
-            f"the image is {_what(held)}; {ALLOWED} is allowed",
-            field=field,
-        )
+    kind, header = _checked(held, max_pixels, field)
+    width, height = header.width, header.height
+    flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
+    if header.alpha:
+        flags = cv2.IMREAD_UNCHANGED
     try:
-        width, height = _SIZES[name](held)
-    except (StructError, LookupError, ValueError):
-        raise Unprocessable(f"the {name} image is cut off or damaged", field=field) from None
-    if width < 1 or height < 1:
-        raise Unprocessable(f"the {name} image says it is {width} x {height} pixels", field=field)
-    if width * height > max_pixels or max(width, height) > MAX_SIDE:
-        raise TooLarge(
-            f"the image is {width} x {height} pixels, {max_pixels} in all and {MAX_SIDE} "
-            "to a side are allowed",
-            field=field,
-        )
-    try:
-        # COLOR, not UNCHANGED: only then does OpenCV apply the orientation.
-        pixels = cv2.imdecode(np.frombuffer(held, np.uint8), cv2.IMREAD_COLOR)
+        pixels = cv2.imdecode(np.frombuffer(held, np.uint8), flags)
     except cv2.error:
         pixels = None
     # A file whose header we read otherwise than the decoder did has slipped past the limits.
-    if pixels is None or pixels.shape not in ((height, width, 3), (width, height, 3)):
+    if pixels is None or pixels.shape[:2] not in ((height, width), (width, height)):
         raise Unprocessable(
-            f"the {name} image of {width} x {height} pixels cannot be decoded: it is cut off, "
+            f"the {kind} image of {width} x {height} pixels cannot be decoded: it is cut off, "
             "damaged, or of a rare kind (save it as an ordinary JPEG or PNG)",
             field=field,
         )
-    return np.asarray(pixels, np.uint8)
+    return _turned(_bgr(pixels, premultiplied=header.premultiplied), header.orientation)
+
+
+def without_metadata(data: bytes, *, max_bytes: int = MAX_BYTES) -> bytes:
+    """Return a file with the same picture, and nothing else: no place, no time, no camera, no text.
+
+    Only what a decoder needs for the pixels is taken over, so what nobody has thought of stays
+    behind as well: previews, further pictures, films behind the end. JPEG, PNG and WebP keep
+    their coded pixels and a note which way is up; the others, and animations, are written anew as
+    PNG, upright and without loss, or as JPEG of quality 95 should that be over `max_bytes`.
+
+    Args:
+        data: A file that `decode` can read.
+        max_bytes: How long the result may be, if it is written anew.
+
+    Raises:
+        Unprocessable: It is none.
+    """
+    kind, header = _checked(data, MAX_PIXELS, None)
+    if header.frames or kind not in _STRIPPED:
+        image = decode(data, max_bytes=len(data))
+        made = _encoded(".png", image)
+        return made if len(made) <= max_bytes else _encoded(".jpg", image)
+    return _STRIPPED[kind](data, header)
 
 
 def from_base64(
@@ -128,143 +139,122 @@ def from_base64(
 
 
 _NOT_BASE64: Final = re.compile(r"[^A-Za-z0-9+/]")
-
-# In a JPEG's coded pixels 0xFF is followed by 0x00, or by D0 to D7 where it may be resumed.
-_JPEG_MARKER: Final = re.compile(rb"\xff+([\x01-\xcf\xd8-\xfe])")
-_JPEG_FRAMES: Final = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-
-
-_PNG_CHUNKS_MAX: Final = 65_536
-_TIFF_WIDTH, _TIFF_LENGTH, _TIFF_TILE_WIDTH, _TIFF_TILE_LENGTH = 256, 257, 322, 323
-_TIFF_TILE_MAX: Final = 4_096
+# Rows that are laid on white at a time: the wider numbers for it take little room.
+_ROWS: Final = 256
+# Behind the transposition that 5 to 8 begin with. OpenCV's flips: 0 upside down, 1 left to right,
+# -1 both.
+_FLIPS: Final = {2: 1, 3: -1, 4: 0, 6: 1, 7: -1, 8: 0}
 
 
-def _jpeg_size(data: bytes) -> tuple[int, int]:
-    """Return width and height of a JPEG that is whole (ITU-T T.81, annex B).
-
-    OpenCV 4 fills what is missing with grey and says nothing, so the walk goes on through all
-    scans to the end-of-image marker. What cameras append after it does not matter.
-    """
-    size = None
-    at = 2
-    while found := _JPEG_MARKER.search(data, at):
-        marker, at = found.group(1)[0], found.end()
-        if marker == 0xD9:
-            if size is None:
-                break
-            return size
-        if marker in (0x01, 0xD8):
-            continue
-        if marker in _JPEG_FRAMES and size is None:
-            height, width = unpack_from(">HH", data, at + 3)
-            size = width, height
-        (length,) = unpack_from(">H", data, at)
-        at += length
-    raise ValueError
-
-
-def _png_size(data: bytes) -> tuple[int, int]:
-    """Return width and height of a PNG whose chunks all lie within the file (PNG, section 5.3).
-
-    OpenCV 5 takes memory for a chunk before it looks whether the file has as many bytes: with
-    206 bytes one could make it fill 4 GB in 11 seconds.
-    """
-    if data[12:16] != b"IHDR":
-        raise ValueError
-    width, height = unpack_from(">II", data, 16)
-    at = 8
-    for _ in range(_PNG_CHUNKS_MAX):
-        (length,) = unpack_from(">I", data, at)
-        kind = data[at + 4 : at + 8]
-        at += length + 12
-        if at > len(data):
-            raise ValueError
-        if kind == b"IEND":
-            return width, height
-    raise ValueError
+def _checked(data: bytes, max_pixels: int, field: str | None) -> tuple[str, Header]:
+    """Return what kind of file it is, and its header, if it may be decoded."""
+    kind = formats.kind_of(data)
+    if kind is None:
+        raise Unprocessable(f"the image is {formats.what(data)}; {ALLOWED} is allowed", field=field)
+    try:
+        header = formats.header_of(kind, data)
+    except ValueError:
+        raise Unprocessable(f"the {kind} image is cut off or damaged", field=field) from None
+    width, height = header.width, header.height
+    if width < 1 or height < 1:
+        raise Unprocessable(f"the {kind} image says it is {width} x {height} pixels", field=field)
+    which = ""
+    if header.heavy:
+        max_pixels //= 2
+        which = " of a kind that takes twice the memory"
+    if width * height > max_pixels or max(width, height) > MAX_SIDE:
+        raise TooLarge(
+            f"the image is {width} x {height} pixels{which}, {max_pixels} in all and {MAX_SIDE} "
+            "to a side are allowed",
+            field=field,
+        )
+    return kind, header
 
 
-def _webp_size(data: bytes) -> tuple[int, int]:
-    """Return the canvas of a WebP (RFC 9649): extended, lossless or lossy."""
-    kind = data[12:16]
-    if kind == b"VP8X":
-        width, _, height, _ = unpack_from("<HBHB", data, 24)
-        return width + (data[26] << 16) + 1, height + (data[29] << 16) + 1
-    if kind == b"VP8L" and data[20] == 0x2F:
-        (bits,) = unpack_from("<I", data, 21)
-        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
-    if kind == b"VP8 " and data[23:26] == b"\x9d\x01\x2a":
-        width, height = unpack_from("<HH", data, 26)
-        return width & 0x3FFF, height & 0x3FFF
-    raise ValueError
+def _bgr(pixels: npt.NDArray[Any], *, premultiplied: bool) -> Image:
+    """Return what the decoder gave as 8-bit BGR, what is transparent on white."""
+    if pixels.ndim == 3 and pixels.shape[2] == 3 and pixels.dtype == np.uint8:
+        return np.asarray(pixels, np.uint8)
+    if pixels.ndim == 2:
+        pixels = np.repeat(pixels[:, :, None], 3, axis=2)
+    made = np.empty((*pixels.shape[:2], 3), np.uint8)
+    shift = 8 if pixels.dtype == np.uint16 else 0
+    for top in range(0, len(pixels), _ROWS):
+        rows = pixels[top : top + _ROWS].astype(np.uint16) >> shift
+        colour, alpha = rows[:, :, :3], rows[:, :, 3:]
+        if alpha.size:
+            if not premultiplied:
+                colour = (colour * alpha + 127) // 255
+            colour = (colour + (255 - alpha)).clip(max=255)
+        made[top : top + _ROWS] = colour
+    return made
 
 
-def _bmp_size(data: bytes) -> tuple[int, int]:
-    (header,) = unpack_from("<I", data, 14)
-    # A negative height means that the rows stand from top to bottom.
-    width, height = unpack_from("<HH" if header == 12 else "<ii", data, 18)
-    return width, abs(height)
+def _turned(pixels: Image, orientation: int) -> Image:
+    """Return a picture upright, given how the camera was held."""
+    if orientation >= 5:
+        pixels = np.asarray(cv2.transpose(pixels), np.uint8)
+    flip = _FLIPS.get(orientation)
+    return pixels if flip is None else np.asarray(cv2.flip(pixels, flip), np.uint8)
 
 
-def _gif_size(data: bytes) -> tuple[int, int]:
-    width, height = unpack_from("<HH", data, 6)
-    return width, height
+def _encoded(extension: str, image: Image) -> bytes:
+    done, data = cv2.imencode(extension, image)
+    if not done:
+        raise Unprocessable(f"the image cannot be written as {extension}")
+    return bytes(data.tobytes())
 
 
-def _tiff_size(data: bytes) -> tuple[int, int]:
-    """Return the size of a TIFF's first picture (TIFF 6.0, sections 8 and 15).
+# --- Without metadata -----------------------------------------------------------------------------
 
-    A tile may be larger than the picture, and memory is taken for it: with 400 bytes, 400 MB.
-    """
-    order = "<" if data[:2] == b"II" else ">"
-    (at,) = unpack_from(order + "I", data, 4)
-    (count,) = unpack_from(order + "H", data, at)
-    sides = {_TIFF_TILE_WIDTH: 0, _TIFF_TILE_LENGTH: 0}
-    for entry in range(at + 2, at + 2 + 12 * count, 12):
-        tag, kind = unpack_from(order + "HH", data, entry)
-        if tag in (_TIFF_WIDTH, _TIFF_LENGTH, _TIFF_TILE_WIDTH, _TIFF_TILE_LENGTH):
-            (sides[tag],) = unpack_from(order + ("H" if kind == 3 else "I"), data, entry + 8)
-    if max(sides[_TIFF_TILE_WIDTH], sides[_TIFF_TILE_LENGTH]) > _TIFF_TILE_MAX:
-        raise ValueError
-    return sides[_TIFF_WIDTH], sides[_TIFF_LENGTH]
+# All frame headers and tables, scans, and the marker by which Adobe says how colours are coded.
+_JPEG_KEPT: Final = frozenset(bytes([k]) for k in (*range(0xC0, 0xD0), 0xDA, 0xDB, 0xDC, 0xDD))
+_JPEG_ADOBE: Final = b"\xee"
+_JFIF: Final = b"\xff\xe0" + pack(">H5sHBHHBB", 16, b"JFIF\0", 0x0101, 0, 1, 1, 0, 0)
+_PNG_KEPT: Final = frozenset({b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"})
+_WEBP_KEPT: Final = frozenset({b"ALPH", b"VP8 ", b"VP8L"})
 
 
-_SIZES: Final[dict[str, Callable[[bytes], tuple[int, int]]]] = {
-    "JPEG": _jpeg_size,
-    "PNG": _png_size,
-    "WebP": _webp_size,
-    "BMP": _bmp_size,
-    "TIFF": _tiff_size,
-    "GIF": _gif_size,
-}
-
-_SIGNATURES: Final = (
-    ("JPEG", re.compile(rb"\xff\xd8\xff")),
-    ("PNG", re.compile(rb"\x89PNG\r\n\x1a\n")),
-    ("WebP", re.compile(rb"RIFF....WEBP", re.DOTALL)),
-    ("BMP", re.compile(rb"BM.{12}[\x0c\x28\x34\x38\x40\x6c\x7c]\x00\x00\x00", re.DOTALL)),
-    ("TIFF", re.compile(rb"II\*\x00|MM\x00\*")),
-    ("GIF", re.compile(rb"GIF8[79]a")),
-)
-
-_OTHERS: Final = (
-    ("a HEIC picture", re.compile(rb"....ftyp(?:hei|hev|mif1|msf1)", re.DOTALL)),
-    ("an AVIF picture", re.compile(rb"....ftypavi", re.DOTALL)),
-    ("a film", re.compile(rb"....ftyp|\x1aE\xdf\xa3|RIFF....AVI ", re.DOTALL)),
-    ("a JPEG 2000 picture", re.compile(rb"\x00\x00\x00\x0cjP|\xff\x4f\xff\x51")),
-    ("a BigTIFF picture", re.compile(rb"II\+\x00|MM\x00\+")),
-    ("a PDF document", re.compile(rb"%PDF")),
-    ("an archive", re.compile(rb"PK\x03\x04|\x1f\x8b|7z\xbc\xaf")),
-    ("an SVG drawing or a web page", re.compile(rb"\s*<")),
-    ("text", re.compile(rb"[\t\r\n\x20-\x7e]{1,64}\Z")),
-)
+def _stripped_jpeg(data: bytes, header: Header) -> bytes:
+    made = [b"\xff\xd8"]
+    parts = list(formats.jpeg_parts(data))
+    if any(p.kind == formats.JPEG_APP0 and p.body.startswith(b"JFIF\0") for p in parts):
+        made.append(_JFIF)
+    if header.orientation != exif.UPRIGHT:
+        note = exif.PREFIX + exif.note_of(header.orientation)
+        made.append(b"\xff\xe1" + pack(">H", len(note) + 2) + note)
+    for part in parts:
+        if part.kind in _JPEG_KEPT:
+            made.append(part.whole)
+        elif part.kind == _JPEG_ADOBE and part.body.startswith(b"Adobe"):
+            # It has 12 bytes; whatever stands behind them is something else.
+            made.append(b"\xff\xee" + pack(">H", 14) + part.body[:12].ljust(12, b"\0"))
+    return b"".join([*made, b"\xff\xd9"])
 
 
-def _format(data: bytes) -> str | None:
-    return next((name for name, starts in _SIGNATURES if starts.match(data)), None)
+def _stripped_png(data: bytes, header: Header) -> bytes:
+    made = [formats.PNG_BEGIN]
+    for part in formats.png_parts(data):
+        if part.kind in _PNG_KEPT:
+            made.append(part.whole)
+        if part.kind == b"IHDR" and header.orientation != exif.UPRIGHT:
+            chunk = b"eXIf" + exif.note_of(header.orientation)
+            made.append(pack(">I", len(chunk) - 4) + chunk + pack(">I", crc32(chunk)))
+    return b"".join(made)
 
 
-def _what(data: bytes) -> str:
-    """Say in words what kind of file was sent instead of a picture."""
-    named = next((name for name, starts in _OTHERS if starts.match(data[:64])), None)
-    return named or f"of no known kind (it begins with {data[:8].hex(' ')})"
+def _stripped_webp(data: bytes, header: Header) -> bytes:
+    made = [part.whole for part in formats.webp_parts(data) if part.kind in _WEBP_KEPT]
+    turned = header.orientation != exif.UPRIGHT
+    first = next(formats.webp_parts(data))
+    if first.kind == b"VP8X":
+        flags = (formats.WEBP_ALPHA if header.alpha else 0) | (formats.WEBP_EXIF if turned else 0)
+        made.insert(0, b"VP8X" + pack("<IB", 10, flags) + bytes(3) + first.body[4:10])
+    if turned:
+        note = exif.note_of(header.orientation)
+        made.append(b"EXIF" + pack("<I", len(note)) + note)
+    body = b"WEBP" + b"".join(made)
+    return b"RIFF" + pack("<I", len(body)) + body
+
+
+_STRIPPED: Final = {"JPEG": _stripped_jpeg, "PNG": _stripped_png, "WebP": _stripped_webp}

@@ -1,11 +1,12 @@
 """A picture through all stages: detect, align, embed, and say how good each face is."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final
 
-import cv2
 import numpy as np
 import numpy.typing as npt
 
@@ -14,15 +15,12 @@ from services.rustyface.alignment import align
 from services.rustyface.detection import SCORE_MIN, Detector
 from services.rustyface.embedding import Embedder, Sface
 from services.rustyface.images import Image
+from services.rustyface.quality import Quality, pose, sharpness
 
 Floats = npt.NDArray[np.float32]
 
 FACES_MAX: Final = 64
 """Faces of one picture that are embedded, at about 20 ms each."""
-
-SIZE_MIN_PX: Final = 32
-"""Smaller faces are told apart noticeably worse: of crops 32, 24 and 16 pixels wide 0.970, 0.904
-and 0.622 are recognised at one false match in a thousand, against 0.997 at full size."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -32,19 +30,20 @@ class Face:
     Attributes:
         box: Left, top, width, height; may reach beyond the picture.
         landmarks: Right eye, left eye, nose, right and left corner of the mouth, as x and y.
-        score: How sure the detector is, up to 1.
-        size_px: The shorter side of the box; compare with `SIZE_MIN_PX`.
-        sharpness: Variance of the Laplacian of the aligned face in grey; low is blurred.
+        quality: How good it is to recognise.
         embedding: Length 1, as many values as the embedder has dimensions; None if it was not
             asked for.
     """
 
     box: tuple[float, float, float, float]
     landmarks: tuple[tuple[float, float], ...]
-    score: float
-    size_px: float
-    sharpness: float
+    quality: Quality
     embedding: Floats | None
+
+    @property
+    def score(self) -> float:
+        """How sure the detector is, up to 1."""
+        return self.quality.score
 
 
 class Pipeline:
@@ -70,6 +69,7 @@ class Pipeline:
         score_min: float = SCORE_MIN,
         faces_max: int = FACES_MAX,
         embedded_max: int = FACES_MAX,
+        small: bool = False,
     ) -> list[Face]:
         """Return the faces in a picture with their embeddings, the largest first.
 
@@ -79,11 +79,12 @@ class Pipeline:
             faces_max: The largest ones are taken.
             embedded_max: The largest ones are embedded. With 1 a crowd costs little more than a
                 portrait: 16 faces 27 ms instead of 226.
+            small: Whether small faces of a large picture are looked for; see `Detector.detect`.
 
         Returns:
             As many as there are; none is no error.
         """
-        found = self.detector.detect(image, score_min=score_min)
+        found = self.detector.detect(image, score_min=score_min, small=small)
         order = np.argsort(-found.boxes[:, 2:].prod(axis=1), kind="stable")[:faces_max]
         crops = [align(image, found.landmarks[i]) for i in order]
         vectors = self.embedder.embed(crops[:embedded_max])
@@ -94,28 +95,38 @@ class Pipeline:
                 Face(
                     box=(left, top, width, height),
                     landmarks=tuple((x, y) for x, y in found.landmarks[i].tolist()),
-                    score=float(found.scores[i]),
-                    size_px=min(width, height),
-                    sharpness=sharpness(crop),
+                    quality=Quality(
+                        score=float(found.scores[i]),
+                        size_px=min(width, height),
+                        sharpness=sharpness(crop),
+                        **pose(found.landmarks[i])._asdict(),
+                    ),
                     embedding=vector,
                 )
             )
         return faces
 
 
-def load(cache_dir: Path, models_dir: Path | None = None) -> Pipeline:
+def load(
+    cache_dir: Path,
+    models_dir: Path | None = None,
+    *,
+    files: Mapping[str, Path] = MappingProxyType({}),
+    embedder: Embedder | None = None,
+) -> Pipeline:
     """Open YuNet and SFace; see `weights.load` for where they come from.
+
+    Args:
+        cache_dir: Where repaired nets are kept.
+        models_dir: Where OpenCV Zoo's files lie; the installed package if None.
+        files: By the net's name, `yunet` or `sface`: the very file.
+        embedder: Takes the place of SFace.
 
     Raises:
         Unavailable: There are no weights, or other ones than published; says how to get them.
     """
-    return Pipeline(
-        Detector(weights.load(weights.YUNET, cache_dir, models_dir)),
-        Sface(weights.load(weights.SFACE, cache_dir, models_dir)),
-    )
 
+    def opened(net: weights.Net) -> weights.Weights:
+        return weights.load(net, cache_dir, models_dir, file=files.get(net.name))
 
-def sharpness(crop: Image) -> float:
-    """Return how much detail an aligned face has (Pech-Pacheco et al., 2000)."""
-    grey = cv2.cvtColor(crop, cv2.COLOR_BGR2GRAY)
-    return float(np.var(np.asarray(cv2.Laplacian(grey, cv2.CV_32F))))
+    return Pipeline(Detector(opened(weights.YUNET)), embedder or Sface(opened(weights.SFACE)))

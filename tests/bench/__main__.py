@@ -1,6 +1,7 @@
 """`python -m tests.bench`: the parser; each part is a command, and README.md says what it does."""
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from tests.bench import faces as of_faces
 from tests.bench import report, roster, wrk
 from tests.bench.balance import Shared
 from tests.bench.balance import balance as share
@@ -21,20 +23,29 @@ from tests.bench.processes import nothing_left
 from tests.bench.results import Results, describe_machine, now
 from tests.bench.roster import BKG, CACHE, IN_PROCESS, PEERS, Peer
 from tests.bench.running import ServerFailed
+from tests.bench.uploads import GROWTH_MAX_MIB, Grown, passages
 
 app = typer.Typer(
-    help="Measures bkg, alone and beside its peers. Figures go to .cache/bench/.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 console = Console()
+# Those that put no load on the gateway.
+_WITHOUT_WRK = ("show", "show-faces", "faces", "idle")
 
 Seconds = Annotated[int, typer.Option(min=1, help="Length of a window.")]
 Connections = Annotated[str, typer.Option("--concurrency", help="Requests under way at a time.")]
 Route = Annotated[
     str, typer.Option(help="`bkg`: the Open Inference Protocol; `bkg-capability`: rows.")
 ]
+
+
+@app.callback()
+def check(context: typer.Context) -> None:
+    """Measures bkg, alone and beside its peers. Figures go to .cache/bench/."""
+    if context.invoked_subcommand not in _WITHOUT_WRK and (why := wrk.missing()):
+        raise ServerFailed(why)
 
 
 @app.command()
@@ -171,10 +182,98 @@ def balance(
     )
 
 
+@app.command()
+def uploads(
+    mib: Annotated[int, typer.Option(min=1, max=2_000, help="Size of the large file.")] = 1_024,
+    small: Annotated[int, typer.Option(min=1, max=2_000, help="Of the one beside it.")] = 64,
+) -> None:
+    """Send a small and a large file of zeros through bkg, and see what its processes take."""
+    with nothing_left():
+        found = passages(sorted({small, mib}), _say)
+    _keep("uploads", found)
+    for one in found:
+        _draw(
+            f"{one.mib:,} MiB {one.way} in {one.seconds:.1f} s; {one.said}",
+            ("process", "before, MiB", "peak, MiB", "growth", f"within {GROWTH_MAX_MIB:.0f} MiB"),
+            [_grown(process) for process in one.processes],
+        )
+
+
+@app.command()
+def faces(
+    seconds: Seconds = 4,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each has its turn.")] = 3,
+    parts: Annotated[str, typer.Option(help=f"Of {', '.join(of_faces.PARTS)}.")] = ",".join(
+        of_faces.PARTS
+    ),
+    photos: Annotated[
+        Path | None,
+        typer.Option(
+            help="Labelled photos: a folder for each person, and perhaps LFW's pairs.txt.",
+            exists=True,
+            file_okay=False,
+            show_default="what packages ship",
+        ),
+    ] = None,
+    sizes: Annotated[
+        str, typer.Option(help="Entries of galleries, with commas between.")
+    ] = "10000,100000,1000000",
+    images: Annotated[
+        int, typer.Option(min=100, help="How many a worker's memory is watched for.")
+    ] = 10_000,
+    threads: Annotated[
+        int, typer.Option(min=1, help="Of each engine that searches.", show_default="processors")
+    ] = os.cpu_count() or 1,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="One round of 1 s, 10,000 entries, 300 images.")
+    ] = False,
+    write: Annotated[
+        Path | None, typer.Option(help="Put the tables into this page, too.", dir_okay=False)
+    ] = None,
+) -> None:
+    """Measure accuracy, encoding, search, galleries and memory of faces, beside libraries."""
+    plan = of_faces.Plan(
+        parts=_names(parts, list(of_faces.PARTS), "parts"),
+        photos=photos,
+        sizes=[10_000] if quick else _numbers(sizes, "sizes", 100, 10_000_000),
+        images=300 if quick else images,
+        seconds=1 if quick else seconds,
+        rounds=1 if quick else rounds,
+        threads=threads,
+    )
+    found = of_faces.begun()
+    with nothing_left():
+        try:
+            of_faces.measure(plan, found, _say)
+        finally:
+            _keep("faces", found)
+            report.draw(of_faces.sheets(found), of_faces.remarks(found), console)
+    if write:
+        report.fill(write, of_faces.BEGIN, of_faces.END, of_faces.markdown(found))
+        _say(f"the tables stand in {write}")
+
+
+@app.command("show-faces")
+def show_faces(
+    files: Annotated[
+        list[Path],
+        typer.Argument(exists=True, help="What `faces` has kept; later ones add their parts."),
+    ],
+    write: Annotated[
+        Path | None, typer.Option(help="Put the tables into this page, too.", dir_okay=False)
+    ] = None,
+) -> None:
+    """Show the tables of earlier runs of `faces`."""
+    found = of_faces.joined(
+        [msgspec.json.decode(file.read_bytes(), type=of_faces.Found) for file in files]
+    )
+    report.draw(of_faces.sheets(found), of_faces.remarks(found), console)
+    if write:
+        report.fill(write, of_faces.BEGIN, of_faces.END, of_faces.markdown(found))
+
+
 def main() -> None:
     """Run one part; what is expected to fail fails in one sentence."""
-    if why := wrk.missing():
-        raise SystemExit(f"bench: {why}")
     try:
         app()
     except (ServerFailed, ValueError) as error:
@@ -219,14 +318,16 @@ def _names(given: str | None, allowed: list[str], option: str) -> list[str]:
     return names
 
 
-def _numbers(given: str) -> list[int]:
+def _numbers(
+    given: str, option: str = "concurrency", least: int = 1, most: int = 1024
+) -> list[int]:
     try:
         numbers = sorted({int(part) for part in given.split(",")})
     except ValueError:
         numbers = []
-    if not numbers or numbers[0] < 1 or numbers[-1] > 1024:
+    if not numbers or numbers[0] < least or numbers[-1] > most:
         raise typer.BadParameter(
-            f"--concurrency: {given!r}; give numbers from 1 to 1024 with commas between, as 1,16,64"
+            f"--{option}: {given!r}; give numbers from {least} to {most} with commas between"
         )
     return numbers
 
@@ -241,6 +342,12 @@ def _keep(part: str, what: object) -> None:
 def _trend(one: Trend) -> tuple[str, ...]:
     verdict = "yes" if one.flat else "NO"
     return (one.name, f"{one.first:.1f}", f"{one.last:.1f}", f"{one.slope:+.1f}", verdict)
+
+
+def _grown(one: Grown) -> tuple[str, ...]:
+    verdict = {True: "yes", False: "NO", None: ""}[one.bounded]
+    figures = (f"{one.before_mib:.1f}", f"{one.peak_mib:.1f}", f"{one.growth_mib:+.1f}")
+    return (one.name, *figures, verdict)
 
 
 def _shared(one: Shared) -> tuple[str, ...]:

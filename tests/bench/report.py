@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -30,14 +30,19 @@ class Sheet(msgspec.Struct, frozen=True):
 
 def show(results: Results, console: Console) -> None:
     """Draw all tables on a terminal."""
-    for sheet in sheets(results):
+    draw(sheets(results), remarks(results), console)
+
+
+def draw(tables: Sequence[Sheet], remarks: Sequence[str], console: Console) -> None:
+    """Draw tables and remarks on a terminal."""
+    for sheet in tables:
         table = Table(title=sheet.title, title_justify="left", title_style="bold")
         for i, column in enumerate(sheet.columns):
             table.add_column(column, justify="left" if i == 0 else "right")
         for row in sheet.rows:
             table.add_row(*row)
         console.print(table)
-    for remark in remarks(results):
+    for remark in remarks:
         console.print(f"- {remark}", markup=False)
 
 
@@ -47,36 +52,57 @@ def write(results: Results, page: Path) -> None:
     Raises:
         ValueError: The page has no such section.
     """
+    fill(page, BEGIN, END, markdown(results))
+
+
+def fill(page: Path, begin: str, end: str, content: str) -> None:
+    """Put Markdown between two marks of a page, in place of what is there.
+
+    Raises:
+        ValueError: The page does not have them.
+    """
     text = page.read_text()
-    pattern = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
+    pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
     if not pattern.search(text):
-        raise ValueError(f"{page} has no section between {BEGIN!r} and {END!r}")
-    made = f"{BEGIN}\n\n{markdown(results)}\n{END}"
+        raise ValueError(f"{page} has no section between {begin!r} and {end!r}")
+    made = f"{begin}\n\n{content}\n{end}"
     page.write_text(pattern.sub(lambda _: made, text, count=1))
 
 
 def markdown(results: Results) -> str:
     """Return machine, tables and remarks as Markdown."""
-    machine, options = results.machine, results.options
+    options = results.options
     said = (
-        f"Measured {results.made_at[:10]} on {machine['cores']} cores ({machine['processor']}, "
-        f"{machine['memory']}, {machine['system']}), Python {machine['python']}: "
-        f"rounds: {options['rounds']}, windows of {options['seconds']} s."
+        f"{measured_on(results.made_at, results.machine)}: rounds: {options['rounds']}, windows of "
+        f"{options['seconds']} s."
     )
+    return as_markdown(said, sheets(results), remarks(results))
+
+
+def measured_on(made_at: str, machine: Mapping[str, str]) -> str:
+    """Return when and on what a run was made, as the beginning of a sentence."""
+    return (
+        f"Measured {made_at[:10]} on {machine['cores']} cores ({machine['processor']}, "
+        f"{machine['memory']}, {machine['system']}), Python {machine['python']}"
+    )
+
+
+def as_markdown(said: str, tables: Sequence[Sheet], remarks: Sequence[str]) -> str:
+    """Return a sentence, tables and remarks as Markdown."""
     lines = [said, ""]
-    for sheet in sheets(results):
+    for sheet in tables:
         lines += [f"### {sheet.title}", "", _line(sheet.columns)]
         lines += [_line(["---", *["---:"] * (len(sheet.columns) - 1)])]
         lines += [*(_line(row) for row in sheet.rows), ""]
-    if found := remarks(results):
-        lines += ["### Remarks", "", *(f"- {_escaped(remark)}" for remark in found), ""]
+    if remarks:
+        lines += ["### Remarks", "", *(f"- {_escaped(remark)}" for remark in remarks), ""]
     return "\n".join(lines)
 
 
 def sheets(results: Results) -> list[Sheet]:
     """Return all tables."""
     table = cells(results.windows)
-    every = [*_throughput(table), *_latency(table), _at_rest(results), _goals(verdicts(results))]
+    every = [*_throughput(table), *_latency(table), _at_rest(results), goals(verdicts(results))]
     return [sheet for sheet in every if sheet.rows]
 
 
@@ -90,6 +116,24 @@ def remarks(results: Results) -> list[str]:
     if missing := sum(one.met is None for one in verdicts(results)):
         said.append(f"{missing} goals were not measured in this run")
     return said
+
+
+def goals(found: Sequence[Verdict]) -> Sheet:
+    """Return the goals that were measured, and by how much each was met."""
+    return Sheet(
+        "Goals",
+        ("goal", "wanted", "measured", "met"),
+        [
+            (
+                one.goal,
+                f"{'at most' if one.at_most else 'at least'} {one.wanted:g}",
+                f"{one.measured:.2f}",
+                _met(one),
+            )
+            for one in found
+            if one.met is not None
+        ],
+    )
 
 
 def _throughput(table: dict[Key, Cell]) -> list[Sheet]:
@@ -155,23 +199,6 @@ def _at_rest(results: Results) -> Sheet:
                 str(one.processes),
             )
             for peer, one in starts(results).items()
-        ],
-    )
-
-
-def _goals(found: Sequence[Verdict]) -> Sheet:
-    return Sheet(
-        "Goals",
-        ("goal", "wanted", "measured", "met"),
-        [
-            (
-                one.goal,
-                f"{'at most' if one.at_most else 'at least'} {one.wanted:g}",
-                f"{one.measured:.2f}",
-                _met(one),
-            )
-            for one in found
-            if one.met is not None
         ],
     )
 

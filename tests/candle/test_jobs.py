@@ -10,15 +10,13 @@ import signal
 import sys
 from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, asynccontextmanager
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import msgspec
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from bus import codec
+from bus import codec, job_rules
+from bus import jobs as jobs_module
 from bus import messages as m
 from bus.client import connect
 from bus.errors import (
@@ -27,30 +25,14 @@ from bus.errors import (
     NotAllowed,
     NotFound,
     Overloaded,
-    Unavailable,
-    Unprocessable,
 )
 from bus.instance import join
+from bus.job_rules import FAILURES_MAX
 from bus.masking import masked_settings
 from bus.subjects import JOB, JOB_CANCEL, JOB_RETRY, MODEL_IMPORT, MODEL_RUN
 from bus.testing import until
-from services.candle import jobs as jobs_module
 from services.candle.cache import Cache
 from services.candle.intake import taking_in
-from services.candle.jobs import (
-    ELSEWHERE_S,
-    FAILURES_MAX,
-    LEASE_S,
-    _Held,
-    after,
-    again,
-    backoff_s,
-    cancelled,
-    ended,
-    given_back,
-    takeable,
-    taken,
-)
 from services.candle.repository import Repository
 from services.candle.service import SERVED, Candle
 from services.candle.settings import CandleSettings
@@ -76,11 +58,11 @@ def as_it_is_outside(no_proxy_from_outside, source):
 @pytest.fixture
 def hurried(monkeypatch):
     """Tries follow each other without much waiting, and leases are short."""
-    monkeypatch.setattr(jobs_module, "BACKOFF_FIRST_S", 0.02)
-    monkeypatch.setattr(jobs_module, "LEASE_S", 1.5)
+    monkeypatch.setattr(job_rules, "BACKOFF_FIRST_S", 0.02)
+    monkeypatch.setattr(job_rules, "LEASE_S", 1.5)
     monkeypatch.setattr(jobs_module, "RENEW_S", 0.3)
     monkeypatch.setattr(jobs_module, "TELL_S", 0.1)
-    monkeypatch.setattr(jobs_module, "ELSEWHERE_S", 0.2)
+    monkeypatch.setattr(job_rules, "ELSEWHERE_S", 0.2)
 
 
 async def configure(client, **settings: object) -> None:
@@ -215,7 +197,7 @@ async def test_a_model_that_is_not_sound_fails_and_is_kept_to_be_looked_at(
 async def test_a_model_that_cannot_be_loaded_fails_and_is_kept(
     client, importer, source, monkeypatch
 ):
-    monkeypatch.setattr(jobs_module, "FAILURES_MAX", 1)
+    monkeypatch.setattr(job_rules, "FAILURES_MAX", 1)
     source.content = model(weights=[1] * 2_000_000, outputs=1_000_000)
     async with importer(memory_budget_mb=1):
         failed = await ended_as(client, await ask(client, source, load=True), "failed")
@@ -495,85 +477,5 @@ async def test_a_job_of_a_worker_that_is_killed_is_taken_up_by_another(
     assert version.wanted
 
 
-# --- Decisions ------------------------------------------------------------------------------------
-
-NOW = datetime(2026, 11, 25, tzinfo=UTC)
-FRESH = m.Job(
-    job="j",
-    request=m.ImportModel(id="m", url="https://example.org/m.json"),
-    created_at=NOW,
-    updated_at=NOW,
-)
-ERRORS = [NotFound("gone"), Unavailable("away"), Unavailable("busy", retry_after_s=300)]
-
-
-def holds(job: m.Job) -> None:
-    """Check what is true of every job, whatever has happened to it."""
-    assert (job.ended_at is not None) == (job.state in ("done", "failed", "cancelled"))
-    assert (job.lease_until is not None) == (job.state == "running")
-    if job.state == "running":
-        assert job.instance
-        assert job.started_at
-    if job.state == "queued":
-        assert job.instance is None
-    assert job.tries >= 0
-    assert job.failures <= FAILURES_MAX
-    assert job.state != "failed" or job.error
-
-
-@given(
-    st.lists(st.sampled_from(["take", "die", "fail", "gone", "cancel", "back", "again", "done"]))
-)
-def test_whatever_happens_to_a_job_it_stays_whole(steps):
-    job, now = FRESH, NOW
-    for step in steps:
-        now += timedelta(hours=1)
-        if step in ("take", "die") and takeable(job, "i", "h", unchanged_s=1e6, now=now):
-            job = taken(job, "i", "h", now)
-        elif step in ("fail", "gone") and job.state == "running":
-            error = ERRORS[1] if step == "fail" else ERRORS[0]
-            job = after(job, error, None, _Held(job, 1, 0), now)
-        elif step == "cancel":
-            job = cancelled(job, now)
-        elif step == "back" and job.state == "running":
-            job = given_back(job, now)
-        elif step == "again" and job.state in ("failed", "cancelled"):
-            job = again(job, now)
-        elif step == "done" and job.state == "running":
-            job = ended(job, "done", now)
-        holds(job)
-
-
-def test_a_job_is_taken_up_when_its_lease_has_passed_and_not_before():
-    job = taken(FRESH, "i", "h", NOW)
-    assert not takeable(job, "k", "h", unchanged_s=LEASE_S - 1, now=NOW)
-    assert takeable(job, "k", "h", unchanged_s=LEASE_S + 1, now=NOW)
-
-
-def test_the_host_that_has_a_part_of_the_file_goes_first():
-    job = msgspec.structs.replace(FRESH, host="h", bytes=5)
-    assert takeable(job, "k", "h", unchanged_s=0, now=NOW)
-    assert not takeable(job, "k", "other", unchanged_s=0, now=NOW)
-    assert takeable(job, "k", "other", unchanged_s=ELSEWHERE_S, now=NOW)
-
-
-def test_a_job_waits_for_its_next_try_as_long_as_the_server_says():
-    job = taken(FRESH, "i", "h", NOW)
-    failed = after(job, ERRORS[2], None, _Held(job, 1, 0), NOW)
-    assert failed.retry_at == NOW + timedelta(seconds=300)
-    assert not takeable(failed, "i", "h", unchanged_s=1e6, now=NOW + timedelta(seconds=299))
-    assert takeable(failed, "i", "h", unchanged_s=1e6, now=failed.retry_at)
-    assert [backoff_s(n) for n in (1, 2, 3, 20)] == [1, 2, 4, 60]
-
-
-def test_a_job_that_kills_whoever_takes_it_up_is_given_up():
-    job = FRESH
-    for _ in range(FAILURES_MAX + 1):
-        job = taken(job, "i", "h", NOW)
-    assert job.state == "failed"
-    assert "was gone before it was done" in job.error
-
-
 def test_what_these_instances_serve_has_the_jobs_in_it():
     assert {MODEL_IMPORT, JOB_CANCEL, JOB_RETRY} <= set(SERVED)
-    assert not jobs_module.heals(Unprocessable("x"))

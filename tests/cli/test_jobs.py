@@ -12,9 +12,20 @@ import pytest
 import typer
 
 from bus.client import Client
-from bus.messages import AddedModel, ImportModel, Job, ModelProblem, ModelReport, now
+from bus.instance import join
+from bus.messages import (
+    AddedModel,
+    GalleryWork,
+    GalleryWorkDone,
+    ImportModel,
+    Job,
+    ModelProblem,
+    ModelReport,
+    NameJob,
+    now,
+)
 from bus.settings import Settings
-from bus.subjects import JOB
+from bus.subjects import DATASET_JOB_CANCEL, DATASET_JOB_RETRY, JOB
 from services.cli.jobs import name_in
 
 BKG = (sys.executable, "-m", "services.cli")
@@ -96,6 +107,58 @@ async def test_a_job_is_watched_to_its_end(client: Client, jobs: Any):
     assert ended.status == 0, ended.err
     assert "iris:3 is in the repository" in ended.out
     assert "100 bytes of 100 bytes" in ended.err
+
+
+def gallery_job(name: str = "g1", **more: Any) -> Job:
+    work = GalleryWork(action="import", dataset="people", artefact="ab" * 32, by="ann")
+    return Job(job=name, kind="gallery", gallery=work, created_at=now(), updated_at=now(), **more)
+
+
+async def test_a_job_of_a_dataset_is_told_in_entries(client: Client, jobs: Any):
+    running = gallery_job(
+        state="running", stage="writing", entries=1_500, total_entries=6_000, entries_per_s=500.0,
+        eta_s=9.0,
+    )  # fmt: skip
+    await tell(client, running)
+    row = (await jobs("list")).out.splitlines()[1]
+    assert row.split()[:4] == ["g1", "running", "import", "people"]
+    assert "1,500 of 6,000 entries, 500/s, 9 s left" in row
+    failed = ["e7: its image was not kept"]
+    result = GalleryWorkDone(
+        entries=6_000, added=5_999, skipped=1, failed=failed, artefact="cd" * 32, size_bytes=2_048,
+        file_name="people.json",
+    )  # fmt: skip
+    await tell(client, msgspec.structs.replace(running, state="done", gallery_result=result))
+    ended = await jobs("watch", "g1")
+    assert ended.status == 0, ended.err
+    for said in (
+        "import people",
+        "6,000 of 6,000 entries",
+        "5,999",
+        "people.json, 2.0 kB",
+        *failed,
+    ):
+        assert said in ended.out
+
+
+async def test_a_job_of_a_dataset_is_ended_by_whoever_does_it(
+    client: Client, jobs: Any, settings: Settings
+):
+    await tell(client, gallery_job())
+
+    async def cancel(request: NameJob) -> Job:
+        return gallery_job(request.job, state="cancelled")
+
+    async def retry(request: NameJob) -> Job:
+        return gallery_job(request.job)
+
+    async with (
+        join(client, settings, plugin="rustyface", description="Does no jobs.") as instance,
+        instance.serving(DATASET_JOB_CANCEL, cancel),
+        instance.serving(DATASET_JOB_RETRY, retry),
+    ):
+        assert (await jobs("cancel", "g1", "--json")).json["state"] == "cancelled"
+        assert (await jobs("retry", "g1", "--json")).json["state"] == "queued"
 
 
 async def test_a_lost_word_of_the_end_is_found_in_the_bucket(client: Client, jobs: Any):

@@ -10,11 +10,11 @@ from bus.errors import InvalidRequest
 from services.gateway.app import ROUTES, Options
 from services.gateway.auth import Access, admin_key, is_loopback
 
-GUARDED = [
-    (m, p.format(name="echo", host="here", capability="echo.say", model="m", version="1", job="a1"))
-    for m, p, _, a in ROUTES
-    if a is not Access.OPEN
-]
+PARTS_OF_PATHS = {
+    "name": "echo", "host": "here", "capability": "echo.say", "model": "m", "version": "1",
+    "job": "a1", "dataset": "d", "entry": "e", "subject": "s", "rejection": "r", "imported": "i",
+}  # fmt: skip
+GUARDED = [(m, p.format_map(PARTS_OF_PATHS)) for m, p, _, a in ROUTES if a is not Access.OPEN]
 OPEN = ["/livez", "/health", "/", "/plugins", "/plugins/echo/logs"]
 
 

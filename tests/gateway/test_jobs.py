@@ -8,8 +8,14 @@ import pytest_asyncio
 
 from bus.errors import Conflict, NotFound
 from bus.instance import join
-from bus.messages import ImportModel, Job, NameJob, now
-from bus.subjects import JOB_CANCEL, JOB_RETRY, MODEL_IMPORT
+from bus.messages import GalleryWork, GalleryWorkDone, ImportModel, Job, NameJob, now
+from bus.subjects import (
+    DATASET_JOB_CANCEL,
+    DATASET_JOB_RETRY,
+    JOB_CANCEL,
+    JOB_RETRY,
+    MODEL_IMPORT,
+)
 from bus.testing import until
 from tests.gateway.test_live import ask, frame, socket
 
@@ -134,6 +140,49 @@ async def test_a_job_is_cancelled_and_taken_up_again(gate, client, importer):
     await post(gate, "/api/jobs/nobody/cancel", status=404)
 
 
+def export(name="g1", state="queued", **more):
+    """Return a job of a dataset."""
+    work = GalleryWork(action="export", dataset="people", by="ann")
+    given = {"job": name, "gallery": work, "created_at": now(), "updated_at": now(), **more}
+    return Job(kind="gallery", state=state, **given)
+
+
+async def test_a_job_of_a_dataset_is_ended_and_taken_up_where_no_candle_runs(
+    gate, client, settings
+):
+    await client.store.jobs.put(export(), "g1")
+
+    async def cancel(request):
+        return export(request.job, "cancelled")
+
+    async def retry(request):
+        return export(request.job)
+
+    async with (
+        join(client, settings, plugin="rustyface", description="Does no jobs.") as instance,
+        instance.serving(DATASET_JOB_CANCEL, cancel),
+        instance.serving(DATASET_JOB_RETRY, retry),
+    ):
+        told, _ = await post(gate, "/api/jobs/g1/cancel", status=200)
+        assert (told["state"], told["gallery"]["dataset"]) == ("cancelled", "people")
+        told, headers = await post(gate, "/api/jobs/g1/retry")
+        assert (told["state"], headers["Location"]) == ("queued", "/api/jobs/g1")
+    await client.store.jobs.put(job(), "a1")
+    await post(gate, "/api/jobs/a1/cancel", status=503)
+
+
+async def test_jobs_are_listed_by_their_kind(gate, client):
+    done = GalleryWorkDone(entries=3, artefact="ab" * 32, size_bytes=5, file_name="people.json")
+    await client.store.jobs.put(export(state="done", gallery_result=done), "g1")
+    await client.store.jobs.put(job(), "a1")
+    found = await gate.json("/api/jobs", kind="gallery")
+    assert [one["job"] for one in found["jobs"]] == ["g1"]
+    assert found["jobs"][0]["gallery_result"]["file_name"] == "people.json"
+    assert (await gate.json("/api/jobs", kind="import"))["jobs"][0]["job"] == "a1"
+    assert (await gate.json("/api/jobs"))["total"] == 2
+    assert (await gate.json("/api/jobs", 400, kind="x"))["field"] == "kind"
+
+
 async def test_a_job_that_is_done_is_not_taken_up(gate, client, importer):
     await client.store.jobs.put(job(state="done"), "a1")
     await post(gate, "/api/jobs/a1/retry", status=409)
@@ -161,6 +210,14 @@ async def test_the_topic_tells_what_has_not_ended_and_then_each_change(gate, cli
         assert (change["state"], change["error"]) == ("failed", "it broke")
         await client.store.jobs.put(job("d"), "d")
         assert (await frame(ws, "jobs"))["payload"]["job"] == "d"
+
+
+async def test_the_topic_tells_of_jobs_of_every_kind(gate, client):
+    async with socket(gate) as ws:
+        await ask(ws, "SUB", "jobs")
+        await client.store.jobs.put(export(state="running", entries=5, total_entries=9), "g1")
+        told = (await frame(ws, "jobs"))["payload"]
+    assert (told["kind"], told["entries"], told["total_entries"]) == ("gallery", 5, 9)
 
 
 async def test_unsub_ends_the_topic(gate, client):

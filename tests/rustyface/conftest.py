@@ -1,14 +1,25 @@
-"""Photos and a pipeline with the real nets."""
+"""Photos, a pipeline with the real nets, and workers with them."""
 
+import asyncio
+import base64
 from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from pathlib import Path
 
+import msgspec
 import pytest
 
+from bus.client import connect
+from bus.instance import join
+from bus.testing import until
 from services.rustyface import images, samples
 from services.rustyface import pipeline as pipelines
+from services.rustyface.assembly import assemble
+from services.rustyface.encoder import FaceEncoder
+from services.rustyface.galleries import Galleries
 from services.rustyface.images import Image
 from services.rustyface.pipeline import Pipeline
+from services.rustyface.settings import RustyfaceSettings
 
 Photo = Callable[[str], Image]
 
@@ -35,3 +46,67 @@ def weights_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pipeline(weights_cache: Path) -> Pipeline:
     """YuNet and SFace, loaded once for all tests."""
     return pipelines.load(weights_cache)
+
+
+@pytest.fixture
+def worker(settings, pipeline):
+    """Start a worker; the nets are loaded once for all."""
+
+    @asynccontextmanager
+    async def start(slot=0, encoder=None, nats_url=settings.nats_url, **changes):
+        here = msgspec.structs.replace(settings, slot=slot)
+        async with (
+            connect(nats_url, name="rustyface", root=here.root) as client,
+            join(client, here, plugin="rustyface", description="a test") as instance,
+        ):
+            faces = assemble(
+                client,
+                instance,
+                encoder or FaceEncoder(pipeline),
+                RustyfaceSettings(**changes),
+                datasets_dir=here.data_dir / "datasets",
+                cache_dir=here.cache_dir,
+            )
+            serving = asyncio.create_task(faces.run())
+            await until(lambda: instance._registration.status == "running" or serving.done())
+            try:
+                yield faces.galleries
+            finally:
+                serving.cancel()
+                results = await asyncio.gather(serving, return_exceptions=True)
+                assert isinstance(results[0], asyncio.CancelledError), results
+
+    return start
+
+
+@pytest.fixture
+def picture(samples_dir):
+    """Gives a sample photo's file in base64, by name."""
+
+    def read(name: str) -> str:
+        return base64.b64encode((samples_dir / f"{name}.jpg").read_bytes()).decode()
+
+    return read
+
+
+@pytest.fixture
+def replica(client) -> Callable[..., AbstractAsyncContextManager[Galleries]]:
+    """Gives galleries that are read from the beginning; what ends them comes out of it."""
+
+    @asynccontextmanager
+    async def start(other=None, embedder="test", dimensions=2, **more):
+        store, root = (other or client).store, client.root
+        galleries = Galleries(
+            store.galleries, root, embedder, dimensions, changes=store.changes, **more
+        )
+        async with asyncio.timeout(60):
+            reading = asyncio.create_task(galleries.run())
+            try:
+                await until(lambda: galleries.caught_up.is_set() or reading.done())
+                yield galleries
+            finally:
+                reading.cancel()
+                with suppress(asyncio.CancelledError):
+                    await reading
+
+    return start

@@ -15,7 +15,7 @@ from bus import messages as m
 from bus.errors import Conflict, DeadlineExceeded, InvalidRequest, NotFound, TooLarge, Unavailable
 from bus.subjects import GALLERY_ENTRY, GALLERY_HEAD, gallery_events
 from bus.testing import until
-from services.rustyface.galleries import METADATA_MAX_BYTES, Galleries
+from services.rustyface.galleries import METADATA_MAX_BYTES, Galleries, NewEntry, Query
 
 EAST, NORTH = np.array([1, 0], np.float32), np.array([0, 1], np.float32)
 
@@ -33,6 +33,15 @@ async def replica(client, embedder="test", dimensions=2):
             reading.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await reading
+
+
+async def enrol(galleries, gallery, entry, vector, metadata, **more) -> int:
+    new = NewEntry(id=entry, vector=vector, metadata=metadata, **more)
+    return await galleries.enrol(gallery, new)
+
+
+def looking(vector, **more) -> Query:
+    return Query(**{"vector": vector, "k": 1, "threshold": 0, "revision": None, **more})
 
 
 def known(galleries: Galleries) -> dict[str, dict[str, list[float]]]:
@@ -84,7 +93,7 @@ async def test_after_any_changes_on_two_replicas_both_know_what_a_replay_finds(c
                     case 5 | 6:
                         await galleries.remove(gallery, entry)
                     case _:
-                        revision = await galleries.enrol(gallery, entry, EAST, None)
+                        revision = await enrol(galleries, gallery, entry, EAST, None)
                         acked[gallery, entry] = max(revision, acked.get((gallery, entry), 0))
 
         for gallery in "ab":
@@ -122,15 +131,15 @@ async def test_clearing_a_deleted_gallery_spares_the_one_that_took_its_name(
 ):
     async with replica(client) as first, replica(await connected()) as second:
         await first.create("g")
-        await first.enrol("g", "old", EAST, None)
-        purge = first._stream.purge
+        await enrol(first, "g", "old", EAST, None)
+        purge = first._ledger._stream.purge
 
         async def late(subject, *, keep_from=None):
             await second.create("g")
-            await second.enrol("g", "new", EAST, None)
+            await enrol(second, "g", "new", EAST, None)
             await purge(subject, keep_from=keep_from)
 
-        monkeypatch.setattr(first._stream, "purge", late)
+        monkeypatch.setattr(first._ledger._stream, "purge", late)
         await first.delete("g")
         assert await stored(client) == [
             GALLERY_ENTRY.subject(client.root, gallery="g", entry="new")
@@ -142,13 +151,13 @@ async def test_clearing_a_deleted_gallery_spares_the_one_that_took_its_name(
 async def test_a_gallery_that_is_made_again_is_empty_even_where_old_entries_are_left(client):
     async with replica(client) as galleries:
         await galleries.create("g")
-        await galleries.enrol("g", "a", EAST, None)
+        await enrol(galleries, "g", "a", EAST, None)
         # A deletion that was killed before it cleared the stream.
         gone = m.GalleryHead(id="g", at=m.now(), embedder="test", dimensions=2, deleted=True)
         await publish(client, gone, gallery="g")
         assert await stored(client)
         await galleries.create("g")
-        await galleries.enrol("g", "b", EAST, None)
+        await enrol(galleries, "g", "b", EAST, None)
         await galleries.wait(await galleries.newest())
         assert list(known(galleries)["g"]) == ["b"]
     async with replica(client) as replayed:
@@ -160,7 +169,7 @@ async def test_the_vectors_of_a_deletion_that_was_cut_short_leave_at_the_next_st
     async with replica(client) as galleries:
         for name in ("g", "kept"):
             await galleries.create(name)
-            await galleries.enrol(name, "a", EAST, None)
+            await enrol(galleries, name, "a", EAST, None)
     gone = m.GalleryHead(id="g", at=m.now(), embedder="test", dimensions=2, deleted=True)
     await publish(client, gone, gallery="g")
     async with replica(client) as galleries:
@@ -188,15 +197,15 @@ async def test_an_entry_that_cannot_be_read_is_passed_over_by_replicas_and_by_re
 ):
     async with replica(client) as galleries:
         await galleries.create("g")
-        await galleries.enrol("g", "a", NORTH, None)
+        await enrol(galleries, "g", "a", NORTH, None)
         await publish(client, event, gallery="g", entry="a")
-        await galleries.enrol("g", "b", EAST, None)
+        await enrol(galleries, "g", "b", EAST, None)
         await galleries.wait(await galleries.newest())
         # The readable one was replaced by it, so it has left the stream too.
         assert known(galleries) == {"g": {"b": [1, 0]}}
         async with replica(client) as replayed:
             assert known(replayed) == known(galleries)
-            await replayed.enrol("g", "a", NORTH, None)
+            await enrol(replayed, "g", "a", NORTH, None)
             await replayed.wait(await replayed.newest())
             assert list(known(replayed)["g"]) == ["a", "b"]
 
@@ -205,16 +214,16 @@ async def test_an_entry_that_cannot_be_read_is_passed_over_by_replicas_and_by_re
 async def test_a_gallery_whose_own_event_cannot_be_read_is_left_alone(client, dimensions):
     async with replica(client) as galleries:
         await galleries.create("g")
-        await galleries.enrol("g", "a", NORTH, None)
+        await enrol(galleries, "g", "a", NORTH, None)
         await galleries.create("fine")
     odd = m.GalleryHead(id="g", at=m.now(), embedder="newer", dimensions=dimensions)
     await publish(client, odd, gallery="g")
     async with replica(client) as galleries:
         assert list(known(galleries)) == ["fine"]
-        for ask in (galleries.create("g"), galleries.enrol("g", "a", EAST, None)):
+        for ask in (galleries.create("g"), enrol(galleries, "g", "a", EAST, None)):
             with pytest.raises(Conflict, match="'g', revision 4, cannot be read"):
                 await ask
-        await galleries.enrol("fine", "a", EAST, None)
+        await enrol(galleries, "fine", "a", EAST, None)
     # Its entries may be those of a newer version.
     assert len(await stored(client)) == 2
 
@@ -225,7 +234,7 @@ async def test_a_time_that_python_cannot_tell_is_passed_over(client):
         await galleries.create("g")
         subject = GALLERY_ENTRY.subject(client.root, gallery="g", entry="x")
         await client.store.galleries.append(subject, late, headers={"Content-Type": codec.MSGPACK})
-        await galleries.enrol("g", "a", EAST, None)
+        await enrol(galleries, "g", "a", EAST, None)
         await galleries.wait(await galleries.newest())
         assert known(galleries) == {"g": {"a": [1, 0]}}
 
@@ -234,14 +243,16 @@ async def test_a_time_without_a_zone_is_in_utc(client):
     then = datetime(2020, 1, 2, 3, 4)  # noqa: DTZ001 - the point of it
     async with replica(client) as galleries:
         await galleries.create("g", at=then)
-        await galleries.enrol("g", "a", EAST, None, at=then)
+        await enrol(galleries, "g", "a", EAST, None, at=then)
         head = m.GalleryHead(id="h", at=then, embedder="test", dimensions=2)
         await publish(client, head, gallery="h")
-        await galleries.enrol("h", "a", EAST, None)
+        await enrol(galleries, "h", "a", EAST, None)
         await galleries.wait(await galleries.newest())
         listed = galleries.datasets()
         assert [d.created_at for d in listed] == [then.replace(tzinfo=UTC)] * 2
         assert listed[0].updated_at == then.replace(tzinfo=UTC)
+        [entry] = galleries.picked("g", ["a"])
+        assert entry.last_seen == then.replace(tzinfo=UTC)
 
 
 async def test_bytes_that_are_no_event_are_passed_over(client):
@@ -250,7 +261,7 @@ async def test_bytes_that_are_no_event_are_passed_over(client):
         for body in (b"", b"\xff\xfe", b"{", b"[1]", b'{"id": 7}'):
             subject = GALLERY_ENTRY.subject(client.root, gallery="g", entry="x")
             await client.store.galleries.append(subject, body)
-        await galleries.enrol("g", "a", EAST, None)
+        await enrol(galleries, "g", "a", EAST, None)
         await galleries.wait(await galleries.newest())
         assert known(galleries) == {"g": {"a": [1, 0]}}
 
@@ -263,7 +274,7 @@ async def test_the_longest_ids_in_any_alphabet_are_entries_too(client):
     async with replica(client) as galleries:
         await galleries.create(gallery)
         for entry in ids:
-            await galleries.enrol(gallery, entry, EAST, None)
+            await enrol(galleries, gallery, entry, EAST, None)
         await galleries.wait(await galleries.newest())
         assert list(known(galleries)[gallery]) == sorted(ids)
         await galleries.remove(gallery, ids[0])
@@ -275,10 +286,10 @@ async def test_the_longest_ids_in_any_alphabet_are_entries_too(client):
 async def test_events_that_were_deleted_from_the_stream_by_hand_are_not_waited_for(
     client, monkeypatch
 ):
-    monkeypatch.setattr("services.rustyface.galleries.WAIT_S", 1.5)
+    monkeypatch.setattr("services.rustyface.ledger.WAIT_S", 1.5)
     async with replica(client) as galleries:
         await galleries.create("g")
-        await galleries.enrol("g", "a", EAST, None)
+        await enrol(galleries, "g", "a", EAST, None)
     await client.store.galleries.purge(gallery_events(client.root))
     async with replica(client) as galleries:
         assert known(galleries) == {}
@@ -294,12 +305,12 @@ async def test_a_replica_ends_when_the_stream_was_replaced(client):
     reading = asyncio.create_task(galleries.run())
     await galleries.caught_up.wait()
     await galleries.create("g")
-    await galleries.enrol("g", "a", EAST, None)
+    await enrol(galleries, "g", "a", EAST, None)
     await galleries.wait(2)
     await client.store.delete_everything()
     await client.store.declare()
     with pytest.raises(Unavailable, match="ends at revision 0, read was 2"):
-        await galleries.search("g", EAST, k=1, threshold=0, revision=None)
+        await galleries.search("g", looking(EAST))
     with pytest.raises(Unavailable, match="was replaced; they are read anew"):
         await reading
 
@@ -307,7 +318,8 @@ async def test_a_replica_ends_when_the_stream_was_replaced(client):
 async def test_two_replicas_that_create_the_same_gallery_make_one(client, connected):
     async with replica(client) as first, replica(await connected()) as second:
         await asyncio.gather(*[one.create("g") for one in (first, second, first, second)])
-        assert first._heads == second._heads == {"g": 1}
+        heads = [one._ledger.projection.heads for one in (first, second)]
+        assert heads == [{"g": 1}] * 2
 
 
 async def test_a_gallery_belongs_to_one_embedder(client):
@@ -315,9 +327,9 @@ async def test_a_gallery_belongs_to_one_embedder(client):
         await galleries.create("g")
     async with replica(client, "other", 2) as others:
         with pytest.raises(InvalidRequest, match="holds vectors of test, this worker .* other"):
-            await others.enrol("g", "a", EAST, None)
+            await enrol(others, "g", "a", EAST, None)
         with pytest.raises(InvalidRequest, match="holds vectors of test, this worker .* other"):
-            await others.search("g", EAST, k=1, threshold=0, revision=None, by_embedder=True)
+            await others.search("g", looking(EAST, by_embedder=True))
 
 
 @pytest.mark.parametrize(
@@ -332,7 +344,7 @@ async def test_metadata_that_cannot_be_kept_are_refused(client, metadata, kind):
     async with replica(client) as galleries:
         await galleries.create("g")
         with pytest.raises(kind, match="metadata: ") as refused:
-            await galleries.enrol("g", "a", EAST, metadata)
+            await enrol(galleries, "g", "a", EAST, metadata)
         assert refused.value.field == "metadata"
 
 
@@ -340,7 +352,7 @@ async def test_metadata_come_back_as_they_were(client):
     metadata = {"name": "Zoë", "n": [1, -2, 2**63, 1.5, None, True], "deep": {"a": {}}}
     async with replica(client) as galleries:
         await galleries.create("g")
-        await galleries.enrol("g", "a", EAST, metadata)
+        await enrol(galleries, "g", "a", EAST, metadata)
     async with replica(client) as replayed:
-        [(hit, entry)], _ = await replayed.search("g", EAST, k=1, threshold=0, revision=None)
-    assert (hit.id, entry.metadata) == ("a", metadata)
+        [match] = (await replayed.search("g", looking(EAST))).matches
+    assert (match.entry.id, match.entry.metadata) == ("a", metadata)

@@ -2,6 +2,9 @@
 
 import base64
 import struct
+import subprocess
+import sys
+import zlib
 from pathlib import Path
 
 import cv2
@@ -11,23 +14,31 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bus.errors import BusError, InvalidRequest, TooLarge, Unprocessable
-from services.rustyface.images import Image, decode, from_base64
+from services.rustyface.formats import JPEG_SCAN, jpeg_parts
+from services.rustyface.images import decode, from_base64
+from tests.rustyface.files import PICTURE, SLOPES, chunk, encoded, exif_of, tiff, with_exif
 
 FORMATS = [".jpg", ".png", ".webp", ".bmp", ".tiff", ".gif"]
-SLOPES = np.indices((24, 40)).sum(0)
-PICTURE: Image = np.stack([SLOPES * 3, SLOPES * 2, 255 - SLOPES * 4], axis=2).astype(np.uint8)
+DEEP = PICTURE.astype(np.uint16) * 257
+ALPHA = (SLOPES * 4).astype(np.uint8)
+UPRIGHT = {
+    1: lambda p: p,
+    2: lambda p: p[:, ::-1],
+    3: lambda p: p[::-1, ::-1],
+    4: lambda p: p[::-1],
+    5: lambda p: p.transpose(1, 0, 2),
+    6: lambda p: np.rot90(p, -1),
+    7: lambda p: p[::-1, ::-1].transpose(1, 0, 2),
+    8: lambda p: np.rot90(p, 1),
+}
 
 
-def encoded(extension: str, pixels: np.ndarray = PICTURE, *parameters: int) -> bytes:
-    done, data = cv2.imencode(extension, pixels, parameters)
-    assert done
-    return data.tobytes()
-
-
-def with_orientation(jpeg: bytes, orientation: int) -> bytes:
-    """Add the note that a camera makes about how it was held."""
-    exif = b"Exif\0\0MM\0*" + struct.pack(">IHHHIHHI", 8, 1, 0x112, 3, 1, orientation, 0, 0)
-    return jpeg[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + jpeg[2:]
+def with_orientation(extension: str, orientation: int) -> bytes:
+    """Write the picture with the note that a camera makes about how it was held."""
+    note = b"MM\0*" + struct.pack(">IHHHIHHI", 8, 1, 0x112, 3, 1, orientation, 0, 0)
+    if extension == ".tiff":
+        return tiff(PICTURE, orientation=orientation)
+    return with_exif(encoded(extension), note)
 
 
 @pytest.mark.parametrize("extension", FORMATS)
@@ -49,25 +60,96 @@ def test_a_progressive_jpeg_is_read_to_its_last_scan():
     assert decode(data + b"what cameras append").shape == (24, 40, 3)
 
 
-def test_grey_16_bits_and_transparency_become_bgr_of_8_bits():
-    grey = decode(encoded(".png", PICTURE[:, :, 0]))
-    assert (grey == PICTURE[:, :, :1]).all()
-    assert (decode(encoded(".png", PICTURE.astype(np.uint16) * 257)) == PICTURE).all()
-    assert (decode(encoded(".png", np.dstack([PICTURE, PICTURE[:, :, 0]]))) == PICTURE).all()
+@pytest.mark.parametrize("extension", [".png", ".tiff", ".bmp"])
+def test_grey_becomes_three_equal_channels(extension: str):
+    assert (decode(encoded(extension, PICTURE[:, :, 0])) == PICTURE[:, :, :1]).all()
+
+
+@pytest.mark.parametrize("extension", [".png", ".tiff"])
+def test_16_bits_become_8(extension: str):
+    assert (decode(encoded(extension, DEEP)) == PICTURE).all()
+    assert (decode(encoded(extension, DEEP[:, :, 0])) == PICTURE[:, :, :1]).all()
+
+
+def on_white(pixels: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+    return pixels * (alpha[:, :, None] / 255) + (255 - alpha[:, :, None])
+
+
+@pytest.mark.parametrize("values", [PICTURE, DEEP])
+@pytest.mark.parametrize("colours", [1, 3])
+def test_what_is_transparent_in_a_png_is_white(values: np.ndarray, colours: int):
+    # Grey comes with its transparency as two channels; OpenCV writes only four.
+    below, alpha = (PICTURE, ALPHA) if colours == 3 else (PICTURE[:, :, :1].repeat(3, 2), ALPHA)
+    shown = np.dstack([below, alpha]).astype(values.dtype) * (257 if values is DEEP else 1)
+    data = png_of_grey(shown) if colours == 1 else encoded(".png", shown)
+    assert decode(data) == pytest.approx(on_white(below, alpha), abs=1)
+
+
+def png_of_grey(shown: np.ndarray) -> bytes:
+    """Write grey with transparency (colour type 4) by hand."""
+    height, width = shown.shape[:2]
+    pairs = np.ascontiguousarray(shown[:, :, [0, 3]]).astype(shown.dtype.newbyteorder(">"))
+    rows = b"".join(b"\0" + row.tobytes() for row in pairs)
+    depth = 8 * shown.dtype.itemsize
+    return b"".join(
+        [
+            b"\x89PNG\r\n\x1a\n",
+            chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, 4, 0, 0, 0)),
+            chunk(b"IDAT", zlib.compress(rows)),
+            chunk(b"IEND", b""),
+        ]
+    )
+
+
+def test_a_webp_without_loss_keeps_its_holes_white():
+    data = encoded(".webp", np.dstack([PICTURE, ALPHA]), cv2.IMWRITE_WEBP_QUALITY, 101)
+    assert decode(data) == pytest.approx(on_white(PICTURE, ALPHA), abs=1)
+
+
+def test_a_gif_with_holes_shows_white_in_them():
+    holes = np.where(SLOPES > 30, 255, 0).astype(np.uint8)
+    pixels = decode(encoded(".gif", np.dstack([PICTURE, holes])))
+    assert (pixels[holes == 0] == 255).all()
+    assert (pixels[holes == 255] < 255).any()
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("extra", [0, 1, 2])
+def test_a_tiff_is_transparent_only_where_it_says_so(bits: int, extra: int):
+    """0 is a mask that somebody drew, 1 has colours multiplied by it already, 2 has not."""
+    below = PICTURE
+    if extra == 1:
+        below = (PICTURE * (ALPHA[:, :, None] / 255)).round().astype(np.uint8)
+    shown = PICTURE if extra == 0 else on_white(PICTURE, ALPHA)
+    data = tiff(np.dstack([below, ALPHA]), bits=bits, extra=extra)
+    assert decode(data) == pytest.approx(shown, abs=2)
+
+
+def test_a_cut_out_face_on_nothing_is_still_found(samples_dir: Path, pipeline):
+    image = decode((samples_dir / "astronaut.jpg").read_bytes())
+    mask = np.zeros(image.shape[:2], np.uint8)
+    cv2.ellipse(mask, (222, 110), (75, 95), 0, 0, 360, 255, -1)
+    for hidden in (image, np.where(mask[:, :, None], image, 0)):
+        cut = decode(encoded(".png", np.dstack([hidden, mask])))
+        assert len(pipeline.analyse(cut)) == 1
+
+
+@pytest.mark.parametrize("extension", [".jpg", ".png", ".webp", ".tiff"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_picture_stands_upright_however_the_camera_was_held(extension: str, orientation: int):
+    turned = with_orientation(extension, orientation)
+    upright = UPRIGHT[orientation](decode(with_orientation(extension, 1)))
+    assert decode(turned).shape == upright.shape
+    assert (decode(turned) == upright).all()
 
 
 @pytest.mark.parametrize(
-    ("orientation", "turns", "mirrored"),
-    [(1, 0, False), (2, 0, True), (3, 2, False), (6, 3, False), (8, 1, False)],
+    "damage", [b"", b"MM", b"II*\0\xff\xff\xff\xff", b"MM\0*\0\0\0\x08\xff\xff"]
 )
-def test_the_picture_stands_upright_however_the_camera_was_held(
-    orientation: int, turns: int, mirrored: bool
-):
-    plain = encoded(".jpg")
-    upright = np.rot90(decode(plain), turns)
-    if mirrored:
-        upright = upright[:, ::-1]
-    assert (decode(with_orientation(plain, orientation)) == upright).all()
+def test_a_damaged_note_of_the_camera_is_no_reason_to_refuse_a_picture(damage: bytes):
+    noted = encoded(".png")
+    noted = noted[:33] + chunk(b"eXIf", damage) + noted[33:]
+    assert (decode(noted) == PICTURE).all()
 
 
 def test_too_many_bytes_or_pixels_are_refused_with_both_numbers():
@@ -98,6 +180,66 @@ def test_a_png_that_claims_a_chunk_longer_than_itself_takes_no_memory(length: in
     small[33:37] = struct.pack(">I", length)
     with pytest.raises(Unprocessable, match="PNG image is cut off or damaged"):
         decode(small)
+
+
+def test_a_jpeg_that_keeps_a_decoder_busy_with_empty_scans_is_refused():
+    data = encoded(".jpg", PICTURE, cv2.IMWRITE_JPEG_PROGRESSIVE, 1)
+    last = [part.whole for part in jpeg_parts(data) if part.kind == JPEG_SCAN][-1]
+    assert decode(data[:-2] + 50 * last + data[-2:]).shape == (24, 40, 3)
+    with pytest.raises(Unprocessable, match="JPEG image is cut off or damaged"):
+        decode(data[:-2] + 5_000 * last + data[-2:])
+
+
+MEASURE = """
+import sys
+import cv2
+from services.rustyface.images import MAX_BYTES, decode
+cv2.setNumThreads(1)
+def peak():
+    with open("/proc/self/status") as status:
+        return next(1024 * int(line.split()[1]) for line in status if line.startswith("VmHWM"))
+data = open(sys.argv[1], "rb").read()
+before = peak()
+decode(data, max_bytes=10**9)
+print(peak() - before)
+"""
+
+
+@pytest.mark.parametrize(
+    ("extension", "deep", "alpha", "weight"),
+    [
+        (".jpg", False, False, 1),
+        (".png", False, True, 1),
+        (".png", True, True, 2),
+        (".webp", False, True, 1),
+        (".tiff", True, False, 1),
+        (".gif", False, False, 2),
+    ],
+)
+def test_decoding_takes_ten_bytes_for_each_pixel_that_is_allowed(
+    tmp_path: Path, extension: str, deep: bool, alpha: bool, weight: int
+):
+    slopes = (np.indices((3_000, 3_000)).sum(0) // 32).astype(np.uint8)
+    pixels = np.dstack([slopes] * (4 if alpha else 3)).astype(np.uint16 if deep else np.uint8)
+    data = encoded(extension, pixels * 257 if deep else pixels)
+    if extension == ".jpg":
+        data = with_exif(data, exif_of(6))
+    with pytest.raises(TooLarge):
+        decode(data, max_pixels=weight * 9_000_000 - 1)
+    (tmp_path / "image").write_bytes(data)
+    run = [sys.executable, "-c", MEASURE, str(tmp_path / "image")]
+    done = subprocess.run(run, check=True, capture_output=True, text=True)
+    # Beside what its decoder takes for itself, and the file.
+    assert int(done.stdout) < 10 * weight * 9_000_000 + 16_000_000
+
+
+def test_16_bits_with_transparency_count_twice_for_they_take_more_memory():
+    data = encoded(".png", np.dstack([DEEP, DEEP[:, :, 0]]))
+    assert decode(data, max_pixels=2 * 960).shape == (24, 40, 3)
+    with pytest.raises(
+        TooLarge, match="40 x 24 pixels of a kind that takes twice the memory, 959 in all"
+    ):
+        decode(data, max_pixels=2 * 960 - 1)
 
 
 @pytest.mark.parametrize("order", "<>")

@@ -9,8 +9,8 @@ from bus import messages as m
 from bus.instance import join
 from bus.subjects import FACES_SEARCH
 from bus.testing import until
-from services.rustyface.galleries import Galleries
-from services.rustyface.service import PixelEncoder, Rustyface
+from services.rustyface.assembly import assemble
+from services.rustyface.encoder import PixelEncoder
 from services.rustyface.settings import settings_of
 
 
@@ -28,9 +28,14 @@ async def test_the_threshold_and_the_queue_change_without_a_restart(client, sett
     await want(client, embedder="pixel32", threshold=0.5)
     async with join(client, settings, plugin="rustyface", description="a test") as instance:
         encoder = PixelEncoder()
-        store = client.store.galleries
-        galleries = Galleries(store, client.root, encoder.name, encoder.dimensions)
-        faces = Rustyface(instance, galleries, encoder, settings_of(instance), None)
+        faces = assemble(
+            client,
+            instance,
+            encoder,
+            settings_of(instance),
+            datasets_dir=None,
+            cache_dir=settings.cache_dir,
+        )
         serving = asyncio.create_task(faces.run())
         await until(lambda: instance._registration.status == "running" or serving.done())
         try:
@@ -42,11 +47,11 @@ async def test_the_threshold_and_the_queue_change_without_a_restart(client, sett
             asked = m.SearchFaces(embedding=np.ones(encoder.dimensions).tolist())
             assert (await client.call(FACES_SEARCH, asked)).threshold == 0.5
             await want(client, embedder="pixel32", threshold=0.75, max_waiting=3)
-            await until(lambda: faces._settings.max_waiting == 3)
+            await until(lambda: faces._workers.max_waiting == 3)
             assert (await client.call(FACES_SEARCH, asked)).threshold == 0.75
             # Without one it is the embedder's own again.
             await want(client, embedder="pixel32")
-            await until(lambda: faces._settings.threshold is None)
+            await until(lambda: faces._thresholds.plugin is None)
             found = await client.call(FACES_SEARCH, asked)
             assert found.threshold == 0.99
             assert msgspec.structs.asdict(found)["results"] == []

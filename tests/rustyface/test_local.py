@@ -16,8 +16,8 @@ from bus.client import connect
 from bus.instance import join
 from bus.subjects import DATASET_MANAGE, FACES_ENCODE, FACES_SEARCH
 from bus.testing import until
-from services.rustyface.galleries import Galleries
-from services.rustyface.service import PixelEncoder, Rustyface
+from services.rustyface.assembly import assemble
+from services.rustyface.encoder import PixelEncoder
 from services.rustyface.settings import RustyfaceSettings
 
 
@@ -35,8 +35,14 @@ async def http(client, settings):
         join(own, settings, plugin="rustyface", description="a test") as instance,
         ClientSession(f"http://127.0.0.1:{instance._registration.port}") as session,
     ):
-        galleries = Galleries(own.store.galleries, own.root, encoder.name, encoder.dimensions)
-        faces = Rustyface(instance, galleries, encoder, RustyfaceSettings(), None)
+        faces = assemble(
+            own,
+            instance,
+            encoder,
+            RustyfaceSettings(),
+            datasets_dir=None,
+            cache_dir=settings.cache_dir,
+        )
         serving = asyncio.create_task(faces.run())
         await until(lambda: instance._registration.status == "running" or serving.done())
         for entry, seed in (("one", 1), ("two", 2)):

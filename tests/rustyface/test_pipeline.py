@@ -33,7 +33,7 @@ def test_a_face_says_where_it_is_and_how_good(pipeline: Pipeline, photo: Photo):
     left, top, width, height = face.box
     assert 170 < left < 185
     assert 55 < top < 70
-    assert face.size_px == min(width, height) == pytest.approx(90, abs=5)
+    assert face.quality.size_px == min(width, height) == pytest.approx(90, abs=5)
     assert 0.9 < face.score <= 1
     assert len(face.landmarks) == 5
     assert all(left < x < left + width and top < y < top + height for x, y in face.landmarks)
@@ -43,7 +43,7 @@ def test_a_blurred_face_is_less_sharp(pipeline: Pipeline, photo: Photo):
     image = photo("astronaut")
     (sharp,) = pipeline.analyse(image)
     (blurred,) = pipeline.analyse(cv2.GaussianBlur(image, (0, 0), 2))
-    assert blurred.sharpness < sharp.sharpness / 10
+    assert blurred.quality.sharpness < sharp.quality.sharpness / 10
 
 
 def test_the_largest_face_comes_first_and_only_as_many_as_asked_for(
@@ -53,7 +53,7 @@ def test_the_largest_face_comes_first_and_only_as_many_as_asked_for(
     image[300:456, 20:176] = cv2.resize(photo("cameraman")[60:260, 120:320], (156, 156))
     faces = pipeline.analyse(image)
     assert len(faces) == 2
-    assert faces[0].size_px > faces[1].size_px
+    assert faces[0].quality.size_px > faces[1].quality.size_px
     (alone,) = pipeline.analyse(photo("cameraman"))
     assert cosine(faces[1], alone) > 0.6
     assert [f.box for f in pipeline.analyse(image, faces_max=1)] == [faces[0].box]

@@ -14,7 +14,6 @@ from datetime import datetime
 from pathlib import Path
 
 import cv2
-import msgspec
 import numpy as np
 import pytest
 
@@ -22,55 +21,11 @@ from bus import messages as m
 from bus.broker import running_broker
 from bus.client import connect
 from bus.errors import BusError, InvalidRequest, NotFound, Overloaded, Unprocessable
-from bus.instance import join
 from bus.subjects import DATASET_MANAGE, FACES_ENCODE, FACES_SEARCH, GALLERY_ENTRY, gallery_events
 from bus.testing import until
-from services.rustyface.galleries import Galleries
-from services.rustyface.pipeline import SIZE_MIN_PX
-from services.rustyface.service import FaceEncoder, PixelEncoder, Rustyface
-from services.rustyface.settings import RustyfaceSettings
-
-
-@pytest.fixture
-def worker(settings, pipeline):
-    """Start a worker; the nets are loaded once for all."""
-
-    @contextlib.asynccontextmanager
-    async def start(slot=0, encoder=None, nats_url=settings.nats_url, **changes):
-        here = msgspec.structs.replace(settings, slot=slot)
-        encoder = encoder or FaceEncoder(pipeline)
-        async with (
-            connect(nats_url, name="rustyface", root=here.root) as client,
-            join(client, here, plugin="rustyface", description="a test") as instance,
-        ):
-            galleries = Galleries(
-                client.store.galleries, client.root, encoder.name, encoder.dimensions
-            )
-            faces = Rustyface(
-                instance,
-                galleries,
-                encoder,
-                RustyfaceSettings(**changes),
-                here.data_dir / "datasets",
-            )
-            serving = asyncio.create_task(faces.run())
-            await until(lambda: instance._registration.status == "running" or serving.done())
-            try:
-                yield galleries
-            finally:
-                serving.cancel()
-                results = await asyncio.gather(serving, return_exceptions=True)
-                assert isinstance(results[0], asyncio.CancelledError), results
-
-    return start
-
-
-@pytest.fixture
-def picture(samples_dir):
-    def read(name: str) -> str:
-        return base64.b64encode((samples_dir / f"{name}.jpg").read_bytes()).decode()
-
-    return read
+from services.rustyface.encoder import PixelEncoder
+from services.rustyface.galleries import NewEntry, Query
+from services.rustyface.quality import SIZE_MIN_PX
 
 
 def as_png(image) -> str:
@@ -190,7 +145,7 @@ async def test_what_is_removed_is_gone_from_memory_from_the_stream_and_from_a_re
         await encode(client, picture("astronaut"), entry_id="a")
         await encode(client, picture("cameraman"), entry_id="c")
         await manage(client, "remove-entry", dataset="default", entry_id="a")
-        assert galleries.entries == 1
+        assert galleries.count == 1
         await manage(client, "create", dataset="other")
         await encode(client, picture("cameraman"), dataset="other")
         await manage(client, "delete-dataset", dataset="other")
@@ -211,9 +166,9 @@ async def test_what_one_replica_enrolled_another_finds_at_once(client, worker, p
         vector = np.array((await encode(client, face, persist=False)).embedding, np.float32)
         for i in range(50):
             writer, reader = (first, second) if i % 2 else (second, first)
-            await writer.enrol("default", f"e{i}", vector, None)
-            hits, _ = await reader.search("default", vector, k=100, threshold=0, revision=None)
-            assert len(hits) == i + 1
+            await writer.enrol("default", NewEntry(id=f"e{i}", vector=vector))
+            query = Query(vector=vector, k=100, threshold=0, revision=None)
+            assert len((await reader.search("default", query)).matches) == i + 1
 
 
 async def test_no_acknowledged_entry_is_lost_when_a_dataset_is_deleted_meanwhile(
@@ -228,7 +183,7 @@ async def test_no_acknowledged_entry_is_lost_when_a_dataset_is_deleted_meanwhile
 
             async def enrol(name: str, into: dict[str, int] = acked) -> None:
                 with contextlib.suppress(NotFound):
-                    into[name] = await second.enrol("g", name, vector, None)
+                    into[name] = await second.enrol("g", NewEntry(id=name, vector=vector))
 
             tasks = [asyncio.create_task(enrol(f"{round_number}-{i}")) for i in range(20)]
             await asyncio.sleep(0.002 * round_number)
@@ -308,9 +263,15 @@ async def test_a_small_face_is_taken_and_its_quality_says_so(client, worker, pho
     assert face.faces[0].quality["size_px"] < SIZE_MIN_PX
 
 
-async def test_neither_metadata_nor_vectors_are_logged(client, worker, picture):
+async def test_neither_names_nor_metadata_nor_vectors_are_logged(client, worker, picture):
     async with worker():
-        face = await encode(client, picture("astronaut"), entry_id="a", metadata={"n": "secret"})
+        face = await encode(
+            client,
+            picture("astronaut"),
+            entry_id="secret-1",
+            subject="secret",
+            metadata={"n": "secret"},
+        )
         with pytest.raises(InvalidRequest):
             await encode(client, picture("astronaut"), metadata={"secret": 2**80})
 
@@ -319,10 +280,7 @@ async def test_neither_metadata_nor_vectors_are_logged(client, worker, picture):
 
     await until(enrolments)
     [record] = await enrolments()
-    assert (record.level, sorted(record.fields)) == (
-        "info",
-        ["dataset", "entry", "revision", "took_ms"],
-    )
+    assert (record.level, sorted(record.fields)) == ("info", ["dataset", "revision", "took_ms"])
     everything = repr(await client.store.logs(None, limit=1_000))
     assert "secret" not in everything
     assert str(face.embedding[0]) not in everything
@@ -463,6 +421,7 @@ async def test_a_file_of_a_dataset_that_is_there_is_left_alone(client, worker, s
 
 
 _THEN = "2024-01-01T00:00:00+00:00"
+_OWN = {"model": "gone.onnx", "name": "mine", "threshold": 0.3}
 
 
 @pytest.mark.parametrize(
@@ -472,6 +431,11 @@ _THEN = "2024-01-01T00:00:00+00:00"
         ({"zzz": 1}, "no setting 'zzz'; there are datasets_path, default_dataset, "),
         ({"embedder": "dlib"}, "embedder: Invalid enum value 'dlib'"),
         ({"max_waiting": 0}, "max_waiting: "),
+        ({"own_embedder": _OWN | {"name": "sface"}}, "'sface' is the name of one that comes with"),
+        ({"own_embedder": _OWN, "embedder": "pixel32"}, "give one of them"),
+        ({"own_embedder": _OWN | {"chanels": "bgr"}}, "did you mean `channels`?"),
+        ({"own_embedder": _OWN}, "own_embedder.model: there is no file "),
+        ({"weights": {"sface": "nobody@2"}}, "weights.sface: there is no model 'nobody@2'"),
     ],
 )
 async def test_settings_that_do_not_fit_stop_the_worker_with_one_sentence(

@@ -50,7 +50,7 @@ async def invoke(request: web.Request) -> web.Response:
         try:
             relayed = await at.client.relay(subject, body, headers=headers, timeout_s=timeout_s)
         except NobodyListens:
-            raise await _why_nobody(at, name, subject) from None
+            raise await why_nobody(at, name, subject) from None
     finally:
         at.relaying -= 1
     return answer_as_it_is(relayed)
@@ -78,7 +78,7 @@ def _subject(at: Parts, name: str, body: bytes, content_type: str | None) -> str
     return f"{at.client.root}.call.{name}"
 
 
-async def _why_nobody(at: Parts, name: str, subject: str) -> BusError:
+async def why_nobody(at: Parts, name: str, subject: str) -> BusError:
     """Return what a caller can do about a capability for which nobody listens."""
     endpoint = CAPABILITIES.get(name)
     owners = [state for state in at.view.list() if name in state.capabilities]

@@ -1,4 +1,4 @@
-"""Jobs: work that outlives its request, such as the import of a model."""
+"""Jobs: work that outlives its request, such as the import of a model or of a dataset."""
 
 from datetime import UTC, datetime
 from typing import Annotated, Any, Final, get_args
@@ -8,9 +8,10 @@ import msgspec
 from aiohttp import hdrs, web
 from msgspec import Meta
 
+from bus.client import Client
 from bus.errors import InvalidRequest, NotFound
 from bus.messages import ImportModel, Job, JobState, NameJob
-from bus.subjects import JOB_CANCEL, JOB_RETRY, MODEL_IMPORT
+from bus.subjects import JOB_CANCELS, JOB_RETRIES, MODEL_IMPORT
 from services.gateway.masks import without_query
 from services.gateway.parts import PARTS
 from services.gateway.repository import one_of, page_in
@@ -56,24 +57,25 @@ async def import_model(request: web.Request) -> web.Response:
 
 
 async def list_all(request: web.Request) -> web.Response:
-    """Return the jobs of the last week, newest first: `state`, `page`, `per_page`.
+    """Return the jobs of the last week, newest first: `state`, `kind`, `page`, `per_page`.
 
     400 a value that there cannot be; 503 the broker is away.
     """
     at = request.app[PARTS]
     for name in request.query:
-        if name not in {"state", "page", "per_page"}:
+        if name not in {"state", "kind", "page", "per_page"}:
             raise InvalidRequest(
-                f"{name[:40]!r} is not known here; allowed are state, page and per_page",
+                f"{name[:40]!r} is not known here; allowed are state, kind, page and per_page",
                 field=name[:40],
             )
     state = one_of(request.query.get("state"), "state", get_args(JobState))
+    kind = one_of(request.query.get("kind"), "kind", tuple(JOB_CANCELS))
     page = page_in(request.query)
     entries = await at.feeds.ask_store(at.client.store.jobs.all(), "jobs")
     jobs = [
         without_query(one.value)
         for one in entries
-        if one.value and state in (None, one.value.state)
+        if one.value and state in (None, one.value.state) and kind in (None, one.value.kind)
     ]
     # Two may begin in the same moment; their ids are unique.
     jobs.sort(key=lambda job: (job.created_at or _OLDEST, job.job), reverse=True)
@@ -85,27 +87,22 @@ async def list_all(request: web.Request) -> web.Response:
 
 async def get(request: web.Request) -> web.Response:
     """Return a job. 404 there is none, or it ended more than a week ago; 503 the broker is away."""
-    at = request.app[PARTS]
-    ask = _named(request)
-    entry = await at.feeds.ask_store(at.client.store.jobs.get(ask.job), "jobs")
-    if entry is None or entry.value is None:
-        raise NotFound(
-            f"there is no job {ask.job!r}: jobs are kept for a week; GET /api/jobs lists them"
-        )
-    return answer(without_query(entry.value))
+    return answer(without_query(await _found(request)))
 
 
 async def cancel(request: web.Request) -> web.Response:
-    """End a job; one that has ended stays as it is. 404 there is none; 503 no candle."""
-    at = request.app[PARTS]
-    ended = await at.client.call(JOB_CANCEL, _named(request), timeout_s=ASK_S)
+    """End a job; one that has ended stays as it is. 404 there is none; 503 nobody does its kind."""
+    job = await _found(request)
+    ended = await _client(request).call(JOB_CANCELS[job.kind], _named(request), timeout_s=ASK_S)
     return answer(without_query(ended))
 
 
 async def retry(request: web.Request) -> web.Response:
     """Take up a job that failed or was cancelled. 404 there is none; 409 it goes on; 503."""
-    at = request.app[PARTS]
-    return _located(await at.client.call(JOB_RETRY, _named(request), timeout_s=ASK_S))
+    job = await _found(request)
+    return _located(
+        await _client(request).call(JOB_RETRIES[job.kind], _named(request), timeout_s=ASK_S)
+    )
 
 
 def idempotency_key(request: web.Request) -> str | None:
@@ -120,6 +117,21 @@ def idempotency_key(request: web.Request) -> str | None:
             f"{IDEMPOTENCY_KEY} must be plain text of 1 to 255 characters", field=IDEMPOTENCY_KEY
         )
     return key
+
+
+async def _found(request: web.Request) -> Job:
+    at = request.app[PARTS]
+    ask = _named(request)
+    entry = await at.feeds.ask_store(at.client.store.jobs.get(ask.job), "jobs")
+    if entry is None or entry.value is None:
+        raise NotFound(
+            f"there is no job {ask.job!r}: jobs are kept for a week; GET /api/jobs lists them"
+        )
+    return entry.value
+
+
+def _client(request: web.Request) -> Client:
+    return request.app[PARTS].client
 
 
 def _named(request: web.Request) -> NameJob:

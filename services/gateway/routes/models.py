@@ -1,16 +1,14 @@
 """The repository of models: what there is, what is known of it, its bytes, and how it changes."""
 
 import asyncio
-import contextlib
 from pathlib import PurePosixPath
 from typing import Any, Final
 from urllib.parse import quote
 
 import msgspec
-import structlog
-from aiohttp import hdrs, web
+from aiohttp import web
 
-from bus.errors import BusError, NotFound, Overloaded
+from bus.errors import NotFound
 from bus.messages import (
     CollectGarbage,
     DescribeModel,
@@ -32,24 +30,18 @@ from bus.subjects import (
     MODEL_UNLOAD,
     MODEL_VALIDATE,
 )
+from services.gateway import contents
 from services.gateway.examples import Examples, Place, examples_of
 from services.gateway.models import wanted_version
 from services.gateway.parts import PARTS, Parts
-from services.gateway.ranges import Unsatisfiable, is_known, range_of, range_stands
 from services.gateway.repository import detail_of, list_query, served_of, summary_of, switch
-from services.gateway.translate import answer, asked, problem_of, read
+from services.gateway.translate import answer, asked, read
 
 CHANGE_S: Final = 30.0
 LOAD_S: Final = 300.0
 VALIDATE_S: Final = 600.0
 # How long a change may take until this gateway has seen it.
 SEEN_S: Final = 3.0
-# Artefacts that are read at the same time; each takes a consumer at the broker.
-DOWNLOADS_MAX: Final = 16
-# A reader that takes nothing more for this long has gone.
-STALL_S: Final = 60.0
-
-log = structlog.get_logger("services.gateway")
 
 
 # --- Reading --------------------------------------------------------------------------------------
@@ -95,6 +87,15 @@ async def get(request: web.Request) -> web.Response:
     return answer(await _described(request, _spec(at, request.match_info["name"])))
 
 
+async def versions(request: web.Request) -> web.Response:
+    """Return a model's versions, the oldest first. 404 no such model."""
+    at = request.app[PARTS]
+    spec = _spec(at, request.match_info["name"])
+    told = await _reports(at, spec)
+    found = [detail_of(at.models, spec, one, told[one.version]) for one in spec.versions]
+    return answer({"name": spec.id, "versions": found, "total": len(found)})
+
+
 async def version(request: web.Request) -> web.Response:
     """Return a version with its whole report. 404 no such model or version."""
     at = request.app[PARTS]
@@ -128,36 +129,10 @@ async def content(request: web.Request) -> web.StreamResponse:
     size = await at.feeds.ask_store(at.client.store.artefacts.size(found.checksum), "artefacts")
     if size is None:
         raise NotFound(f"the bytes of version {found.version!r} of {spec.id!r} are gone")
-    etag = f'"{found.checksum}"'
-    headers = {hdrs.ETAG: etag, hdrs.ACCEPT_RANGES: "bytes", hdrs.CACHE_CONTROL: "no-cache"}
-    if is_known(request.headers.get(hdrs.IF_NONE_MATCH), etag):
-        return web.Response(status=304, headers=headers)
-    part = None
-    if request.method == "GET" and range_stands(request.headers.get(hdrs.IF_RANGE), etag):
-        try:
-            part = range_of(request.headers.get(hdrs.RANGE), size)
-        except Unsatisfiable as error:
-            refused = problem_of(error)
-            refused.headers[hdrs.CONTENT_RANGE] = f"bytes */{size}"
-            return refused
-    start, stop = part or (0, size)
-    response = web.StreamResponse(status=200 if part is None else 206, headers=headers)
-    response.content_type = "application/octet-stream"
-    response.content_length = stop - start
-    response.headers[hdrs.CONTENT_DISPOSITION] = _disposition(spec, found)
-    if part is not None:
-        response.headers[hdrs.CONTENT_RANGE] = f"bytes {start}-{stop - 1}/{size}"
-    if request.method == "HEAD":
-        await response.prepare(request)
-        return response
-    if at.downloads >= DOWNLOADS_MAX:
-        raise Overloaded(f"{DOWNLOADS_MAX} artefacts are being read already", retry_after_s=5)
-    at.downloads += 1
-    try:
-        await _send(request, response, at, found.checksum, (start, stop))
-    finally:
-        at.downloads -= 1
-    return response
+    name = f"{spec.id}-{found.version}{PurePosixPath(found.path).suffix.lower()}"
+    return await contents.content(
+        request, at.client.store.artefacts, found.checksum, size, file_name=name
+    )
 
 
 # --- Changing -------------------------------------------------------------------------------------
@@ -297,10 +272,15 @@ async def _report(at: Parts, found: ModelVersion) -> ModelReport | None:
     return entry.value if entry else None
 
 
+async def _reports(at: Parts, spec: ModelSpec) -> dict[str, ModelReport | None]:
+    """Return what validation found of each version."""
+    reports = await asyncio.gather(*(_report(at, one) for one in spec.versions))
+    return dict(zip((one.version for one in spec.versions), reports, strict=True))
+
+
 async def _described(request: web.Request, spec: ModelSpec) -> dict[str, Any]:
     at = request.app[PARTS]
-    reports = await asyncio.gather(*(_report(at, one) for one in spec.versions))
-    told = dict(zip((one.version for one in spec.versions), reports, strict=True))
+    told = await _reports(at, spec)
     default = version_of(spec)
     examples = default and _examples(request, spec, default, told[default.version], None)
     versions = [detail_of(at.models, spec, one, told[one.version]) for one in spec.versions]
@@ -333,38 +313,3 @@ def _examples(
     )
     tensors = found.inputs, found.outputs
     return examples_of(place, spec.id, named, tensors, told.sample_shapes if told else {})
-
-
-def _disposition(spec: ModelSpec, found: ModelVersion) -> str:
-    suffix = PurePosixPath(found.path).suffix.lower()
-    name = f"{spec.id}-{found.version}{suffix}"
-    plain = "".join(c if c.isascii() and (c.isalnum() or c in "-._ ") else "_" for c in name)
-    return f"attachment; filename=\"{plain}\"; filename*=UTF-8''{quote(name, safe='')}"
-
-
-async def _send(
-    request: web.Request,
-    response: web.StreamResponse,
-    at: Parts,
-    digest: str,
-    part: tuple[int, int],
-) -> None:
-    """Send a part of an artefact, never more of it in memory than a few blocks.
-
-    What fails after the headers are out cuts the connection: the caller sees by the length that
-    something is missing, and can go on from there.
-    """
-    start, stop = part
-    await response.prepare(request)
-    try:
-        reading = at.client.store.artefacts.read(digest, start, stop)
-        async with contextlib.aclosing(reading) as blocks:  # type: ignore[type-var]
-            async for block in blocks:
-                async with asyncio.timeout(STALL_S):
-                    await response.write(block)
-        await response.write_eof()
-    except (BusError, TimeoutError) as error:
-        cause = error.message if isinstance(error, BusError) else "the reader takes nothing"
-        log.warning("artefact.unsent", digest=digest, cause=cause)
-        if request.transport is not None:
-            request.transport.abort()

@@ -1,24 +1,21 @@
 """Uploads of models: raw bodies that can be resumed, and forms."""
 
-import asyncio
+import contextlib
 import hashlib
-from collections.abc import AsyncIterator, Awaitable
 from pathlib import PurePosixPath
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 from urllib.parse import quote
 
 import aiohttp
 import msgspec
 from aiohttp import BodyPartReader, hdrs, web
-from aiohttp.http_exceptions import HttpProcessingError
 
 from bus import codec
 from bus.errors import (
     BusError,
-    DeadlineExceeded,
     InvalidRequest,
+    NoSpace,
     NotFound,
-    TooLarge,
     Unavailable,
     Unprocessable,
 )
@@ -33,6 +30,7 @@ from bus.messages import (
 )
 from bus.models import DEFAULT, LATEST
 from bus.subjects import MODEL_ADD
+from services.gateway.bodies import begun, blocks_of, chunks_of, parts_of, whole_part
 from services.gateway.parts import PARTS, Parts
 from services.gateway.repository import label_in, switch
 from services.gateway.routes.jobs import idempotency_key
@@ -49,14 +47,9 @@ from services.gateway.uploads import (
 
 # Fetching, validating and storing what was uploaded, at the worker.
 ADD_S: Final = 600.0
-# A caller that sends nothing more for this long has gone.
-STALL_S: Final = 60.0
 FIELD_MAX_BYTES: Final = 64 * 1024
-FIELDS_MAX: Final = 100
 # What a form may have beside its file.
 FORM_MAX_BYTES: Final = 1024 * 1024
-
-T = TypeVar("T")
 
 _FORMATS: Final = (".json", ".onnx")
 # In place of the digest, while the rest of a request is looked at.
@@ -119,7 +112,7 @@ async def post(request: web.Request) -> web.Response:
             if is_form:
                 wish, sha256 = await _form_read(request, upload, wish)
             else:
-                first, blocks = await _begun(_body(request))
+                first, blocks = await begun(blocks_of(request))
                 wish = _named(wish, _file_name(request, first))
                 await take(upload, blocks, max_bytes=at.uploads.max_bytes)
                 sha256 = told.sha256
@@ -145,10 +138,6 @@ async def drop(request: web.Request) -> web.Response:
     wish = _wish(request, request.match_info["version"])
     await request.app[PARTS].uploads.drop(wish.id, wish.version or "")
     return web.Response(status=204)
-
-
-async def hold_back(_request: web.Request) -> None:
-    """Send no `100 Continue` yet: who may not, or has too much, shall hear it before sending."""
 
 
 # --- What a request says --------------------------------------------------------------------------
@@ -214,16 +203,17 @@ async def _check_room(at: Parts, told: Told) -> None:
     """Refuse what the object store cannot take.
 
     Raises:
-        HTTPInsufficientStorage: It has no room for so many bytes.
+        NoSpace: It has no room for so many bytes.
     """
     if told.total_bytes is None:
         return
     wanted = told.total_bytes - told.offset
     room = await at.feeds.ask_store(at.client.store.artefacts.room(), "artefacts")
     if room is not None and wanted > room:
-        raise web.HTTPInsufficientStorage(
-            text=f"{wanted:,} bytes are to come, the object store has room for {room:,}; delete "
-            "models that nobody needs (DELETE /api/models/NAME, POST /api/models/gc)"
+        raise NoSpace(
+            f"{wanted:,} bytes are to come, the object store has room for {room:,}; delete models "
+            "that nobody needs (DELETE /api/models/NAME, POST /api/models/gc), or allow the store "
+            "more (BKG_ARTEFACTS_MAX_BYTES)"
         )
 
 
@@ -236,8 +226,9 @@ async def _received(request: web.Request, wish: AddModel, told: Told) -> AddMode
     if told.offset:
         # Before the caller sends anything.
         await at.uploads.resumable(wish.id, wish.version or "", told.offset)
-    first, blocks = await _begun(_body(request), may_be_empty=told.offset > 0 or not told.is_last)
-    begun = UnfinishedUpload(
+    may_be_empty = told.offset > 0 or not told.is_last
+    first, blocks = await begun(blocks_of(request), may_be_empty=may_be_empty)
+    unfinished = UnfinishedUpload(
         id=wish.id,
         version=wish.version or "",
         upload="",
@@ -245,7 +236,7 @@ async def _received(request: web.Request, wish: AddModel, told: Told) -> AddMode
         begun_at=now(),
         total_bytes=told.total_bytes,
     )
-    async with at.uploads.receiving(begun, told.offset) as reception:
+    async with at.uploads.receiving(unfinished, told.offset) as reception:
         upload, total = reception.upload, reception.wish.total_bytes
         await take(
             upload,
@@ -268,64 +259,6 @@ async def _received(request: web.Request, wish: AddModel, told: Told) -> AddMode
         return msgspec.structs.replace(named, checksum=digest)
 
 
-async def _body(request: web.Request) -> AsyncIterator[bytes]:
-    """Give the blocks of a request's body as they come.
-
-    Raises:
-        CutOff: It is cut off.
-        DeadlineExceeded: Nothing came for `STALL_S`.
-    """
-    await _welcome(request)
-    while block := await _next(request.content.readany()):
-        yield block
-
-
-async def _welcome(request: web.Request) -> None:
-    """Send the `100 Continue` that `hold_back` held back."""
-    if request.headers.get(hdrs.EXPECT, "").lower() == "100-continue":
-        await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        # The answer has not begun yet; aiohttp does the same.
-        request.writer.output_size = 0
-
-
-async def _next(reading: Awaitable[T]) -> T:
-    """Return what comes next of the body, in time."""
-    try:
-        async with asyncio.timeout(STALL_S):
-            return await reading
-    except TimeoutError:
-        raise DeadlineExceeded(f"nothing more of the file came for {STALL_S:g} s") from None
-    except (
-        web.RequestPayloadError,
-        web.PayloadAccessError,
-        aiohttp.ClientPayloadError,
-        HttpProcessingError,
-        ConnectionError,
-    ) as error:
-        raise CutOff(f"the body is cut off: {type(error).__name__}") from None
-
-
-async def _begun(
-    blocks: AsyncIterator[bytes], *, may_be_empty: bool = False
-) -> tuple[bytes, AsyncIterator[bytes]]:
-    """Return the first block, and all of them.
-
-    Raises:
-        InvalidRequest: There is none.
-    """
-    first = await anext(blocks, b"")
-    if not first and not may_be_empty:
-        raise InvalidRequest("the body is empty; send the file's bytes")
-
-    async def all_of_them() -> AsyncIterator[bytes]:
-        if first:
-            yield first
-        async for block in blocks:
-            yield block
-
-    return first, all_of_them()
-
-
 async def _form_read(
     request: web.Request, upload: Any, wish: AddModel
 ) -> tuple[AddModel, str | None]:
@@ -336,27 +269,16 @@ async def _form_read(
     """
     given: dict[str, Any] = {}
     file_name: str | None = None
-    await _welcome(request)
-    try:
-        form = await request.multipart()
-        for _ in range(FIELDS_MAX):
-            part = await _next(form.next())
-            if part is None:
-                break
-            if not isinstance(part, BodyPartReader):
-                raise InvalidRequest("a form inside the form is not taken; send plain parts")
+    async with contextlib.aclosing(parts_of(request)) as parts:
+        async for part in parts:
             if part.filename is None and part.name != "file":
                 await _read_field(part, given)
             elif file_name is not None:
                 raise InvalidRequest("the form has two files; send one at a time", field="file")
             else:
-                first, blocks = await _begun(_chunks(part))
+                first, blocks = await begun(chunks_of(part))
                 file_name = _with_suffix(part.filename or "model", first)
                 await take(upload, blocks, max_bytes=request.app[PARTS].uploads.max_bytes)
-        else:
-            raise InvalidRequest(f"the form has more than {FIELDS_MAX} parts")
-    except (ValueError, AssertionError) as error:
-        raise InvalidRequest(f"the body is not a form as Content-Type says: {error}") from None
     if file_name is None:
         raise InvalidRequest("the form has no file; send it as the part `file`", field="file")
     sha256 = given.pop("sha256", None)
@@ -368,11 +290,6 @@ async def _form_read(
     return _named(asked(AddModel, plain), file_name), sha256
 
 
-async def _chunks(part: BodyPartReader) -> AsyncIterator[bytes]:
-    while block := await _next(part.read_chunk(64 * 1024)):
-        yield block
-
-
 async def _read_field(part: BodyPartReader, given: dict[str, Any]) -> None:
     name = part.name or ""
     if name not in {"version", "description", "labels", "label", "licence", "sha256"}:
@@ -381,11 +298,7 @@ async def _read_field(part: BodyPartReader, given: dict[str, Any]) -> None:
             "labels, label, licence and sha256",
             field=name[:40],
         )
-    raw = bytearray()
-    async for block in _chunks(part):
-        raw += block
-        if len(raw) > FIELD_MAX_BYTES:
-            raise TooLarge(f"the field {name} has more than {FIELD_MAX_BYTES:,} bytes", field=name)
+    raw = await whole_part(part, FIELD_MAX_BYTES)
     text = raw.decode(errors="replace").strip()
     if name == "labels":
         try:
@@ -466,7 +379,7 @@ async def _again(request: web.Request, kept: KeptAnswer) -> web.Response:
         form_sha = _FormHash(sha)
         await _form_read(request, form_sha, _wish(request, None))
     else:
-        async for block in _body(request):
+        async for block in blocks_of(request):
             sha.update(block)
     if sha.hexdigest() != kept.checksum:
         raise other_request(kept.request)

@@ -4,72 +4,73 @@ A job is a document in a bucket, and whoever writes to it compares and sets. An 
 one up says so with a lease, and renews it; it stops when somebody else has written that the job is
 theirs. A lease has passed for an instance that has not seen it renewed for its length, by its own
 steady clock: so the clocks of hosts need not agree.
+
+There are kinds of jobs, one for each plugin that does any; an instance sees those of its own kind.
 """
 
 import asyncio
 import contextlib
-import hashlib
-import secrets
 import time
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
-from typing import Final, Literal, Protocol
+from datetime import datetime
+from typing import Any, Final, Generic, Literal, Protocol, TypeVar
 
-import msgspec
 import structlog
 
+from bus import job_rules as rules
 from bus import messages as m
 from bus.client import Client
 from bus.errors import BusError, Conflict, NotFound, Overloaded, Unavailable
 from bus.instance import Instance
-from bus.subjects import JOB, JOB_CANCEL, JOB_RETRY, MODEL_IMPORT
+from bus.job_rules import Advance, Progress, Result
+from bus.subjects import JOB, JOB_CANCELS, JOB_RETRIES
 from bus.tasks import beside
-from services.candle.downloads import Progress, heals
 
-LEASE_S: Final = 10.0
 # Written when something has changed, but no more often; and otherwise as often as the lease needs.
 TELL_S: Final = 1.0
 RENEW_S: Final = 3.0
 QUEUED_MAX: Final = 1_000
 ENDED_MAX: Final = 1_000
-# Tries in a row that bring nothing; one that brings some bytes begins the count anew.
-FAILURES_MAX: Final = 8
-BACKOFF_FIRST_S: Final = 1.0
-BACKOFF_MAX_S: Final = 60.0
-# Where a part of the file lies has the first chance to go on with it.
-ELSEWHERE_S: Final = 3.0
 LOOK_S: Final = 1.0
 TIDY_S: Final = 3_600.0
 GIVE_BACK_S: Final = 3.0
 _WRITES: Final = 20
-_ENDED: Final = ("done", "failed", "cancelled")
+# What a job is about, for people.
+_THING: Final = {"import": "import", "gallery": "job of a dataset"}
 
-Stage = Literal["fetching", "storing", "validating", "loading"]
-Told = Callable[[Stage, Progress | None], None]
+Told = Callable[[m.JobStage, Progress | None], None]
+R = TypeVar("R", m.ImportModel, m.GalleryWork)
 
-log = structlog.get_logger("candle.jobs")
+log = structlog.get_logger("bus.jobs")
 
 
 class KeptError(Exception):
-    """It came, but is no sound model or cannot be loaded; it is kept as `added`."""
+    """It failed, but has led to something that is kept; the job says what."""
 
-    def __init__(self, cause: BusError, added: m.AddedModel) -> None:
+    def __init__(self, cause: BusError, result: Result) -> None:
         super().__init__(cause.message)
         self.cause = cause
-        self.added = added
+        self.result = result
 
 
-class Work(Protocol):
-    """What jobs are about."""
+class Work(Protocol[R]):
+    """What jobs of a kind are about."""
 
-    def checked(self, request: m.ImportModel) -> tuple[m.ImportModel, str | None]:
+    @property
+    def kind(self) -> Literal["import", "gallery"]:
+        """Which kind."""
+
+    def checked(self, request: R) -> tuple[R, str | None]:
         """Return a request without the password in it, and that; refuse what can never be done."""
 
-    async def carry(self, job: m.Job, secret: str | None, told: Told) -> m.AddedModel:
+    async def carry(self, job: m.Job, secret: str | None, told: Told) -> Result:
         """Do a job; what is there from an earlier try is gone on with."""
+
+    async def closed(self, job: m.Job) -> None:
+        """Remove what a job has left that has come to its end; its retry may need some of it."""
 
     async def tidy(self, live: set[str]) -> None:
         """Remove what jobs of old have left, but for these."""
@@ -98,15 +99,13 @@ class _Held:
 
     job: m.Job
     revision: int
-    bytes_before: int
-    stage: Stage | None = None
-    progress: Progress | None = None
+    advance: Advance
     told: bool = True
     cancel: asyncio.Event = field(default_factory=asyncio.Event)
 
 
-class Jobs:
-    """The jobs of a deployment, as far as this instance does them.
+class Jobs(Generic[R]):
+    """The jobs of a kind, as far as this instance does them.
 
     Args:
         client: The bus.
@@ -116,12 +115,12 @@ class Jobs:
     """
 
     def __init__(
-        self, client: Client, instance: Instance, work: Work, at_once: Callable[[], int]
+        self, client: Client, instance: Instance, work: Work[R], at_once: Callable[[], int]
     ) -> None:
         self._client = client
         self._instance = instance
         self._jobs = client.store.jobs
-        self._work = work
+        self._work: Work[R] = work
         self._at_once = at_once
         self._seen: dict[str, _Seen] = {}
         self._held: dict[str, _Held] = {}
@@ -132,11 +131,10 @@ class Jobs:
 
     @asynccontextmanager
     async def serving(self) -> AsyncGenerator[None]:
-        """Answer for jobs, and do them, while inside; left, what is unfinished is given back."""
+        """Do jobs, cancel and retry them, while inside; left, what is unfinished is given back."""
         async with (
-            self._instance.serving(MODEL_IMPORT, self.enter),
-            self._instance.serving(JOB_CANCEL, self.cancel),
-            self._instance.serving(JOB_RETRY, self.retry),
+            self._instance.serving(JOB_CANCELS[self._work.kind], self.cancel),
+            self._instance.serving(JOB_RETRIES[self._work.kind], self.retry),
         ):
             try:
                 async with beside(self._follow(), self._keep_taking(), self._keep_tidy()):
@@ -146,24 +144,17 @@ class Jobs:
 
     # --- What we are asked ------------------------------------------------------------------------
 
-    async def enter(self, request: m.ImportModel) -> m.Job:
+    async def enter(self, request: R) -> m.Job:
         """Queue a job; asked again with the same key, return the first one.
 
         Raises:
-            BusError: It can never be done: a denied or malformed address.
+            BusError: It can never be done: a denied or malformed address, for example.
             Conflict: The key was used for something else.
             Overloaded: Too many are queued.
         """
         request, secret = self._work.checked(request)
         await self._check_room()
-        now = m.now()
-        job = m.Job(
-            job=_id_for(request),
-            request=request,
-            created_at=now,
-            updated_at=now,
-            only=self._instance.id if secret else None,
-        )
+        job = rules.new(request, m.now(), only=self._instance.id if secret else None)
         if secret:
             self._remember(job.job, secret)
         try:
@@ -172,13 +163,14 @@ class Jobs:
             found = await self._jobs.get(job.job)
             if found is None or found.value is None:
                 raise
-            if found.value.request != request:
+            if rules.asked_of(found.value) != request:
                 raise Conflict(
-                    f"the key {request.key!r} has been used for another import, job {job.job}"
+                    f"the key {request.key!r} has been used for another {_THING[job.kind]}, job "
+                    f"{job.job}"
                 ) from None
             return found.value
         await self._is_now(job, revision)
-        log.info("job.queued", job=job.job, model=request.id)
+        log.info("job.queued", job=job.job, **_about(job))
         return job
 
     async def cancel(self, request: m.NameJob) -> m.Job:
@@ -187,7 +179,10 @@ class Jobs:
         Raises:
             NotFound: There is none.
         """
-        return await self._change(request.job, cancelled)
+        job = await self._change(request.job, rules.cancelled)
+        if job.state == "cancelled":
+            await self._close(job)
+        return job
 
     async def retry(self, request: m.NameJob) -> m.Job:
         """Queue a job again that failed or was cancelled.
@@ -198,7 +193,7 @@ class Jobs:
             Overloaded: Too many are queued.
         """
         await self._check_room()
-        return await self._change(request.job, again)
+        return await self._change(request.job, rules.again)
 
     async def _check_room(self) -> None:
         await self._caught_up.wait()
@@ -212,8 +207,10 @@ class Jobs:
     async def _change(self, name: str, change: Callable[[m.Job, datetime], m.Job]) -> m.Job:
         for _ in range(_WRITES):
             found = await self._jobs.get(name)
-            if found is None or found.value is None:
-                raise NotFound(f"there is no job {name!r}; jobs are kept for a week", field="job")
+            if found is None or found.value is None or found.value.kind != self._work.kind:
+                raise NotFound(
+                    f"there is no job {name!r} of this kind; jobs are kept for a week", field="job"
+                )
             job = change(found.value, m.now())
             if job is found.value:
                 return job
@@ -238,12 +235,14 @@ class Jobs:
             self._changed.set()
 
     def _see(self, job: m.Job, revision: int) -> None:
+        if job.kind != self._work.kind:
+            return
         seen = self._seen.get(job.job)
         if seen is not None and seen.revision >= revision:
             return
         self._seen[job.job] = _Seen(job, revision, time.monotonic())
         held = self._held.get(job.job)
-        if held is not None and job.cancelling and _same_try(job, held.job):
+        if held is not None and job.cancelling and rules.same_try(job, held.job):
             held.cancel.set()
 
     async def _is_now(self, job: m.Job, revision: int) -> None:
@@ -273,7 +272,7 @@ class Jobs:
     def _may_take(self, seen: _Seen) -> bool:
         if seen.job.job in self._held:
             return False
-        return takeable(
+        return rules.takeable(
             seen.job,
             self._instance.id,
             self._instance.host,
@@ -282,7 +281,7 @@ class Jobs:
         )
 
     async def _take(self, seen: _Seen) -> None:
-        job = taken(seen.job, self._instance.id, self._instance.host, m.now())
+        job = rules.taken(seen.job, self._instance.id, self._instance.host, m.now())
         try:
             revision = await self._jobs.update(job, seen.revision, job.job)
         except Conflict:
@@ -293,9 +292,10 @@ class Jobs:
             return
         await self._is_now(job, revision)
         if job.state != "running":
+            await self._close(job)
             return
-        log.info("job.taken", job=job.job, model=job.request.id, tries=job.tries)
-        held = self._held[job.job] = _Held(job, revision, bytes_before=job.bytes)
+        log.info("job.taken", job=job.job, tries=job.tries, **_about(job))
+        held = self._held[job.job] = _Held(job, revision, Advance.of(job))
         task = asyncio.create_task(self._carry(held))
         self._carrying.add(task)
 
@@ -312,43 +312,48 @@ class Jobs:
         """Do a job, and write down how it ended; unless it is no longer ours."""
         name = held.job.job
 
-        def told(stage: Stage, progress: Progress | None) -> None:
-            held.stage, held.told = stage, False
-            held.progress = progress or held.progress
+        def told(stage: m.JobStage, progress: Progress | None) -> None:
+            held.told = False
+            held.advance.to(stage, progress)
 
         try:
-            result = None
             try:
                 self._check_known(held.job)
                 async with beside(self._keep_lease(held)):
                     result = await self._work.carry(held.job, self._secrets.get(name), told)
             except _CancelledError:
                 await self._write(
-                    held, lambda job: ended(renewed_by(job, held, m.now()), "cancelled", m.now())
+                    held,
+                    lambda job: rules.ended(
+                        rules.renewed_by(job, held.advance, m.now()), "cancelled", m.now()
+                    ),
                 )
-                log.info("job.cancelled", job=name)
             except (KeptError, BusError) as error:
                 failure = error.cause if isinstance(error, KeptError) else error
-                added = error.added if isinstance(error, KeptError) else None
-                await self._write(held, lambda job: after(job, failure, added, held, m.now()))
+                kept = error.result if isinstance(error, KeptError) else None
+                await self._write(
+                    held, lambda job: rules.after(job, failure, kept, held.advance, m.now())
+                )
                 log.warning("job.failed", job=name, state=held.job.state, cause=failure.message)
             except Exception as error:
                 # Ours, and not what the job is about: said in the log with its traceback.
                 log.exception("job.broken", job=name)
                 why = f"{type(error).__name__}: the log of {self._instance.host} has the cause"
-                await self._write(held, lambda job: ended(job, "failed", m.now(), error=why))
+                await self._write(held, lambda job: rules.ended(job, "failed", m.now(), error=why))
             else:
                 done = result
                 await self._write(
-                    held,
-                    lambda job: ended(renewed_by(job, held, m.now()), "done", m.now(), result=done),
+                    held, lambda job: rules.finished(job, done, held.advance, m.now())
                 )
                 self._secrets.pop(name, None)
-                log.info("job.done", job=name, version=result.version)
+            if held.job.state in rules.ENDED:
+                log.info("job.ended", job=name, state=held.job.state, **_led_to(held.job))
+                await self._close(held.job)
         except asyncio.CancelledError:
-            with contextlib.suppress(TimeoutError, BusError, _LostError):
-                async with asyncio.timeout(GIVE_BACK_S):
-                    await self._write(held, lambda job: given_back(job, m.now()))
+            if held.job.state == "running":
+                with contextlib.suppress(TimeoutError, BusError, _LostError):
+                    async with asyncio.timeout(GIVE_BACK_S):
+                        await self._write(held, lambda job: rules.given_back(job, m.now()))
             raise
         except _LostError:
             log.warning("job.lost", job=name)
@@ -377,7 +382,7 @@ class Jobs:
                 continue
             held.told = True
             try:
-                await self._write(held, lambda job: renewed_by(job, held, m.now()))
+                await self._write(held, lambda job: rules.renewed_by(job, held.advance, m.now()))
                 renewed = time.monotonic()
             except Unavailable as error:
                 log.warning("job.untold", job=held.job.job, cause=error.message)
@@ -396,7 +401,11 @@ class Jobs:
                 revision = await self._jobs.update(job, held.revision, name)
             except Conflict:
                 found = await self._jobs.get(name)
-                if found is None or found.value is None or not _same_try(found.value, held.job):
+                if (
+                    found is None
+                    or found.value is None
+                    or not rules.same_try(found.value, held.job)
+                ):
                     raise _LostError from None
                 held.job, held.revision = found.value, found.revision
                 continue
@@ -404,6 +413,13 @@ class Jobs:
             await self._is_now(job, revision)
             return
         raise Unavailable(f"others keep changing job {name!r}")
+
+    async def _close(self, job: m.Job) -> None:
+        """Have what an ended job has left removed; what cannot be now, `tidy` removes later."""
+        try:
+            await self._work.closed(job)
+        except (BusError, OSError) as error:
+            log.warning("job.unclosed", job=job.job, cause=str(error))
 
     async def _give_back(self) -> None:
         carrying = list(self._carrying)
@@ -416,7 +432,7 @@ class Jobs:
     async def _keep_tidy(self) -> None:
         await self._caught_up.wait()
         while True:
-            live = {name for name, seen in self._seen.items() if seen.job.state not in _ENDED}
+            live = {name for name, seen in self._seen.items() if seen.job.state not in rules.ENDED}
             await self._work.tidy(live)
             with contextlib.suppress(BusError):
                 await self._forget_old()
@@ -427,7 +443,7 @@ class Jobs:
 
     async def _forget_old(self) -> None:
         """Delete ended jobs beyond the last thousand: the bucket has a limit."""
-        over = [one for one in self._seen.values() if one.job.state in _ENDED]
+        over = [one for one in self._seen.values() if one.job.state in rules.ENDED]
         over.sort(key=lambda one: one.job.updated_at)
         for one in over[: max(0, len(over) - ENDED_MAX)]:
             with contextlib.suppress(Conflict):
@@ -439,9 +455,9 @@ class Jobs:
         found = [
             one
             for one in self._seen.values()
-            if one.job.state not in _ENDED
+            if one.job.state not in rules.ENDED
             and one.job.only not in (None, ours)
-            and time.monotonic() - one.since > LEASE_S
+            and time.monotonic() - one.since > rules.LEASE_S
         ]
         if not found:
             return
@@ -455,7 +471,7 @@ class Jobs:
                 "the address had a password in it, and the instance that knew it is gone; ask for "
                 "it again, or put it into import_credentials"
             )
-            job = ended(one.job, "failed", m.now(), error=why)
+            job = rules.ended(one.job, "failed", m.now(), error=why)
             with contextlib.suppress(Conflict):
                 await self._is_now(job, await self._jobs.update(job, one.revision, job.job))
 
@@ -465,183 +481,14 @@ class Jobs:
             self._secrets.popitem(last=False)
 
 
-# --- What becomes of a job ------------------------------------------------------------------------
+def _about(job: m.Job) -> dict[str, Any]:
+    """Return what the log says of what a job is about."""
+    if job.request is not None:
+        return {"model": job.request.id}
+    return {"dataset": job.gallery.dataset, "action": job.gallery.action} if job.gallery else {}
 
 
-def takeable(job: m.Job, instance: str, host: str, *, unchanged_s: float, now: datetime) -> bool:
-    """Tell whether an instance may take up a job that was last seen to change so long ago."""
-    if job.only not in (None, instance):
-        return False
-    elsewhere = job.host not in (None, host) and job.bytes > 0
-    patience_s = ELSEWHERE_S if elsewhere else 0.0
-    if job.state == "running":
-        return unchanged_s > LEASE_S + patience_s
-    if job.state != "queued":
-        return False
-    due = job.retry_at or job.updated_at
-    return now >= due and unchanged_s >= patience_s
-
-
-def taken(job: m.Job, instance: str, host: str, now: datetime) -> m.Job:
-    """Return a job as it is when an instance takes it up.
-
-    One whose worker died is counted as a try that failed, so that a job that kills its worker does
-    not kill them all; one that was to be cancelled ends.
-    """
-    died = job.state == "running"
-    if died and job.cancelling:
-        return ended(job, "cancelled", now)
-    failures = job.failures + 1 if died else job.failures
-    if failures >= FAILURES_MAX:
-        why = f"whoever took it up was gone before it was done, {failures} times"
-        return ended(job, "failed", now, error=why)
-    return msgspec.structs.replace(
-        job,
-        state="running",
-        instance=instance,
-        host=host,
-        started_at=now,
-        updated_at=now,
-        lease_until=now + timedelta(seconds=LEASE_S),
-        tries=job.tries + 1,
-        failures=failures,
-        retry_at=None,
-        stage="fetching",
-    )
-
-
-def renewed_by(job: m.Job, held: _Held, now: datetime) -> m.Job:
-    """Return a job with its lease renewed, and how far it is."""
-    job = msgspec.structs.replace(
-        job,
-        updated_at=now,
-        lease_until=now + timedelta(seconds=LEASE_S),
-        stage=held.stage or job.stage,
-    )
-    if (progress := held.progress) is None:
-        return job
-    fetching = held.stage == "fetching"
-    return msgspec.structs.replace(
-        job,
-        failures=0 if progress.bytes > held.bytes_before else job.failures,
-        bytes=progress.bytes,
-        total_bytes=progress.total_bytes,
-        bytes_per_s=progress.bytes_per_s if fetching else None,
-        eta_s=progress.eta_s if fetching else None,
-    )
-
-
-def after(
-    job: m.Job, error: BusError, added: m.AddedModel | None, held: _Held, now: datetime
-) -> m.Job:
-    """Return a job whose try has failed: queued again where that may help, or failed."""
-    job = renewed_by(job, held, now)
-    if job.cancelling:
-        return ended(job, "cancelled", now)
-    failures = job.failures + 1
-    job = msgspec.structs.replace(job, failures=failures)
-    if not heals(error) or failures >= FAILURES_MAX:
-        return ended(job, "failed", now, error=error.message, result=added)
-    wait_s = max(backoff_s(failures), error.retry_after_s or 0.0)
-    return msgspec.structs.replace(
-        _free(job, now),
-        state="queued",
-        retry_at=now + timedelta(seconds=wait_s),
-        error=error.message,
-    )
-
-
-def backoff_s(failures: int) -> float:
-    """Return how long to wait after so many tries that brought nothing."""
-    return min(BACKOFF_MAX_S, BACKOFF_FIRST_S * 2.0 ** (failures - 1))
-
-
-def given_back(job: m.Job, now: datetime) -> m.Job:
-    """Return a job that its worker leaves to others: it has not failed."""
-    if job.cancelling:
-        return ended(job, "cancelled", now)
-    return msgspec.structs.replace(_free(job, now), state="queued", tries=job.tries - 1)
-
-
-def cancelled(job: m.Job, now: datetime) -> m.Job:
-    """Return a job that somebody wants to end; whoever does it sees that."""
-    if job.state in _ENDED or job.cancelling:
-        return job
-    if job.state == "queued":
-        return ended(job, "cancelled", now)
-    return msgspec.structs.replace(job, cancelling=True, updated_at=now)
-
-
-def again(job: m.Job, now: datetime) -> m.Job:
-    """Return a job that failed or was cancelled as one to do.
-
-    Raises:
-        Conflict: It has not ended, or is done.
-    """
-    if job.state not in ("failed", "cancelled"):
-        raise Conflict(
-            f"job {job.job!r} is {job.state}; what failed or was cancelled can be tried again"
-        )
-    return msgspec.structs.replace(
-        _free(job, now),
-        state="queued",
-        ended_at=None,
-        retry_at=None,
-        failures=0,
-        cancelling=False,
-        error=None,
-        result=None,
-    )
-
-
-def ended(
-    job: m.Job,
-    state: Literal["done", "failed", "cancelled"],
-    now: datetime,
-    *,
-    error: str | None = None,
-    result: m.AddedModel | None = None,
-) -> m.Job:
-    """Return a job that has come to an end."""
-    return msgspec.structs.replace(
-        job,
-        state=state,
-        ended_at=now,
-        updated_at=now,
-        lease_until=None,
-        retry_at=None,
-        bytes_per_s=None,
-        eta_s=None,
-        cancelling=False,
-        error=error,
-        result=result,
-    )
-
-
-def _free(job: m.Job, now: datetime) -> m.Job:
-    """Return a job that nobody has. Its host stays: a part of the file may lie there."""
-    return msgspec.structs.replace(
-        job,
-        updated_at=now,
-        instance=None,
-        lease_until=None,
-        started_at=None,
-        stage=None,
-        bytes_per_s=None,
-        eta_s=None,
-    )
-
-
-def _same_try(one: m.Job, other: m.Job) -> bool:
-    return (
-        one.state == "running"
-        and one.instance == other.instance
-        and one.started_at == other.started_at
-    )
-
-
-def _id_for(request: m.ImportModel) -> str:
-    """Return a job's id: the same one for the same key of the same caller."""
-    if request.key is None:
-        return secrets.token_hex(10)
-    return hashlib.sha256(f"{request.by or ''}\0{request.key}".encode()).hexdigest()[:20]
+def _led_to(job: m.Job) -> dict[str, Any]:
+    if job.result is not None:
+        return {"version": job.result.version}
+    return {"entries": job.gallery_result.entries} if job.gallery_result else {}

@@ -1,0 +1,176 @@
+"""A dataset embedded anew, by the embedder of today, from the images that it has kept."""
+
+import asyncio
+import contextlib
+import os
+from typing import Any, Final, Protocol
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from bus import messages as m
+from bus.artefacts import Artefacts
+from bus.errors import BusError, Conflict, InvalidRequest, NotFound, Unavailable
+from bus.jobs import Told
+from bus.tasks import to_its_end
+from services.rustyface.files import BATCH
+from services.rustyface.galleries import Galleries, NewEntry
+from services.rustyface.imports import Pace
+
+Floats = npt.NDArray[np.float32]
+
+TOLD_MAX: Final = 100
+# So many images are embedded before their vectors are stored.
+STEP: Final = 32
+IMAGE_MAX_BYTES: Final = 64 * 1024 * 1024
+
+
+class Encoder(Protocol):
+    """What turns an image file into a vector; blocks."""
+
+    @property
+    def name(self) -> str:
+        """Of the embedder."""
+
+    @property
+    def digest(self) -> str:
+        """Which version of it."""
+
+    @property
+    def dimensions(self) -> int:
+        """Of its vectors."""
+
+    def encode(self, data: bytes) -> tuple[Floats, Any]:
+        """Return the vector that stands for an image, and the faces in it."""
+
+
+class Reembed:
+    """Makes a new dataset of the kept images of another.
+
+    Args:
+        store: Where the images are.
+        galleries: Where both datasets are.
+        encoder: The embedder of today.
+    """
+
+    def __init__(self, store: Artefacts, galleries: Galleries, encoder: Encoder) -> None:
+        self._store = store
+        self._galleries = galleries
+        self._encoder = encoder
+        self._at_once = asyncio.Semaphore(os.cpu_count() or 1)
+
+    async def carry(self, job: m.Job, work: m.GalleryWork, told: Told) -> m.GalleryWorkDone:
+        """Embed every kept image; what an earlier try has enrolled is gone on from.
+
+        Ids, persons, metadata and times are those of the old entries. What has no image, and what
+        the embedder finds no face in, is left out and named.
+
+        Raises:
+            NotFound: There is no such dataset.
+            Conflict: The new one is there already, and not of this job.
+            BusError: The entries could not be stored.
+        """
+        source, into = work.dataset, work.into
+        if into is None:
+            raise InvalidRequest("reembed needs the new dataset, into", field="into")
+        await self._galleries.wait(await self._galleries.newest())
+        record = await self._begun(job, work, into)
+        ids = self._galleries.ids(source)
+        pace = Pace(told, "embedding", len(ids))
+        added = skipped = 0
+        failed: list[str] = []
+        for first in range(0, len(ids), STEP):
+            part = ids[first : first + STEP]
+            have = {one.id for one in self._galleries.picked(into, part)}
+            entries = self._galleries.picked(source, part)
+            embedded = await asyncio.gather(
+                *(self._embedded(e, record.id) for e in entries if e.id not in have)
+            )
+            fresh = [one for one in embedded if isinstance(one, NewEntry)]
+            said = [one for one in embedded if isinstance(one, str)]
+            if fresh:
+                await self._galleries.enrol_many(into, fresh, existing="skip", by=work.by)
+            added += len(fresh) + len(have)
+            skipped += len(said)
+            failed += said[: TOLD_MAX - len(failed)]
+            pace.to(first + len(part))
+        added -= await self._without_deleted(source, into, record.id, work.by)
+        end = msgspec.structs.replace(record, state="done", added=added, skipped=skipped)
+        revision = await self._galleries.end_import(into, end)
+        return m.GalleryWorkDone(
+            entries=len(ids), added=added, skipped=skipped, failed=failed, revision=revision
+        )
+
+    async def closed(self, job: m.Job, work: m.GalleryWork) -> None:
+        """Say of a new dataset whose making was given up that it is not whole."""
+        if work.into is None or work.into not in self._galleries or job.state == "done":
+            return
+        for record in await self._galleries.imports(work.into):
+            if record.id == job.job and record.state == "running":
+                failed = msgspec.structs.replace(record, state="failed")
+                await self._galleries.end_import(work.into, failed)
+
+    async def _begun(self, job: m.Job, work: m.GalleryWork, into: str) -> m.GalleryImport:
+        """Make the new dataset, or find the one that an earlier try has made."""
+        settings = await self._galleries.settings(work.dataset)
+        record = m.GalleryImport(
+            id=job.job, at=m.now(), source=work.dataset, format="reembed", by=work.by
+        )
+        if into in self._galleries:
+            known = [one for one in await self._galleries.imports(into) if one.id == job.job]
+            if known:
+                return known[0]
+            if self._galleries.ids(into):
+                raise Conflict(
+                    f"there is a dataset {into!r} already; reembed makes a new one", field="into"
+                )
+        # Cosines of another embedder mean something else.
+        fresh = msgspec.structs.replace(settings, threshold=None, verify_threshold=None)
+        await self._galleries.create(into, settings=fresh, by=work.by)
+        await self._galleries.begin_import(into, record)
+        return record
+
+    async def _embedded(self, entry: m.EntryInfo, imported: str) -> NewEntry | str:
+        """Return an entry with its new vector; or a sentence that says why it has none."""
+        if entry.image is None:
+            return f"{entry.id}: its image was not kept"
+        async with self._at_once:
+            try:
+                size = await self._store.size(entry.image)
+                if size is None or size > IMAGE_MAX_BYTES:
+                    return f"{entry.id}: its image {entry.image} is gone"
+                data = b"".join([block async for block in self._store.read(entry.image)])
+                vector, _ = await to_its_end(self._encoder.encode, data)
+            except Unavailable:
+                raise
+            except BusError as error:
+                return f"{entry.id}: {error.message}"
+        if not vector.any():
+            return f"{entry.id}: its image is all black, it has no vector"
+        return NewEntry(
+            id=entry.id,
+            vector=vector,
+            metadata=entry.metadata,
+            subject=entry.subject,
+            image=entry.image,
+            quality=entry.quality,
+            imported=imported,
+            at=entry.last_seen,
+        )
+
+    async def _without_deleted(self, source: str, into: str, imported: str, by: str | None) -> int:
+        """Remove from the new dataset what was removed from the old one meanwhile; say how much."""
+        await self._galleries.wait(await self._galleries.newest())
+        gone = 0
+        ids = self._galleries.ids(into)
+        for first in range(0, len(ids), BATCH):
+            part = ids[first : first + BATCH]
+            there = {one.id for one in self._galleries.picked(source, part)}
+            for entry in self._galleries.picked(into, part):
+                if entry.id in there or entry.imported != imported:
+                    continue
+                with contextlib.suppress(NotFound):
+                    await self._galleries.remove(into, entry.id, by=by)
+                    gone += 1
+        return gone

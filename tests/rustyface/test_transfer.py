@@ -1,0 +1,602 @@
+"""Jobs of datasets: in and out whole, whoever dies; what was deleted lies nowhere any more."""
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+
+from bus import job_rules
+from bus import jobs as jobs_module
+from bus import messages as m
+from bus.client import connect
+from bus.errors import Conflict, InvalidRequest, NotFound
+from bus.instance import join
+from bus.subjects import DATASET_JOB_CANCEL, DATASET_JOB_RETRY
+from bus.tasks import beside
+from bus.testing import until
+from services.rustyface import exports as exports_module
+from services.rustyface import leftovers as leftovers_module
+from services.rustyface.embedding import Pixel32
+from services.rustyface.files import Head, Row, writer
+from services.rustyface.galleries import Galleries, NewEntry, Query
+from services.rustyface.images import decode
+from services.rustyface.manage import Manage
+from services.rustyface.transfer import GalleryJobs, take_in
+
+REPOSITORY = Path(__file__).parents[2]
+D = 8
+LARGE = 8_000
+FORMATS = ("json", "npz", "parquet")
+
+
+class Tiny:
+    """Names vectors of eight values; asked for none."""
+
+    name, digest, dimensions = "tiny", "t1", D
+
+    def encode(self, data: bytes):
+        raise AssertionError(data)
+
+
+class Pixels:
+    """Embeds whole pictures, really."""
+
+    name, digest, dimensions = "pixel32", Pixel32.digest, 1024
+
+    def encode(self, data: bytes):
+        return Pixel32().embed([decode(data)])[0], []
+
+
+class Worker:
+    def __init__(self, client, galleries, jobs) -> None:
+        self.client, self.galleries, self.jobs = client, galleries, jobs
+
+    async def do(self, action, dataset, state="done", **more) -> m.Job:
+        """Have a job done, and return it when it has ended."""
+        job = await self.jobs.enter(m.GalleryWork(action=action, dataset=dataset, **more))
+        return await ended_as(self.client, job, state)
+
+
+@pytest.fixture
+def worker(client, settings, tmp_path):
+    """Start what does jobs of datasets in a rustyface."""
+
+    @contextlib.asynccontextmanager
+    async def start(slot=0, encoder=None, at_once=1):
+        here = msgspec.structs.replace(settings, slot=slot)
+        encoder = encoder or Tiny()
+        async with (
+            connect(here.nats_url, name="rustyface", root=here.root) as own,
+            join(own, here, plugin="rustyface", description="a test") as instance,
+        ):
+            store = own.store
+            galleries = Galleries(
+                store.galleries,
+                own.root,
+                encoder.name,
+                encoder.dimensions,
+                digest=encoder.digest,
+                changes=store.changes,
+            )
+            folder = tmp_path / f"transfers-{slot}"
+            jobs = GalleryJobs(own, instance, galleries, encoder, folder, lambda: at_once)
+            async with beside(galleries.run()):
+                await galleries.caught_up.wait()
+                async with jobs.serving():
+                    yield Worker(own, galleries, jobs)
+
+    return start
+
+
+@pytest.fixture
+def hurried(monkeypatch):
+    """Leases are short, and news are told often."""
+    monkeypatch.setattr(job_rules, "LEASE_S", 1.5)
+    monkeypatch.setattr(jobs_module, "RENEW_S", 0.3)
+    monkeypatch.setattr(jobs_module, "TELL_S", 0.05)
+
+
+async def now_of(client, job: m.Job) -> m.Job:
+    return (await client.store.jobs.get(job.job)).value
+
+
+async def ended_as(client, job: m.Job, state: str, timeout_s: float = 60) -> m.Job:
+    async def has_ended() -> bool:
+        return (await now_of(client, job)).state in ("done", "failed", "cancelled")
+
+    await until(has_ended, timeout_s)
+    found = await now_of(client, job)
+    assert found.state == state, found
+    return found
+
+
+async def writing(client, job: m.Job) -> m.Job:
+    async def is_writing() -> bool:
+        now = await now_of(client, job)
+        return now.stage == "writing" and now.entries > 0
+
+    await until(is_writing, 60)
+    return await now_of(client, job)
+
+
+def vector(*values: float) -> np.ndarray:
+    wide = np.zeros(D)
+    wide[: len(values)] = values
+    return np.asarray(wide / np.linalg.norm(wide), np.float32)
+
+
+def rows_of(count: int) -> list[Row]:
+    random = np.random.default_rng(11)
+    made = random.normal(size=(count, D))
+    made /= np.linalg.norm(made, axis=1, keepdims=True)
+    return [Row(f"e{i}", made[i].astype(np.float32), {"n": i}) for i in range(count)]
+
+
+def as_file(path: Path, rows, kind="npz", head=None) -> Path:
+    file = writer(path, kind, head or Head(), D)
+    file.add(rows)
+    file.finish()
+    return path
+
+
+async def uploaded(client, path: Path) -> str:
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()  # noqa: ASYNC240
+    await client.store.faces.put(digest, path)
+    return digest
+
+
+async def stored(client) -> set[str]:
+    return {one.digest for one in await client.store.faces.all()}
+
+
+async def in_stream(client, galleries, dataset: str) -> list[str]:
+    """Return the ids of a dataset as a replica that begins anew reads them from the stream."""
+    anew = Galleries(client.store.galleries, client.root, "tiny", D)
+    async with beside(anew.run()):
+        await anew.caught_up.wait()
+        assert anew.ids(dataset) == galleries.ids(dataset)
+        return anew.ids(dataset)
+
+
+async def answers(galleries, dataset, query):
+    found = await galleries.search(dataset, Query(vector=query, k=5, threshold=-1, revision=None))
+    return [
+        (one.entry.id, round(one.score, 6), one.entry.subject, one.entry.metadata,
+         one.entry.last_seen, one.entry.quality)
+        for one in found.matches
+    ]  # fmt: skip
+
+
+# --- There and back -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+async def test_a_dataset_that_goes_and_comes_back_answers_the_same(client, worker, tmp_path, kind):
+    async with worker() as at:
+        await at.galleries.create("people")
+        entries = [
+            NewEntry(id="a/1", vector=vector(1, 2), metadata={"x": [1, None]}, subject="Ada"),
+            NewEntry(id="a/2", vector=vector(1, 2.1), subject="Ada", quality={"yaw": 3.5}),
+            NewEntry(id="ç", vector=vector(-1, 0, 4), metadata="text", subject="Çelik", at=m.now()),
+            NewEntry(id="nobody", vector=vector(0, 0, 0, 1)),
+        ]
+        await at.galleries.enrol_many("people", entries, existing="skip")
+        await at.galleries.move_subjects("people", ["Ada"], "Ada L.")
+        out = (await at.do("export", "people", format=kind)).gallery_result
+        assert (out.entries, out.file_name.rsplit(".", 1)[1]) == (4, kind)
+        assert out.size_bytes == await client.store.faces.size(out.artefact)
+        done = await at.do("import", "copy", artefact=out.artefact)
+        assert (done.gallery_result.entries, done.gallery_result.added) == (4, 4)
+        for query in (vector(1, 2), vector(-1, 0, 3), vector(0, 0, 1, 1)):
+            said = await answers(at.galleries, "people", query)
+            assert said == await answers(at.galleries, "copy", query)
+            assert len(said) == 4
+        assert {one[2] for one in said} == {"Ada L.", "Çelik", None}
+    assert not [p for p in tmp_path.rglob("*") if p.is_file() and "transfers" in str(p)]
+
+
+async def test_progress_is_told_in_entries(client, worker, tmp_path, hurried):
+    artefact = await uploaded(client, as_file(tmp_path / "f", rows_of(LARGE)))
+    async with worker() as at:
+        job = await at.jobs.enter(m.GalleryWork(action="import", dataset="d", artefact=artefact))
+        on_its_way = await writing(client, job)
+        assert (on_its_way.total_entries, on_its_way.bytes) == (LARGE, 0)
+        done = await ended_as(client, job, "done")
+    assert (done.entries, done.total_entries, done.entries_per_s) == (LARGE, LARGE, None)
+    assert done.gallery_result.added == LARGE
+
+
+async def test_the_file_of_an_import_goes_with_its_end(client, worker, tmp_path):
+    artefact = await uploaded(client, as_file(tmp_path / "f", rows_of(3)))
+    async with worker() as at:
+        await at.do("import", "d", artefact=artefact)
+
+        async def is_gone() -> bool:
+            return artefact not in await stored(client)
+
+        await until(is_gone)
+
+
+async def test_a_file_that_two_imports_need_stays_for_the_second(client, worker, tmp_path):
+    artefact = await uploaded(client, as_file(tmp_path / "f", rows_of(3)))
+    async with worker(at_once=1) as at:
+        asked = [m.GalleryWork(action="import", dataset=d, artefact=artefact) for d in ("a", "b")]
+        jobs = [await at.jobs.enter(one) for one in asked]
+        for job in jobs:
+            await ended_as(client, job, "done")
+        assert at.galleries.ids("a") == at.galleries.ids("b") == ["e0", "e1", "e2"]
+
+
+# --- All or nothing -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+async def test_one_bad_entry_keeps_the_whole_file_out(client, worker, tmp_path, kind):
+    rows = rows_of(2_500)
+    rows[2_345] = rows[2_345]._replace(vector=np.full(D, np.nan, np.float32))
+    artefact = await uploaded(client, as_file(tmp_path / "f", rows, kind))
+    async with worker() as at:
+        failed = await at.do("import", "d", "failed", artefact=artefact)
+        assert "entry 2,345" in failed.error
+        assert failed.tries == 1
+        assert "d" not in at.galleries
+
+
+async def test_an_id_that_comes_twice_is_refused_with_both_places(client, worker, tmp_path):
+    rows = rows_of(1_500)
+    rows[1_400] = rows[1_400]._replace(id="e7")
+    artefact = await uploaded(client, as_file(tmp_path / "f", rows))
+    async with worker() as at:
+        failed = await at.do("import", "d", "failed", artefact=artefact)
+    assert failed.error == "entry 1,400 ('e7'): its id is that of entry 7 already"
+
+
+async def test_vectors_of_another_embedder_are_refused(client, worker, tmp_path):
+    file = as_file(tmp_path / "f", rows_of(2), head=Head(embedder="sface"))
+    artefact = await uploaded(client, file)
+    async with worker() as at:
+        failed = await at.do("import", "d", "failed", artefact=artefact)
+    assert "vectors of sface, this worker makes those of tiny" in failed.error
+
+
+async def test_vectors_of_another_version_of_the_embedder_are_refused(client, worker, tmp_path):
+    head = Head(embedder="tiny", embedder_digest="t2")
+    for kind in FORMATS:
+        artefact = await uploaded(client, as_file(tmp_path / kind, rows_of(2), kind, head))
+        async with worker() as at:
+            failed = await at.do("import", "d", "failed", artefact=artefact)
+        assert "another version of tiny, t2; this worker's is t1" in failed.error
+
+
+@pytest.mark.parametrize(("existing", "counts", "n"), [
+    ("skip", (2, 0, 1), 100), ("replace", (2, 1, 0), 0),
+])  # fmt: skip
+async def test_entries_that_are_there_are_left_or_replaced(
+    client, worker, tmp_path, existing, counts, n
+):
+    artefact = await uploaded(client, as_file(tmp_path / "f", rows_of(3)))
+    async with worker() as at:
+        await at.galleries.create("d")
+        await at.galleries.enrol("d", NewEntry(id="e0", vector=vector(1), metadata={"n": 100}))
+        done = (await at.do("import", "d", artefact=artefact, existing=existing)).gallery_result
+        assert (done.added, done.replaced, done.skipped) == counts
+        [there] = at.galleries.picked("d", ["e0"])
+        assert there.metadata == {"n": n}
+
+
+async def test_an_import_that_may_meet_nothing_fails_before_it_begins(client, worker, tmp_path):
+    artefact = await uploaded(client, as_file(tmp_path / "f", rows_of(1_200)))
+    async with worker() as at:
+        await at.galleries.create("d")
+        await at.galleries.enrol("d", NewEntry(id="e1100", vector=vector(1)))
+        failed = await at.do("import", "d", "failed", artefact=artefact, existing="fail")
+        assert "has an entry 'e1100' already" in failed.error
+        assert at.galleries.ids("d") == ["e1100"]
+
+
+async def test_an_import_can_be_undone(client, worker, tmp_path):
+    artefact = await uploaded(client, as_file(tmp_path / "f", rows_of(3)))
+    async with worker() as at:
+        await at.galleries.create("d")
+        await at.galleries.enrol("d", NewEntry(id="mine", vector=vector(1)))
+        job = await at.do("import", "d", artefact=artefact, by="ann")
+        [record] = await at.galleries.imports("d")
+        assert (record.id, record.state, record.added, record.by) == (job.job, "done", 3, "ann")
+        assert (await at.galleries.undo_import("d", record.id))[0] == 3
+        assert at.galleries.ids("d") == ["mine"]
+
+
+# --- Whoever dies ---------------------------------------------------------------------------------
+
+
+async def test_an_import_whose_worker_is_killed_is_ended_by_another_without_doubles(
+    client, settings, worker, tmp_path, hurried
+):
+    artefact = await uploaded(client, as_file(tmp_path / "f", rows_of(LARGE)))
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, str(Path(__file__).parents[1] / "data" / "transfer_worker.py"),
+        settings.nats_url, settings.root, str(tmp_path / "other"), str(D), cwd=REPOSITORY,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+    )  # fmt: skip
+    try:
+        async with worker(at_once=0) as at:
+            asked = m.GalleryWork(action="import", dataset="d", artefact=artefact)
+            job = await at.jobs.enter(asked)
+            held = await writing(client, job)
+            os.kill(process.pid, signal.SIGKILL)
+            await process.wait()
+            assert (await now_of(client, job)).state == "running"
+        async with worker(slot=1) as at:
+            done = await ended_as(client, job, "done", 90)
+            assert (done.tries, done.instance != held.instance) == (2, True)
+            assert done.gallery_result.added == LARGE
+            found = await in_stream(client, at.galleries, "d")
+            assert found == sorted(f"e{i}" for i in range(LARGE))
+            # No entry was stored twice: a stored one has one event, its own.
+            assert at.galleries.revision < 1.2 * LARGE
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+
+
+async def test_a_worker_that_leaves_gives_its_import_to_another(client, worker, tmp_path, hurried):
+    artefact = await uploaded(client, as_file(tmp_path / "f", rows_of(LARGE)))
+    async with worker() as at:
+        asked = m.GalleryWork(action="import", dataset="d", artefact=artefact, existing="fail")
+        job = await at.jobs.enter(asked)
+        await writing(client, job)
+    assert (await now_of(client, job)).state == "queued"
+    async with worker(slot=1) as at:
+        done = await ended_as(client, job, "done")
+        # What is there is its own: nothing to fail at.
+        assert (done.gallery_result.added, len(at.galleries.ids("d"))) == (LARGE, LARGE)
+
+
+async def test_a_cancelled_import_leaves_nothing_and_can_be_tried_again(
+    client, worker, tmp_path, hurried
+):
+    artefact = await uploaded(client, as_file(tmp_path / "f", rows_of(5_000)))
+    async with worker() as at:
+        job = await at.jobs.enter(m.GalleryWork(action="import", dataset="d", artefact=artefact))
+        await writing(client, job)
+        await client.call(DATASET_JOB_CANCEL, m.NameJob(job=job.job))
+        await ended_as(client, job, "cancelled")
+        await until(lambda: at.galleries.ids("d") == [])
+        assert [one.state for one in await at.galleries.imports("d")] == ["undone"]
+        assert await in_stream(client, at.galleries, "d") == []
+        assert (await client.call(DATASET_JOB_RETRY, m.NameJob(job=job.job))).state == "queued"
+        await ended_as(client, job, "done", 90)
+        assert len(await in_stream(client, at.galleries, "d")) == 5_000
+
+
+# --- What can be asked ----------------------------------------------------------------------------
+
+
+async def test_what_cannot_be_done_is_refused_at_once_by_its_field(client, worker):
+    async with worker() as at:
+        await at.galleries.create("d")
+        for error, field, work in (
+            (InvalidRequest, "artefact", {"action": "import", "dataset": "d"}),
+            (InvalidRequest, "artefact", {"action": "import", "dataset": "d", "artefact": "x"}),
+            (NotFound, "artefact", {"action": "import", "dataset": "d", "artefact": "ab" * 32}),
+            (NotFound, "dataset", {"action": "export", "dataset": "e"}),
+            (InvalidRequest, "into", {"action": "reembed", "dataset": "d"}),
+            (InvalidRequest, "into", {"action": "reembed", "dataset": "d", "into": "d"}),
+            (InvalidRequest, "into", {"action": "reembed", "dataset": "d", "into": " "}),
+        ):
+            with pytest.raises(error) as raised:
+                await at.jobs.enter(m.GalleryWork(**work))
+            assert raised.value.field == field
+        assert await client.store.jobs.all() == []
+
+
+async def test_a_key_makes_two_requests_one_job(client, worker):
+    async with worker(at_once=0) as at:
+        await at.galleries.create("d")
+        work = m.GalleryWork(action="export", dataset="d", key="k", by="ann")
+        first = await at.jobs.enter(work)
+        assert (await at.jobs.enter(work)).job == first.job
+        with pytest.raises(Conflict, match="has been used for another job of a dataset"):
+            await at.jobs.enter(msgspec.structs.replace(work, format="npz"))
+
+
+async def test_a_key_gives_the_first_job_though_its_file_has_gone(client, worker, tmp_path):
+    artefact = await uploaded(client, as_file(tmp_path / "f", rows_of(3)))
+    async with worker() as at:
+        done = await at.do("import", "d", artefact=artefact, key="k")
+
+        async def is_gone() -> bool:
+            return artefact not in await stored(client)
+
+        await until(is_gone)
+        again = await at.do("import", "d", artefact=artefact, key="k")
+    assert (again.job, again.tries) == (done.job, 1)
+
+
+async def test_jobs_of_models_are_left_to_others(client, worker):
+    request = m.ImportModel(id="m", url="https://example.org/m.json")
+    model = m.Job(job="a1", request=request, created_at=m.now(), updated_at=m.now())
+    await client.store.jobs.put(model, "a1")
+    async with worker() as at:
+        with pytest.raises(NotFound, match="no job 'a1' of this kind"):
+            await client.call(DATASET_JOB_CANCEL, m.NameJob(job="a1"))
+        await at.galleries.create("d")
+        await at.do("export", "d")
+    assert await now_of(client, model) == model
+
+
+# --- What must not stay ---------------------------------------------------------------------------
+
+
+async def test_an_export_goes_when_somebody_is_deleted(client, worker):
+    async with worker() as at:
+        for name in ("d", "other"):
+            await at.galleries.create(name)
+            await at.galleries.enrol(name, NewEntry(id="a", vector=vector(1), subject="Ada"))
+        gone = (await at.do("export", "d")).gallery_result.artefact
+        kept = (await at.do("export", "other")).gallery_result.artefact
+        assert {gone, kept} <= await stored(client)
+        manage = Manage(at.galleries, at.jobs, lambda _: (0.4, 0.4), lambda *_: None)
+        asked = m.ManageDataset(action="remove-subject", dataset="d", subject="Ada")
+        assert (await manage.answer(asked)).affected == 1
+        assert await stored(client) == {kept}
+
+
+async def test_an_export_that_runs_while_somebody_is_deleted_ends_without_a_file(
+    client, worker, hurried
+):
+    async with worker() as at:
+        await at.galleries.create("d")
+        entries = [NewEntry(id=r.id, vector=r.vector) for r in rows_of(LARGE)]
+        await at.galleries.enrol_many("d", entries, existing="skip")
+        job = await at.jobs.enter(m.GalleryWork(action="export", dataset="d"))
+
+        async def is_running() -> bool:
+            return (await now_of(client, job)).state == "running"
+
+        await until(is_running)
+        await at.jobs.drop_exports("d")
+        ended = await ended_as(client, job, "cancelled")
+        assert "somebody was deleted" in ended.error
+
+        async def nothing_is_stored() -> bool:
+            return await stored(client) == set()
+
+        await until(nothing_is_stored)
+
+
+async def test_an_export_has_an_hour(client, worker, monkeypatch):
+    async with worker() as at:
+        await at.galleries.create("d")
+        job = await at.do("export", "d")
+        exports = at.jobs._work.exports
+        await exports.drop_old()
+        assert await stored(client) == {job.gallery_result.artefact}
+        monkeypatch.setattr(exports_module, "KEPT", exports_module.KEPT * 0)
+        await exports.drop_old()
+        assert await stored(client) == set()
+
+
+async def test_leftovers_are_deleted_and_what_is_needed_stays(
+    client, worker, tmp_path, monkeypatch
+):
+    paths = {name: tmp_path / name for name in ("unused", "waiting", "image")}
+    for name, path in paths.items():
+        path.write_bytes(name.encode())
+    digests = {name: await uploaded(client, path) for name, path in paths.items()}
+    async with worker(at_once=0) as at:
+        await at.galleries.create("d")
+        entry = NewEntry(id="a", vector=vector(1), image=digests["image"])
+        await at.galleries.enrol("d", entry)
+        work = m.GalleryWork(action="import", dataset="d", artefact=digests["waiting"])
+        job = await at.jobs.enter(work)
+        clear = at.jobs._leftovers.clear
+        await clear()
+        assert await stored(client) == set(digests.values())
+        monkeypatch.setattr(leftovers_module, "YOUNG", leftovers_module.YOUNG * 0)
+        await clear()
+        assert await stored(client) == {digests["waiting"], digests["image"]}
+        # A job that was given up may be tried again, for a day.
+        await client.call(DATASET_JOB_CANCEL, m.NameJob(job=job.job))
+        await clear()
+        assert await stored(client) == {digests["waiting"], digests["image"]}
+        monkeypatch.setattr(leftovers_module, "RETRIED", leftovers_module.RETRIED * 0)
+        await clear()
+        assert await stored(client) == {digests["image"]}
+
+
+async def test_what_a_worker_left_that_died_before_it_could_take_it_out_is_taken_out(
+    client, worker, monkeypatch
+):
+    monkeypatch.setattr(leftovers_module, "CLOSED", leftovers_module.CLOSED * 0)
+    async with worker(at_once=0) as at:
+        await at.galleries.create("d")
+        work = m.GalleryWork(action="import", dataset="d", artefact="ab" * 32)
+        job = job_rules.ended(job_rules.new(work, m.now(), only=None), "cancelled", m.now())
+        record = m.GalleryImport(id=job.job, at=m.now(), source="x", format="npz")
+        await at.galleries.begin_import("d", record)
+        half = [NewEntry(id="e0", vector=vector(1), imported=job.job)]
+        await at.galleries.enrol_many("d", half, existing="skip")
+        await client.store.jobs.put(job, job.job)
+        await at.jobs._leftovers.clear()
+        assert at.galleries.ids("d") == []
+        assert [one.state for one in await at.galleries.imports("d")] == ["undone"]
+
+
+async def test_one_replica_clears_for_all(worker):
+    async with worker() as first, worker(slot=1) as second:
+        assert await first.jobs._leftovers._leads()
+
+        async def only_the_first() -> bool:
+            return not await second.jobs._leftovers._leads()
+
+        await until(only_the_first)
+
+
+# --- Embedded anew --------------------------------------------------------------------------------
+
+
+async def test_a_dataset_is_embedded_anew_from_its_images(client, worker, samples_dir, tmp_path):
+    digests = {}
+    for name in ("astronaut", "cameraman"):
+        digests[name] = await uploaded(client, samples_dir / f"{name}.jpg")
+    (tmp_path / "text").write_text("no image")
+    digests["text"] = await uploaded(client, tmp_path / "text")
+    async with worker() as at:
+        kept = m.DatasetSettings(keep_images=True, threshold=0.5)
+        await at.galleries.create("old", settings=kept)
+        entries = [
+            NewEntry(id=name, vector=vector(1, i), image=digest, subject=name, metadata={"n": i})
+            for i, (name, digest) in enumerate(digests.items())
+        ]
+        entries.append(NewEntry(id="bare", vector=vector(0, 0, 1)))
+        await at.galleries.enrol_many("old", entries, existing="skip")
+    async with worker(encoder=Pixels()) as at:
+        done = (await at.do("reembed", "old", into="new")).gallery_result
+        assert (done.entries, done.added, done.skipped) == (4, 2, 2)
+        assert [one.partition(":")[0] for one in sorted(done.failed)] == ["bare", "text"]
+        assert at.galleries.ids("new") == ["astronaut", "cameraman"]
+        settings = await at.galleries.settings("new")
+        assert (settings.keep_images, settings.threshold) == (True, None)
+        query, _ = Pixels().encode((samples_dir / "cameraman.jpg").read_bytes())
+        found = await at.galleries.search(
+            "new", Query(vector=query, k=1, threshold=0.99, revision=None, by_embedder=True)
+        )
+        [match] = found.matches
+        assert (match.entry.id, match.entry.subject, match.entry.image) == (
+            "cameraman", "cameraman", digests["cameraman"],
+        )  # fmt: skip
+        failed = await at.do("reembed", "old", "failed", into="new")
+        assert "there is a dataset 'new' already" in failed.error
+
+
+# --- The folder -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+async def test_a_file_in_the_folder_becomes_a_dataset_once(worker, tmp_path, kind):
+    folder = tmp_path / "datasets"
+    folder.mkdir()
+    as_file(folder / f"x.{kind}", rows_of(3), kind, Head(id="people"))
+    async with worker() as at:
+        await take_in(folder, at.galleries)
+        assert at.galleries.ids("people") == ["e0", "e1", "e2"]
+        assert [path.name for path in folder.iterdir()] == [f"x.{kind}.imported"]
+
+
+async def test_a_file_in_the_folder_that_cannot_be_used_stays(worker, tmp_path, caplog):
+    content = {"id": "d", "entries": [{"id": "a", "embedding": [1] * D}, {"id": "b"}]}
+    (tmp_path / "d.json").write_text(json.dumps(content))
+    async with worker() as at:
+        await take_in(tmp_path, at.galleries)
+        assert "d" not in at.galleries
+    assert (tmp_path / "d.json").exists()
