@@ -31,9 +31,6 @@ BUSY_S: Final = 0.1
 EXPLORE: Final = 256
 # How long a subject is left to the group once somebody without a slot has answered.
 FOREIGN_S: Final = 60.0
-# The only one that is known is left to the group once it has given no answer for so long: there
-# may be others that do.
-SILENT_S: Final = 0.5
 
 # What became of a request: answered; refused, or failed, by who did get it; refused because it
 # had too much to do; no answer, or nobody there who serves this; given up by the caller.
@@ -55,7 +52,6 @@ class _Slot:
         progress_at: When it last answered, or was idle.
         sent_at: When it was last sent one.
         busy_until: Until when it is passed over.
-        packs: Whether it takes packs.
     """
 
     each_s: float
@@ -64,7 +60,6 @@ class _Slot:
     progress_at: float = 0.0
     sent_at: float = 0.0
     busy_until: float = 0.0
-    packs: bool = False
 
     def sent(self, now: float) -> None:
         """Take note of one more request."""
@@ -120,28 +115,14 @@ class Balance:
         if found is None:
             return None
         self._subjects.move_to_end(subject)
-        if not again:
-            if self._draw() * EXPLORE < 1:
-                return None
-            if len(found.slots) < 2:
-                return _only_one(found, now)
+        if not again and (len(found.slots) < 2 or self._draw() * EXPLORE < 1):
+            return None
         open_ = {name: slot for name, slot in found.slots.items() if slot.busy_until <= now}
         if not open_:
             return None
         name = self._best(open_, now)
         open_[name].sent(now)
         return name
-
-    def packs(self, subject: str, slot: str) -> bool:
-        """Tell whether a slot takes packs."""
-        found = self._subjects.get(subject)
-        known = found.slots.get(slot) if found else None
-        return known is not None and known.packs
-
-    def only(self, subject: str) -> bool:
-        """Tell whether fewer than two slots are known."""
-        found = self._subjects.get(subject)
-        return found is None or len(found.slots) < 2
 
     def _best(self, open_: dict[str, _Slot], now: float) -> str:
         expected = {name: slot.expected_s(now) for name, slot in open_.items()}
@@ -170,7 +151,6 @@ class Balance:
         *,
         by: str | None = None,
         took_s: float = 0.0,
-        packs: bool = False,
     ) -> None:
         """Take note of what became of a request.
 
@@ -181,7 +161,6 @@ class Balance:
             now: As in `choose`.
             by: The slot that the answer names.
             took_s: How long the answer took.
-            packs: Whether the answer says that packs are taken.
         """
         found = self._subjects.get(subject)
         slot = found.slots.get(asked) if found and asked else None
@@ -197,9 +176,9 @@ class Balance:
             if found and by in found.slots:
                 found.slots[by].busy_until = now + BUSY_S
         elif outcome == "answered":
-            self._learn(subject, by, took_s / max(1, load), now, packs)
+            self._learn(subject, by, took_s / max(1, load), now)
 
-    def _learn(self, subject: str, by: str | None, each_s: float, now: float, packs: bool) -> None:
+    def _learn(self, subject: str, by: str | None, each_s: float, now: float) -> None:
         found = self._subjects.get(subject)
         if found is None:
             if by is None or not _SLOT.fullmatch(by):
@@ -215,16 +194,5 @@ class Balance:
             weight = math.exp(-max(0.0, now - slot.measured_at) / MEMORY_S)
             slot.each_s = weight * slot.each_s + (1 - weight) * each_s
             slot.measured_at = now
-            slot.packs = packs
         elif now >= found.foreign_until and len(found.slots) < SLOTS_MAX and _SLOT.fullmatch(by):
-            found.slots[by] = _Slot(each_s, now, progress_at=now, sent_at=now, packs=packs)
-
-
-def _only_one(found: _Subject, now: float) -> str | None:
-    """Return the only slot that is known, where packs for it are worth to name it."""
-    for name, slot in found.slots.items():
-        silent = slot.in_flight and now - slot.progress_at > SILENT_S
-        if slot.packs and not silent and slot.busy_until <= now:
-            slot.sent(now)
-            return name
-    return None
+            found.slots[by] = _Slot(each_s, now, progress_at=now, sent_at=now)

@@ -11,137 +11,51 @@ import asyncio
 import contextlib
 import random
 import time
-from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Generator, Iterable, Mapping
+from collections.abc import AsyncGenerator, Coroutine, Generator, Iterable, Mapping
 from contextlib import asynccontextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, field
-from typing import Any, Final, Generic, TypeVar
+from typing import Any, Final, TypeVar
 
-import msgspec
 import nats.errors
 import structlog
 from nats.aio.client import Client as Nats
-from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 
 from bus import codec
-from bus.balance import Balance, Outcome
-from bus.errors import (
-    BusError,
-    DeadlineExceeded,
-    ErrorBody,
-    InvalidRequest,
-    NobodyListens,
-    Overloaded,
-    TooLarge,
-    Unavailable,
-    error_from,
-    error_from_number,
-)
+from bus.errors import BusError, InvalidRequest, TooLarge, Unavailable
+from bus.followed import Followed, Received
 from bus.messages import CancelCall, Message
-from bus.packs import Answering, Asking, NotSentError
+from bus.relay import (
+    ERROR,
+    ERROR_CODE,
+    INSTANCE,
+    NOT_SERVED,
+    SLOT,
+    TIMEOUT_MS,
+    Answer,
+    Asked,
+    Asker,
+    Done,
+    new_traceparent,
+    settle,
+    trace,
+)
 from bus.state import Store
-from bus.subjects import CANCEL, DEFAULT_ROOT, Endpoint, Feed, name_of, token
+from bus.subjects import CANCEL, DEFAULT_ROOT, Endpoint, Feed, token
 from bus.tasks import beside
-from bus.wire import PENDING_MAX_BYTES, Incoming, Replies, Taker, Wire
+from bus.wire import PENDING_MAX_BYTES, TRACEPARENT, Replies, Taker, Wire
 
-ERROR: Final = "Nats-Service-Error"
-ERROR_CODE: Final = "Nats-Service-Error-Code"
-TIMEOUT_MS: Final = "Bkg-Timeout-Ms"
-TRACEPARENT: Final = "traceparent"
-# On an answer: the plugin and slot that can be asked for the same, `<plugin>.<slot>`.
-SLOT: Final = "Bkg-Slot"
-# Beside it: that it takes packs of requests, too.
-PACKS: Final = "Bkg-Packs"
-# On a refusal: this instance does not serve that, or no longer; whoever does may be asked.
-NOT_SERVED: Final = "Bkg-Not-Served"
+__all__ = [
+    "ERROR", "ERROR_CODE", "INSTANCE", "NOT_SERVED", "SLOT", "TIMEOUT_MS", "TRACEPARENT", "Answer",
+    "Asked", "Client", "Followed", "Received", "connect", "new_traceparent", "trace",
+]  # fmt: skip
+
 # Room that a message's headers may need beside its body.
 HEADER_ROOM_BYTES: Final = 16 * 1024
-FOLLOW_BUFFER: Final = 10_000
-# The broker ends a connection that sends a longer control line than 4 KiB; the inbox stands there
-# beside the subject.
-SUBJECT_MAX_CHARS: Final = 3_072
-
-# The W3C trace context of the request that is being worked on; log records carry its trace id.
-trace: ContextVar[str | None] = ContextVar("trace", default=None)
 
 log = structlog.get_logger("bus.client")
 
 Req = TypeVar("Req", bound=Message)
 Rep = TypeVar("Rep", bound=Message)
-
-
-class _NotThereError(Exception):
-    """The slot that was asked is gone, or does not serve this any more."""
-
-
-class Answer(msgspec.Struct, frozen=True):
-    """A reply whose body was not decoded."""
-
-    body: bytes
-    headers: Mapping[str, str]
-
-
-@dataclass(frozen=True)
-class Received(Generic[Req]):
-    """A message of a feed.
-
-    Attributes:
-        payload: What it says.
-        tokens: What stood in the subject where the feed's template varies.
-        seq: The stream's number for it, when the broker republished it from a stream.
-    """
-
-    payload: Req
-    tokens: Mapping[str, str]
-    seq: int | None
-
-
-@dataclass
-class Followed(Generic[Req]):
-    """A subscription to a feed, read with `async for`.
-
-    Attributes:
-        dropped: How many messages a reader that was too slow has lost, the oldest first.
-    """
-
-    _template: list[str]
-    _payload: type[Req]
-    _waiting: deque[Msg] = field(default_factory=lambda: deque(maxlen=FOLLOW_BUFFER))
-    _arrived: asyncio.Event = field(default_factory=asyncio.Event)
-    dropped: int = 0
-
-    def __aiter__(self) -> AsyncIterator[Received[Req]]:
-        return self
-
-    async def __anext__(self) -> Received[Req]:
-        while True:
-            while not self._waiting:
-                self._arrived.clear()
-                await self._arrived.wait()
-            message = self._waiting.popleft()
-            try:
-                return self._read(message)
-            except InvalidRequest as error:
-                log.warning("feed.unreadable", subject=message.subject, cause=error.message)
-
-    async def _take(self, message: Msg) -> None:
-        if len(self._waiting) == self._waiting.maxlen:
-            self.dropped += 1
-        self._waiting.append(message)
-        self._arrived.set()
-
-    def _read(self, message: Msg) -> Received[Req]:
-        headers = message.headers or {}
-        payload = codec.decode(message.data, self._payload, headers.get(codec.CONTENT_TYPE))
-        tokens = zip(self._template, message.subject.split(".")[1:], strict=False)
-        seq = headers.get("Nats-Sequence")
-        return Received(
-            payload=payload,
-            tokens={t[1:-1]: name_of(value) for t, value in tokens if t.startswith("{")},
-            seq=int(seq) if seq else None,
-        )
 
 
 class Client:
@@ -161,9 +75,7 @@ class Client:
         self._lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._wire = Wire(nc)
         self._replies = Replies(nc.new_inbox())
-        self._asking = Asking(self._wire, self._replies)
-        self._calls = f"{root}.call."
-        self._balance = Balance()
+        self._asker = Asker(self, self._wire, self._replies, root)
         # Only where the short way cannot be gone.
         self._last_words: set[asyncio.Task[None]] = set()
 
@@ -234,7 +146,7 @@ class Client:
         body, headers = codec.encode(request), {codec.CONTENT_TYPE: codec.JSON}
         asked = (
             self.relay(
-                self._to(subject, f"{token(plugin)}.{slot}"),
+                self._asker.to(subject, f"{token(plugin)}.{slot}"),
                 body, headers=headers, timeout_s=timeout_s,
             )
             for plugin, slot in slots
@@ -262,25 +174,30 @@ class Client:
         Where several instances are known to answer a subject, the one that is likely to be the
         quickest is asked (`bus.balance`), else the broker picks one. One that does not serve it
         any more says so, and the broker picks then. A busy one answers so at once; then one more
-        is asked. What is sent to one instance in the same turn of the event loop shares a message
-        (`bus.packs`).
+        is asked.
         """
-        deadline = time.perf_counter() + timeout_s
-        balanced = subject.startswith(self._calls)
-        asked = self._balance.choose(subject, time.perf_counter()) if balanced else None
-        again = False
-        while True:
-            try:
-                return await self._relay_once(subject, asked, body, headers or {}, timeout_s)
-            except _NotThereError:
-                asked = None
-            except Overloaded:
-                if again:
-                    raise
-                again = True
-                now = time.perf_counter()
-                asked = self._balance.choose(subject, now, again=True) if balanced else None
-            timeout_s = max(0.001, deadline - time.perf_counter())
+        reply: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        asked = self.ask(subject, body, settle(reply), headers=headers, timeout_s=timeout_s)
+        try:
+            return await reply
+        except asyncio.CancelledError:
+            asked.cancel()
+            raise
+
+    def ask(
+        self,
+        subject: str,
+        body: bytes,
+        done: Done,
+        *,
+        headers: Mapping[str, str] | None = None,
+        timeout_s: float = 10.0,
+    ) -> Asked:
+        """Do what `relay` does without waiting: `done` is called with the answer or the error.
+
+        It may be called before this returns. What is returned can be cancelled.
+        """
+        return self._asker.ask(subject, body, headers or {}, timeout_s, done)
 
     async def publish(
         self, feed: Feed[Req], payload: Req, content_type: str = codec.JSON, **tokens: str | int
@@ -292,9 +209,9 @@ class Client:
             Unavailable: The broker is away and the buffer for that time is full.
         """
         body = codec.encode(payload, content_type)
-        self._check_size(body)
+        self.check_size(body)
         subject = feed.subject(self.root, **tokens)
-        await self._send(feed.template, subject, "", body, {codec.CONTENT_TYPE: content_type})
+        await self.send(feed.template, subject, "", body, {codec.CONTENT_TYPE: content_type})
 
     @asynccontextmanager
     async def follow(self, feed: Feed[Req], **tokens: str | int) -> AsyncGenerator[Followed[Req]]:
@@ -303,7 +220,7 @@ class Client:
         Entered, it hears all that is published from then on.
         """
         followed = Followed(feed.template.split("."), feed.payload)
-        heard = await self._nc.subscribe(feed.subject(self.root, **tokens), cb=followed._take)  # noqa: SLF001
+        heard = await self._nc.subscribe(feed.subject(self.root, **tokens), cb=followed.take)
         try:
             await self.barrier()
             yield followed
@@ -325,7 +242,7 @@ class Client:
         began = time.perf_counter()
         inbox, passed = self._replies.expect(timeout_s)
         try:
-            await self._send("the broker", inbox, "", b"", {})
+            await self.send("the broker", inbox, "", b"", {})
             awaited: set[asyncio.Future[Any]] = {passed} if patient else {passed, self._lost}
             await asyncio.wait(awaited, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
             if not passed.done() or passed.exception():
@@ -355,17 +272,8 @@ class Client:
 
     async def answer(self, inbox: str, body: bytes, headers: Mapping[str, str]) -> None:
         """Answer a request; for `bus.instance`. Raises as `publish` does."""
-        self._check_size(body)
-        await self._send(inbox, inbox, "", body, headers)
-
-    @property
-    def packs(self) -> bool:
-        """Whether packs can be taken: only the short way (`bus.wire`) has them."""
-        return self._wire.short
-
-    def answering(self, shared: Mapping[str, str]) -> Answering:
-        """Return what answers packs with these headers; for `bus.instance`."""
-        return Answering(self._wire, shared, self._post)
+        self.check_size(body)
+        await self.send(inbox, inbox, "", body, headers)
 
     def answer_now(self, inbox: str, body: bytes, headers: Mapping[str, str]) -> bool:
         """Answer a request if it can be done at once; return whether it is.
@@ -373,7 +281,7 @@ class Client:
         Raises:
             TooLarge: It is over the broker's limit.
         """
-        self._check_size(body)
+        self.check_size(body)
         return self._wire.send(inbox, "", body, headers)
 
     async def listen(self, subject: str, queue: str, on_message: Any) -> Subscription:
@@ -406,133 +314,46 @@ class Client:
                     await heard._pending_queue.join()  # noqa: SLF001
         await self._forget(heard)
 
-    async def _relay_once(
-        self,
-        subject: str,
-        asked: str | None,
-        body: bytes,
-        headers: Mapping[str, str],
-        timeout_s: float,
-    ) -> Answer:
-        """Ask one slot, or the group, and let the balance know what became of it."""
-        outcome: Outcome = "dropped"
-        by: str | None = None
-        packs = False
-        began = time.perf_counter()
-        try:
-            received = await self._exchange(subject, asked, body, headers, timeout_s)
-            found = received.headers
-            by = found.get(SLOT)
-            packs = PACKS in found
-            if ERROR_CODE in found:
-                error = _error_in(received.data, found)
-                if NOT_SERVED in found:
-                    outcome = "gone"
-                    raise _NotThereError if asked else NobodyListens(error.message)
-                outcome = "busy" if isinstance(error, Overloaded) else "failed"
-                raise error
-            if not received.data and found.get("Status") == "503":
-                outcome = "gone"
-                if asked:
-                    raise _NotThereError
-                raise NobodyListens(f"nobody answers {subject} just now", retry_after_s=2)
-            outcome = "answered"
-            return Answer(received.data, found)
-        except TimeoutError:
-            outcome = "gone"
-            raise DeadlineExceeded(f"{subject} gave no answer within {timeout_s:g} s") from None
-        finally:
-            if subject.startswith(self._calls):
-                now = time.perf_counter()
-                self._balance.ended(
-                    subject, asked, outcome, now, by=by, took_s=now - began, packs=packs
-                )
-
-    def _to(self, subject: str, asked: str | None) -> str:
-        """Return where one slot hears what a subject means."""
-        return f"{self.root}.inst.{asked}.call.{subject[len(self._calls) :]}" if asked else subject
-
-    async def _exchange(
-        self,
-        subject: str,
-        asked: str | None,
-        body: bytes,
-        headers: Mapping[str, str],
-        timeout_s: float,
-    ) -> Incoming:
-        """Send a request and return whatever comes back; TimeoutError if nothing does."""
-        if len(subject) > SUBJECT_MAX_CHARS:
-            raise InvalidRequest(
-                f"the subject has {len(subject):,} characters, at most {SUBJECT_MAX_CHARS:,} are "
-                "taken; a name in it is too long"
-            )
-        self._check_size(body)
-        if not self._online.is_set():
-            await self._come_online(min(timeout_s, 2.0))
-        sent = {TIMEOUT_MS: str(int(timeout_s * 1000)), **headers}
-        if TRACEPARENT not in sent:
-            sent[TRACEPARENT] = trace.get() or new_traceparent()
-        to = self._to(subject, asked)
-        if asked is not None and self._balance.packs(subject, asked):
-            if self._balance.only(subject):
-                # Alone, it may as well find another one.
-                to = subject
-            packs, call = f"{self.root}.inst.{asked}.pack", subject[len(self._calls) :]
-            if packed := self._asking.ask(packs, to, call, sent, body, timeout_s):
-                try:
-                    return await packed.reply
-                except NotSentError:
-                    pass
-                except (TimeoutError, asyncio.CancelledError):
-                    if packed.inbox:
-                        self._give_up(packed.inbox)
-                    raise
-                finally:
-                    self._replies.forget(packed.inbox)
-        inbox, reply = self._replies.expect(timeout_s)
-        try:
-            await self._send(subject, to, inbox, body, sent)
-            return await reply
-        except (TimeoutError, asyncio.CancelledError):
-            self._give_up(inbox)
-            raise
-        finally:
-            self._replies.forget(inbox)
-
-    async def _send(
+    async def send(
         self, named: str, subject: str, inbox: str, body: bytes, headers: Mapping[str, str]
     ) -> None:
+        """Send a message, whichever way it takes; for `bus.relay`.
+
+        Raises:
+            BusError: It cannot be sent; names `named`.
+        """
         if not self._wire.send(subject, inbox, body, headers):
             with _named_errors(named):
                 await self._nc.publish(subject, body, inbox, headers=dict(headers) or None)
 
-    def _give_up(self, inbox: str) -> None:
-        """Tell who works on a request that nobody waits for its reply; does not wait."""
+    def give_up(self, inbox: str) -> None:
+        """Tell who works on a request that nobody waits for its reply; for `bus.relay`."""
         if not self._nc.is_connected:
             return
         feed, body = CANCEL.subject(self.root), codec.encode(CancelCall(inbox=inbox))
-        self._post(feed, body, {codec.CONTENT_TYPE: codec.JSON})
+        headers = {codec.CONTENT_TYPE: codec.JSON}
+        if self._wire.send(feed, "", body, headers):
+            return
 
-    def _post(self, subject: str, body: bytes, headers: Mapping[str, str]) -> None:
-        """Send a message, at once or in a task; raises TooLarge as `Wire.send` does."""
-        if not self._wire.send(subject, "", body, headers):
-            posting = asyncio.create_task(self._posted(subject, body, headers))
-            self._last_words.add(posting)
-            posting.add_done_callback(self._last_words.discard)
+        async def post() -> None:
+            with contextlib.suppress(nats.errors.Error, OSError, TimeoutError):
+                async with asyncio.timeout(5):
+                    await self._nc.publish(feed, body, headers=headers)
 
-    async def _posted(self, subject: str, body: bytes, headers: Mapping[str, str]) -> None:
-        with contextlib.suppress(nats.errors.Error, OSError, TimeoutError):
-            async with asyncio.timeout(5):
-                await self._nc.publish(subject, body, headers=dict(headers))
+        posting = asyncio.create_task(post())
+        self._last_words.add(posting)
+        posting.add_done_callback(self._last_words.discard)
 
-    async def _come_online(self, timeout_s: float) -> None:
+    async def come_online(self, timeout_s: float) -> None:
+        """Wait until the broker can be reached, or raise Unavailable; for `bus.relay`."""
         try:
             async with asyncio.timeout(timeout_s):
                 await self._online.wait()
         except TimeoutError:
             raise Unavailable("the broker cannot be reached just now", retry_after_s=2) from None
 
-    def _check_size(self, body: bytes) -> None:
+    def check_size(self, body: bytes) -> None:
+        """Raise TooLarge if a body is over the broker's limit; for `bus.relay`."""
         if len(body) > self.max_payload:
             raise TooLarge(
                 f"the body has {len(body):,} bytes, the broker takes {self.max_payload:,} at most"
@@ -597,6 +418,7 @@ async def connect(
 
     async def on_reconnect() -> None:
         if client is not None:
+            client._wire.connected()  # noqa: SLF001
             client._online.set()  # noqa: SLF001
             client._lost = asyncio.get_running_loop().create_future()  # noqa: SLF001
             log.info("broker.found_again")
@@ -635,7 +457,7 @@ async def connect(
     client = Client(nc, root)
     client._online.set()  # noqa: SLF001
     try:
-        await client._wire.take(client._replies.subject, "", client._asking.take)  # noqa: SLF001
+        await client._wire.take(client._replies.subject, "", client._replies.take)  # noqa: SLF001
         await client.barrier()
         await client.store.check()
         async with beside(client._watch(), _raise_when(lost)):  # noqa: SLF001
@@ -645,17 +467,10 @@ async def connect(
             if nc.is_connected:
                 await client.barrier(2, patient=False)
         client._online.clear()  # noqa: SLF001
-        client._replies.close()  # noqa: SLF001
+        client._asker.close()  # noqa: SLF001
         for telling in client._last_words:  # noqa: SLF001
             telling.cancel()
         await _close(nc)
-
-
-def new_traceparent() -> str:
-    """Return a W3C trace context that begins here."""
-    # Random enough to tell requests apart; never zero, which the standard forbids.
-    trace_id, span_id = random.getrandbits(128) | 1, random.getrandbits(64) | 1
-    return f"00-{trace_id:032x}-{span_id:016x}-01"
 
 
 async def _close(nc: Nats) -> None:
@@ -685,15 +500,6 @@ async def _raise_when(lost: asyncio.Future[None]) -> None:
 def _shown(url: str) -> str:
     """Return a URL without its password."""
     return ",".join(part.rpartition("@")[2].removeprefix("nats://") for part in url.split(","))
-
-
-def _error_in(body: bytes, headers: Mapping[str, str]) -> BusError:
-    try:
-        return error_from(codec.decode(body, ErrorBody))
-    except InvalidRequest:
-        number = headers[ERROR_CODE]
-        said = headers.get(ERROR) or "the service gave no reason"
-        return error_from_number(int(number) if number.isdigit() else 500, said)
 
 
 @contextlib.contextmanager

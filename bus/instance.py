@@ -1,28 +1,15 @@
 """This process as others see it: it registers, beats, serves, drains and leaves.
 
-An instance is a service of the NATS service protocol (ADR-32): `nats service ls`, `info` and
-`stats` work on it. The responder is ours because the one in nats-py 2.16 handles one request at a
-time and unsubscribes, instead of draining, when it stops.
+What it is asked is worked on in `bus.serving`, how it is stands in `bus.vitals`, and how others
+find it in `bus.discovery`.
 """
 
 import asyncio
 import contextlib
-import json
 import os
-import re
 import secrets
-import time
-from collections.abc import (
-    AsyncGenerator,
-    Awaitable,
-    Callable,
-    Coroutine,
-    Mapping,
-    Sequence,
-)
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
-from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final, TypeVar
 
@@ -31,52 +18,30 @@ import structlog
 
 from bus import codec, logs
 from bus import messages as m
-from bus.client import (
-    ERROR,
-    ERROR_CODE,
-    NOT_SERVED,
-    PACKS,
-    SLOT,
-    TIMEOUT_MS,
-    TRACEPARENT,
-    Answer,
-    Client,
-    trace,
-)
-from bus.errors import (
-    BusError,
-    Conflict,
-    DeadlineExceeded,
-    Internal,
-    InvalidRequest,
-    NobodyListens,
-    Overloaded,
-    Unavailable,
-    body_of,
-)
-from bus.metrics import Calls, Figures, Series
-from bus.packs import Answering, unpack
+from bus.client import INSTANCE, SLOT, Answer, Client
+from bus.discovery import Identity, discoverable
+from bus.errors import BusError, Conflict, DeadlineExceeded, NobodyListens, Unavailable
 from bus.probes import Facts, Probes, Route
 from bus.process import settle
+from bus.serving import DRAIN_S, MAX_IN_FLIGHT, Call, Served, Serving, in_task
 from bus.settings import Settings
 from bus.state import OBSERVED_TTL_S
 from bus.subjects import (
     CANCEL,
-    HEALTH,
-    TELEMETRY,
     Endpoint,
     RawEndpoint,
     instance_calls,
-    instance_packs,
 )
 from bus.tasks import beside
-from bus.telemetry import Sampler
+from bus.vitals import Vitals
 from bus.wire import Incoming
 
-HEARTBEAT_S: Final = 1.0
+__all__ = [
+    "DRAIN_S", "FIRST_FREE_SLOT", "MAX_IN_FLIGHT", "Call", "Instance", "RawCall", "bkg_version",
+    "join",
+]  # fmt: skip
+
 REGISTER_AGAIN_S: Final = OBSERVED_TTL_S / 3
-DRAIN_S: Final = 10.0
-MAX_IN_FLIGHT: Final = 1_024
 FIRST_FREE_SLOT: Final = 100
 LAST_FREE_SLOT: Final = 999
 
@@ -85,9 +50,6 @@ log = structlog.get_logger("bus.instance")
 Req = TypeVar("Req", bound=m.Message)
 Rep = TypeVar("Rep", bound=m.Message)
 S = TypeVar("S")
-Handler = Callable[[Any], Awaitable[m.Message]]
-# From a request's body and headers to its answer.
-Work = Callable[[bytes, Mapping[str, str]], Awaitable[Answer]]
 
 
 def bkg_version() -> str:
@@ -110,93 +72,6 @@ class RawCall(msgspec.Struct, frozen=True):
     body: bytes
     headers: Mapping[str, str]
     deadline: float | None
-
-
-@dataclass
-class _Served:
-    """One endpoint that is being served, with its statistics."""
-
-    endpoint: Endpoint[Any, Any] | RawEndpoint
-    subject: str
-    work: Work
-    handler: Handler | None = None
-    calls: Calls = field(default_factory=Calls)
-    tasks: set[asyncio.Task[Any]] = field(default_factory=set)
-    requests: int = 0
-    errors: int = 0
-    last_error: str = ""
-    busy_ns: int = 0
-
-    def failed(self, cause: str) -> None:
-        """Count an error."""
-        self.errors += 1
-        self.calls.errors += 1
-        self.last_error = cause
-
-    @property
-    def info(self) -> dict[str, Any]:
-        """What the service protocol's INFO says."""
-        metadata = {"description": self.endpoint.description}
-        if isinstance(self.endpoint, Endpoint):
-            metadata["request"] = json.dumps(codec.schema(self.endpoint.request))
-        return {
-            "name": self.endpoint.capability.replace(".", "-"),
-            "subject": self.subject,
-            "queue_group": self.endpoint.queue,
-            "metadata": metadata,
-        }
-
-    @property
-    def stats(self) -> dict[str, Any]:
-        """What the service protocol's STATS says."""
-        return {
-            "name": self.endpoint.capability.replace(".", "-"),
-            "subject": self.subject,
-            "queue_group": self.endpoint.queue,
-            "num_requests": self.requests,
-            "num_errors": self.errors,
-            "last_error": self.last_error,
-            "processing_time": self.busy_ns,
-            "average_processing_time": self.busy_ns // self.requests if self.requests else 0,
-        }
-
-
-class _Counting:
-    """Counts what happens inside, and names every error."""
-
-    __slots__ = ("_began", "_plugin", "_served")
-
-    def __init__(self, served: _Served, plugin: str) -> None:
-        self._served = served
-        self._plugin = plugin
-
-    def __enter__(self) -> None:
-        self._began = time.perf_counter_ns()
-        served = self._served
-        served.requests += 1
-        served.calls.requests += 1
-        served.calls.in_flight += 1
-
-    def __exit__(self, kind: object, error: BaseException | None, _traceback: object) -> None:
-        served = self._served
-        took_ns = time.perf_counter_ns() - self._began
-        served.busy_ns += took_ns
-        served.calls.busy_ns += took_ns
-        served.calls.in_flight -= 1
-        if error is None:
-            return
-        if isinstance(error, BusError):
-            served.failed(f"{error.code}: {error.message}")
-        elif isinstance(error, asyncio.CancelledError):
-            served.failed("cancelled: the caller has gone")
-        elif isinstance(error, Exception):
-            capability = served.endpoint.capability
-            log.error("request.failed", capability=capability, exc_info=error)
-            failure = Internal(
-                f"{capability} failed unexpectedly; the cause is in the log of {self._plugin}"
-            )
-            served.failed(f"{failure.code}: {failure.message}")
-            raise failure from None
 
 
 class Instance:
@@ -229,44 +104,44 @@ class Instance:
         self.slot = registration.slot
         self.host = registration.host
         self.config = config
-        self.counts: dict[str, int] = {}
-        self.gauges: dict[str, float] = {}
-        self.series: list[Callable[[], Sequence[Series]]] = []
         self._client = client
         self._registration = registration
-        self._description = description
         self._listed = listed
         self._revision = 0
         self._registering = asyncio.Lock()
-        self._served: dict[str, _Served] = {}
-        # By capability: unlike what is served just now, these only ever grow.
-        self._calls: dict[str, Calls] = {}
-        self._probes = Probes(Facts(self._missing, self._about, self._metrics), client.max_payload)
-        # Since when, for which endpoint, and where its answer goes; the oldest first.
-        self._in_flight: dict[asyncio.Task[Any], tuple[float, _Served, str]] = {}
-        self._refusals: set[asyncio.Task[Any]] = set()
-        self._who = {"Bkg-Instance": self.id}
+        who = {INSTANCE: self.id}
         if listed:
-            self._who[SLOT] = f"{self.plugin}.{self.slot}"
-        self._answering: Answering | None = None
-        if listed and client.packs:
-            self._who[PACKS] = "1"
-            self._answering = client.answering(self._who)
-        self._by_inbox: dict[str, asyncio.Task[Any]] = {}
-        self._started = m.now()
-        self._lag_ms = 0.0
+            who[SLOT] = f"{self.plugin}.{self.slot}"
+        self._asked = Serving(client, self.plugin, who)
+        self._vitals = Vitals(
+            client,
+            self._asked,
+            lambda: self._registration,
+            telemetry_s or _telemetry_interval(config),
+        )
+        self.counts = self._vitals.counts
+        self.gauges = self._vitals.gauges
+        self.series = self._vitals.series
+        self._probes = Probes(
+            Facts(self._vitals.missing, self._vitals.about, self._vitals.metrics),
+            client.max_payload,
+        )
+        self._identity = Identity(
+            plugin=self.plugin,
+            id=self.id,
+            version=registration.version,
+            description=description,
+            metadata={"host": self.host, "slot": str(self.slot), "pid": str(os.getpid())},
+        )
         self._waiting_config: tuple[m.DesiredState, int] | None = None
         self._takers: list[tuple[frozenset[str], Callable[[], None]]] = []
-        self._telemetry_s = telemetry_s or _telemetry_interval(config)
-        self._telemetry_changed = asyncio.Event()
         if telemetry_s is None:
             self.on_config(["telemetry_interval"], self._take_telemetry_interval)
-        self._worst_lag_ms = 0.0
 
     @property
     def in_flight(self) -> int:
         """Requests being worked on."""
-        return len(self._in_flight)
+        return self._asked.in_flight
 
     def settings(self, kind: type[S]) -> S:
         """Return the plugin's settings, checked.
@@ -314,10 +189,10 @@ class Instance:
             keys: Values of the endpoint's `keys`.
         """
 
-        async def work(body: bytes, headers: Mapping[str, str]) -> Answer:
-            content_type = headers.get(codec.CONTENT_TYPE) or codec.JSON
-            request = codec.decode(body, endpoint.request, content_type)
-            allowed_s = _allowed_s(headers)
+        async def work(call: Call) -> Answer:
+            content_type = call.headers.get(codec.CONTENT_TYPE) or codec.JSON
+            request = codec.decode(call.body, endpoint.request, content_type)
+            allowed_s = call.allowed_s
             try:
                 async with asyncio.timeout(allowed_s):
                     reply = await handler(request)
@@ -327,7 +202,7 @@ class Instance:
             return Answer(codec.encode(reply, kind), {codec.CONTENT_TYPE: kind})
 
         subject = endpoint.subject(self._client.root, *keys)
-        async with self._serving(_Served(endpoint, subject, work, handler)):
+        async with self._serving(Served(endpoint, subject, in_task(work), handler)):
             yield
 
     @asynccontextmanager
@@ -346,36 +221,51 @@ class Instance:
         """
         loop = asyncio.get_running_loop()
 
-        async def work(body: bytes, headers: Mapping[str, str]) -> Answer:
-            allowed_s = _allowed_s(headers)
+        async def work(call: Call) -> Answer:
+            allowed_s = call.allowed_s
             deadline = None if allowed_s is None else loop.time() + allowed_s
-            return await handler(RawCall(body, headers, deadline))
+            return await handler(RawCall(call.body, call.headers, deadline))
 
-        subject = endpoint.subject(self._client.root, *keys)
-        async with self._serving(_Served(endpoint, subject, work)):
+        async with self.serving_calls(endpoint, in_task(work), *keys):
             yield
 
     @asynccontextmanager
-    async def _serving(self, served: _Served) -> AsyncGenerator[None]:
-        served.calls = self._calls.setdefault(served.endpoint.capability, served.calls)
+    async def serving_calls(
+        self, endpoint: RawEndpoint, take: Callable[[Call], None], *keys: str
+    ) -> AsyncGenerator[None]:
+        """Answer a raw endpoint's requests while inside, without a task for each.
+
+        Args:
+            endpoint: What is served.
+            take: Is given each request as soon as it is read. It must not wait; it ends the call
+                now or later, by `answer`, `fail` or `drop`. What it raises fails the call. The
+                deadline is its own to honour, and so is `Call.on_cancel`.
+            keys: Values of the endpoint's `keys`; the last ones may be left out.
+        """
+        subject = endpoint.subject(self._client.root, *keys)
+        async with self._serving(Served(endpoint, subject, take)):
+            yield
+
+    @asynccontextmanager
+    async def _serving(self, served: Served) -> AsyncGenerator[None]:
+        self._asked.add(served)
 
         def taker(message: Incoming) -> None:
             # Another subject: a stream's consumer delivers here what its maker may not send here
             # (nats-server#8274).
             if message.subject == served.subject:
-                self._accept(served, message)
+                self._asked.take(served, message)
 
         heard = await self._client.take(served.subject, served.endpoint.queue, taker)
-        self._served[served.subject] = served
+        self._asked.served[served.subject] = served
         try:
             yield
         finally:
             # Who asks this very instance is sent on at once. A successor may serve it by now.
-            if self._served.get(served.subject) is served:
-                del self._served[served.subject]
+            if self._asked.served.get(served.subject) is served:
+                del self._asked.served[served.subject]
             await self._client.stop_listening(heard)
-            if served.tasks:
-                await asyncio.wait(served.tasks, timeout=DRAIN_S)
+            await served.drained()
 
     @asynccontextmanager
     async def local_routes(self, *routes: Route) -> AsyncGenerator[None]:
@@ -390,21 +280,12 @@ class Instance:
             NobodyListens: This instance does not serve that.
             BusError: What the handler raised.
         """
-        served = self._served.get(endpoint.subject_of(self._client.root, request))
+        served = self._asked.served.get(endpoint.subject_of(self._client.root, request))
         if served is None or served.handler is None:
             raise NobodyListens(
                 f"{endpoint.capability} is not served by this instance just now", retry_after_s=2
             )
-
-        handler, full = served.handler, self._full()
-
-        async def work() -> Any:
-            with _Counting(served, self.plugin):
-                if full:
-                    raise full
-                return await handler(request)
-
-        reply: Rep = await self._track(served, work())
+        reply: Rep = await self._asked.here(served, request)
         return reply
 
     @asynccontextmanager
@@ -417,131 +298,24 @@ class Instance:
             yield
             return
         here = instance_calls(self._client.root, self.plugin, self.slot)
-        packs = instance_packs(self._client.root, self.plugin, self.slot)
 
         def taker(message: Incoming) -> None:
-            self._direct(f"{self._client.root}.call.{message.subject[len(here) - 1 :]}", message)
+            subject = f"{self._client.root}.call.{message.subject[len(here) - 1 :]}"
+            self._asked.take_direct(subject, message)
 
         # In a queue group, because a slot has two instances for a moment when it changes hands.
-        heard = [await self._client.take(here, self.plugin, taker)]
-        if self._answering:
-            heard.append(await self._client.take(packs, self.plugin, self._accept_pack))
+        heard = await self._client.take(here, self.plugin, taker)
         try:
             yield
         finally:
-            for subscription in heard:
-                await self._client.stop_listening(subscription)
-            if self._refusals:
-                await asyncio.wait(self._refusals, timeout=DRAIN_S)
-
-    def _direct(self, subject: str, message: Incoming) -> None:
-        """Take what this very instance is asked, or say that it does not serve that."""
-        served = self._served.get(subject)
-        if served is not None:
-            self._accept(served, message)
-        elif message.reply:
-            error = NobodyListens(f"{subject} is not served by this instance", retry_after_s=2)
-            self._refusing(self._refuse(message, error, {NOT_SERVED: "1"}))
-
-    def _accept_pack(self, message: Incoming) -> None:
-        """Take each request of a pack as if it had come alone."""
-        if not message.reply:
-            return
-        try:
-            parts = unpack(message, self._client.root)
-        except InvalidRequest as error:
-            self._refusing(self._refuse(message, error))
-            return
-        for part, wrong in parts:
-            if wrong:
-                self._refusing(self._refuse(part, wrong))
-            else:
-                self._direct(part.subject, part)
-
-    def _accept(self, served: _Served, message: Incoming) -> None:
-        # No reply subject: nobody asked.
-        if not message.reply:
-            return
-        # Seen here, not in the task: of a burst, as many are taken as there is room for.
-        if full := self._full():
-            self._refusing(self._answer(served, message, full))
-            return
-        task = self._track(served, self._answer(served, message), message.reply)
-        self._by_inbox[message.reply] = task
-
-    def _refusing(self, refusal: Coroutine[Any, Any, None]) -> None:
-        """Have a refusal sent; it is not work that counts."""
-        task = asyncio.create_task(refusal)
-        self._refusals.add(task)
-        task.add_done_callback(self._refusals.discard)
-
-    def _full(self) -> Overloaded | None:
-        """Return why nothing more can be taken, if it is so."""
-        if len(self._in_flight) < MAX_IN_FLIGHT:
-            return None
-        return Overloaded(
-            f"this {self.plugin} instance works on {MAX_IN_FLIGHT} requests already",
-            retry_after_s=1,
-        )
-
-    def _track(
-        self, served: _Served, work: Coroutine[Any, Any, S], inbox: str = ""
-    ) -> asyncio.Task[S]:
-        task = asyncio.create_task(work)
-        served.tasks.add(task)
-        self._in_flight[task] = time.monotonic(), served, inbox
-        task.add_done_callback(self._forget)
-        return task
-
-    def _forget(self, done: asyncio.Task[Any]) -> None:
-        _, served, inbox = self._in_flight.pop(done)
-        served.tasks.discard(done)
-        if self._by_inbox.get(inbox) is done:
-            del self._by_inbox[inbox]
+            await self._client.stop_listening(heard)
+            await self._asked.posted()
 
     async def _follow_cancels(self) -> None:
         """Stop working on what nobody waits for any more."""
         async with self._client.follow(CANCEL) as cancels:
             async for cancel in cancels:
-                if task := self._by_inbox.get(cancel.payload.inbox):
-                    task.cancel()
-
-    async def _answer(
-        self, served: _Served, message: Incoming, full: Overloaded | None = None
-    ) -> None:
-        headers = message.headers
-        trace.set(headers.get(TRACEPARENT))
-        try:
-            with _Counting(served, self.plugin):
-                if full:
-                    raise full
-                answer = await served.work(message.data, headers)
-                await self._reply(message, answer.body, answer.headers)
-        except BusError as error:
-            await self._refuse(message, error)
-
-    async def _reply(self, message: Incoming, body: bytes, headers: Mapping[str, str]) -> None:
-        if message.pack and self._answering:
-            # It says once for all of a pack who answers.
-            self._answering.answer(message.reply, message.pack, body, headers)
-            return
-        told = {**headers, **self._who}
-        if not self._client.answer_now(message.reply, body, told):
-            await self._client.answer(message.reply, body, told)
-
-    async def _refuse(
-        self, message: Incoming, error: BusError, more: Mapping[str, str] | None = None
-    ) -> None:
-        headers = {
-            codec.CONTENT_TYPE: codec.JSON,
-            # A header is one line.
-            ERROR: " ".join(error.message.split())[:500],
-            ERROR_CODE: str(error.number),
-            **(more or {}),
-        }
-        # The broker is away: the caller's own time-out tells it.
-        with contextlib.suppress(BusError):
-            await self._reply(message, codec.encode(body_of(error)), headers)
+                self._asked.cancel(cancel.payload.inbox)
 
     async def _follow_config(self) -> None:
         """Take what can be taken live of every change of the plugin's configuration."""
@@ -589,8 +363,7 @@ class Instance:
         return True
 
     def _take_telemetry_interval(self) -> None:
-        self._telemetry_s = _telemetry_interval(self.config)
-        self._telemetry_changed.set()
+        self._vitals.report_every(_telemetry_interval(self.config))
 
     async def _become(self, status: m.Status) -> None:
         self._registration = msgspec.structs.replace(
@@ -642,113 +415,6 @@ class Instance:
             except Unavailable as error:
                 log.warning("instance.not_registered", cause=error.message)
 
-    async def _beat(self) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            due = loop.time() + HEARTBEAT_S
-            await asyncio.sleep(HEARTBEAT_S)
-            self._lag_ms = max(0.0, 1e3 * (loop.time() - due))
-            self._worst_lag_ms = max(self._worst_lag_ms, self._lag_ms)
-            beat = m.Heartbeat(
-                plugin=self.plugin,
-                slot=self.slot,
-                id=self.id,
-                host=self.host,
-                pid=os.getpid(),
-                status=self._registration.status,
-                in_flight=self.in_flight,
-                oldest_s=self._oldest_s(),
-                lag_ms=round(self._lag_ms, 1),
-                generation=self._registration.generation,
-                timestamp=m.now(),
-            )
-            if self._client.connected:
-                with contextlib.suppress(Unavailable):
-                    await self._client.publish(HEALTH, beat, plugin=self.plugin, slot=self.slot)
-
-    def _oldest_s(self) -> float:
-        for since, _, _ in self._in_flight.values():
-            return round(time.monotonic() - since, 3)
-        return 0.0
-
-    def _missing(self) -> list[str]:
-        """Return why this instance is not ready; nothing when it is."""
-        status = self._registration.status
-        found = [] if status == "running" else [f"the instance is {status}"]
-        return found if self._client.connected else [*found, "the broker is away"]
-
-    def _about(self) -> dict[str, Any]:
-        return {
-            "plugin": self.plugin,
-            "slot": self.slot,
-            "instance": self.id,
-            "version": self._registration.version,
-            "state": self._registration.status,
-            "in_flight": self.in_flight,
-            "oldest_s": self._oldest_s(),
-        }
-
-    def _metrics(self) -> bytes:
-        return Figures(
-            labels={"plugin": self.plugin, "slot": str(self.slot)},
-            identity={
-                "instance": self.id,
-                "host": self.host,
-                "version": self._registration.version,
-            },
-            ready=not self._missing(),
-            connected=self._client.connected,
-            lag_s=self._lag_ms / 1e3,
-            oldest_s=self._oldest_s(),
-            counts=self.counts,
-            gauges=self.gauges,
-            calls=self._calls,
-            series=[one for give in self.series for one in give()],
-        ).text()
-
-    async def _report(self) -> None:
-        sampler = Sampler()
-        while True:
-            # Half a period first, so that a new instance shows up early.
-            await self._half_a_period()
-            if self._client.connected:
-                with contextlib.suppress(Unavailable):
-                    await self._client.publish(
-                        TELEMETRY, self._snapshot(sampler), plugin=self.plugin, slot=self.slot
-                    )
-            await self._half_a_period()
-
-    async def _half_a_period(self) -> None:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self._telemetry_s / 2):
-                # A long period ends when a shorter one is wanted.
-                await self._telemetry_changed.wait()
-        self._telemetry_changed.clear()
-
-    def _snapshot(self, sampler: Sampler) -> m.TelemetrySnapshot:
-        used = sampler.sample()
-        lag_ms, self._worst_lag_ms = self._worst_lag_ms, 0.0
-        return m.TelemetrySnapshot(
-            plugin=self.plugin,
-            cpu=used.cpu,
-            mem_bytes=used.mem_bytes,
-            timestamp=m.now(),
-            slot=self.slot,
-            instance=self.id,
-            host=self.host,
-            gauges={
-                "in_flight": self.in_flight,
-                "requests": sum(served.requests for served in self._served.values()),
-                "errors": sum(served.errors for served in self._served.values()),
-                "loop_lag_ms": round(lag_ms, 1),
-                **used.gauges,
-                **self.gauges,
-            },
-            models_loaded=self.counts.get("models_loaded"),
-            datasets=self.counts.get("datasets"),
-            entries=self.counts.get("entries"),
-        )
-
     @asynccontextmanager
     async def _probed(self, wanted: int) -> AsyncGenerator[None]:
         """Have the loopback port open while inside; nobody would learn that of one not listed."""
@@ -758,51 +424,6 @@ class Instance:
         async with self._probes.listening(wanted) as port:
             self._registration = msgspec.structs.replace(self._registration, port=port)
             yield
-
-    @asynccontextmanager
-    async def _discoverable(self) -> AsyncGenerator[None]:
-        """Answer the service protocol while inside."""
-        identity = {
-            "name": self.plugin,
-            "id": self.id,
-            "version": _semver(self._registration.version),
-            "metadata": {"host": self.host, "slot": str(self.slot), "pid": str(os.getpid())},
-        }
-
-        async def on_message(message: Any) -> None:
-            said: dict[str, Any]
-            match message.subject.split(".")[1]:
-                case "PING":
-                    said = {"type": "io.nats.micro.v1.ping_response"}
-                case "INFO":
-                    # The description is required: `nats service` passes over a reply without.
-                    said = {
-                        "type": "io.nats.micro.v1.info_response",
-                        "description": self._description,
-                        "endpoints": [served.info for served in self._served.values()],
-                    }
-                case "STATS":
-                    said = {
-                        "type": "io.nats.micro.v1.stats_response",
-                        "started": _rfc3339(self._started),
-                        "endpoints": [served.stats for served in self._served.values()],
-                    }
-                case _:
-                    return
-            if message.reply:
-                with contextlib.suppress(BusError):
-                    body = json.dumps({**identity, **said}).encode()
-                    await self._client.answer(message.reply, body, {})
-
-        subjects = [
-            f"$SRV.*{tail}" for tail in ("", f".{self.plugin}", f".{self.plugin}.{self.id}")
-        ]
-        heard = [await self._client.listen(subject, "", on_message) for subject in subjects]
-        try:
-            yield
-        finally:
-            for subscription in heard:
-                await self._client.stop_listening(subscription)
 
 
 @asynccontextmanager
@@ -876,7 +497,7 @@ async def join(
     )
     async with (
         logs.shipping(client, about, settings.log_level),
-        instance._discoverable(),  # noqa: SLF001
+        discoverable(instance._identity, instance._asked),  # noqa: SLF001
         instance._addressed(),  # noqa: SLF001
         instance._probed(settings.probe_port),  # noqa: SLF001
     ):
@@ -884,8 +505,8 @@ async def join(
         try:
             async with beside(
                 instance._keep_registered(),  # noqa: SLF001
-                instance._beat(),  # noqa: SLF001
-                instance._report(),  # noqa: SLF001
+                instance._vitals.beat(),  # noqa: SLF001
+                instance._vitals.report(),  # noqa: SLF001
                 instance._follow_cancels(),  # noqa: SLF001
                 *([instance._follow_config()] if listed else []),  # noqa: SLF001
             ):
@@ -907,12 +528,6 @@ async def _claim_free_slot(client: Client, registration: m.Registration) -> m.Re
     raise Conflict(f"all slots of {registration.plugin} up to {LAST_FREE_SLOT} are taken")
 
 
-def _allowed_s(headers: Mapping[str, str]) -> float | None:
-    """Return how long the caller waits, if it said so."""
-    allowed = headers.get(TIMEOUT_MS, "")
-    return int(allowed) / 1e3 if allowed.isdecimal() else None
-
-
 # What a process is started with.
 _AT_START: Final = ("entrypoint", "args", "env")
 
@@ -920,12 +535,3 @@ _AT_START: Final = ("entrypoint", "args", "env")
 def _telemetry_interval(config: m.PluginConfig | None) -> float:
     period = config.settings.get("telemetry_interval", 10) if config else 10
     return float(period) if isinstance(period, int | float) and period > 0 else 10.0
-
-
-def _rfc3339(moment: datetime) -> str:
-    return moment.isoformat().replace("+00:00", "Z")
-
-
-def _semver(found: str) -> str:
-    """Return a version as the service protocol wants it: three numbers at least."""
-    return found if re.fullmatch(r"\d+\.\d+\.\d+([-+].*)?", found) else "0.0.0"

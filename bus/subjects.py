@@ -450,11 +450,6 @@ def instance_calls(root: str, plugin: str, slot: int) -> str:
     return f"{root}.inst.{token(plugin)}.{slot}.call.>"
 
 
-def instance_packs(root: str, plugin: str, slot: int) -> str:
-    """Return where one instance hears packs of requests (`bus.packs`)."""
-    return f"{root}.inst.{token(plugin)}.{slot}.pack"
-
-
 def gallery_events(root: str, gallery: str | None = None) -> str:
     """Return the subject of every event of a gallery, or of all of them."""
     return f"{root}.gallery.>" if gallery is None else f"{root}.gallery.{token(gallery)}.>"

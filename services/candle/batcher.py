@@ -4,9 +4,10 @@ The first request runs at once, and while it runs the next ones gather: a lone r
 and a busy model gets the largest batches that the load makes. `Limits.max_delay_s` lets a batch
 that is not full wait for more, for models that gain more by it than their callers lose.
 
-Everything happens in callbacks of the event loop but the run itself. There is one future for each
-request and one timer for all of them; no task, so that a small model is not dearer to reach than
-to run.
+Everything happens in callbacks of the event loop but the run itself; that, too, where earlier runs
+were over sooner than a thread is reached (`services.candle.pace`). Who asks is called when it is
+over. There is one timer for all requests; no task and no future, so that a small model is not
+dearer to reach than to run.
 """
 
 import asyncio
@@ -30,6 +31,7 @@ from bus.errors import (
     Unavailable,
 )
 from services.candle.joining import apart, count_rows, kind_of, next_batch, together
+from services.candle.pace import Pace
 from services.candle.runtimes.base import Tensors
 from services.candle.statistics import Statistics
 
@@ -86,34 +88,44 @@ class Ran(NamedTuple):
     batch_rows: int
 
 
+# Called once with what became of a request; must not raise.
+Done = Callable[[Ran | BusError], None]
+
+
 @dataclass(slots=True, eq=False)
-class _Asked:
+class Asked:
     """A request on its way: what it brought, and who waits for it."""
 
     tensors: Tensors
     rows: int
     kind: Hashable
-    done: asyncio.Future[Ran]
+    done: Done
     came_ns: int
     deadline_ns: int | None
+    over: bool = False
 
 
 @dataclass(slots=True, eq=False)
 class _Batch:
     """Requests that run together."""
 
-    asked: list[_Asked]
+    asked: list[Asked]
     rows: int
 
 
 @dataclass(slots=True, frozen=True)
 class _Outcome:
-    """How a run went, with the moments between its steps; without shares it failed."""
+    """How a run went, with the moments between its steps; without shares it failed.
+
+    Attributes:
+        computed_ns: The processor time of the thread that ran it.
+    """
 
     began_ns: int
     joined_ns: int
     ran_ns: int
     ended_ns: int
+    computed_ns: int
     shares: list[Tensors] | None
     error: BaseException | None
 
@@ -135,6 +147,8 @@ class Batcher:
         name: What the model is called in errors, such as `model 'iris'`.
         statistics: Where the requests are counted.
         threads: Where `run` is called; needs a thread for each of `limits.instances`.
+        pace: Tells which runs are so quick that they are made on the event loop; none if it is
+            not given.
     """
 
     def __init__(
@@ -146,6 +160,7 @@ class Batcher:
         name: str,
         statistics: Statistics,
         threads: Executor,
+        pace: Pace | None = None,
     ) -> None:
         self._run = run
         self._joins = joins
@@ -153,12 +168,13 @@ class Batcher:
         self._name = name
         self._statistics = statistics
         self._threads = threads
+        self._pace = pace or Pace(quick_ns=0)
         # Ordered, and a caller that goes away leaves at once whatever its place.
-        self._waiting: OrderedDict[_Asked, None] = OrderedDict()
+        self._waiting: OrderedDict[Asked, None] = OrderedDict()
         self._rows_waiting = 0
         self._running: set[_Batch] = set()
         # Who has left the queue may still stand here; see `_remember`.
-        self._deadlines: list[tuple[int, int, _Asked]] = []
+        self._deadlines: list[tuple[int, int, Asked]] = []
         self._ties = itertools.count()
         self._timer: asyncio.TimerHandle | None = None
         self._timer_ns = 0
@@ -210,16 +226,46 @@ class Batcher:
             Internal: The model failed in an unexpected way; the log has the cause.
             BusError: What the model raised for these inputs.
         """
-        asked = self._admit(tensors, deadline)
+        ran: asyncio.Future[Ran] = asyncio.get_running_loop().create_future()
+        asked = self.put(tensors, deadline, _settling(ran))
         try:
-            return await asked.done
-        except BaseException:
-            # Still in the queue: the caller was cancelled. Its rows make room at once.
-            if asked in self._waiting:
-                self._leave(asked)
-            if asked.done.cancelled():
-                self._statistics.failed("cancelled", time.monotonic_ns() - asked.came_ns)
+            return await ran
+        except asyncio.CancelledError:
+            self.drop(asked)
             raise
+
+    def put(self, tensors: Tensors, deadline: float | None, done: Done) -> Asked:
+        """Do what `submit` does without waiting, and have `done` called with the outcome.
+
+        That is never before this returns. Who waits no longer calls `drop`.
+
+        Raises:
+            BusError: The request is not taken; `done` is not called then.
+        """
+        came_ns = time.monotonic_ns()
+        deadline_ns = None if deadline is None else int(deadline * 1e9)
+        try:
+            rows, kind = self._admit(tensors, came_ns, deadline_ns)
+        except BusError as error:
+            self._statistics.failed(error.code)
+            raise
+        asked = Asked(tensors, rows, kind, done, came_ns, deadline_ns)
+        self._waiting[asked] = None
+        self._rows_waiting += rows
+        if deadline_ns is not None:
+            self._remember(deadline_ns, asked)
+            self._look_soon()
+        elif len(self._running) < self._limits.instances:
+            self._look_soon()
+        return asked
+
+    def drop(self, asked: Asked) -> None:
+        """Let nobody wait for a request; still in the queue, it makes room at once."""
+        if asked in self._waiting:
+            self._leave(asked)
+        if not asked.over:
+            asked.over = True
+            self._statistics.failed("cancelled", time.monotonic_ns() - asked.came_ns)
 
     async def run(self) -> None:
         """Work until cancelled.
@@ -249,38 +295,22 @@ class Batcher:
                         for asked in batch.asked:
                             self._refuse(asked, self._gone())
 
-    def _admit(self, tensors: Tensors, deadline: float | None) -> _Asked:
-        """Put a request into the queue, or say why not."""
-        came_ns = time.monotonic_ns()
-        deadline_ns = None if deadline is None else int(deadline * 1e9)
-        try:
-            if self._ended:
-                raise self._gone()
-            if self._joins:
-                rows, kind = count_rows(tensors), kind_of(tensors)
-            else:
-                rows, kind = 1, None
-            if deadline_ns is not None and deadline_ns <= came_ns:
-                raise self._late(0)
-            if self._waiting and self._rows_waiting + rows > self._limits.max_waiting_rows:
-                raise Overloaded(
-                    f"the queue of {self._name} is full: {self._rows_waiting} rows wait and "
-                    f"{rows} came; max_waiting_rows allows {self._limits.max_waiting_rows}",
-                    retry_after_s=self._retry_s(),
-                )
-        except BusError as error:
-            self._statistics.failed(error.code)
-            raise
-        done = asyncio.get_running_loop().create_future()
-        asked = _Asked(tensors, rows, kind, done, came_ns, deadline_ns)
-        self._waiting[asked] = None
-        self._rows_waiting += rows
-        if deadline_ns is not None:
-            self._remember(deadline_ns, asked)
-            self._look_soon()
-        elif len(self._running) < self._limits.instances:
-            self._look_soon()
-        return asked
+    def _admit(
+        self, tensors: Tensors, came_ns: int, deadline_ns: int | None
+    ) -> tuple[int, Hashable]:
+        """Return how many rows a request has, and what it can be joined with, or say why not."""
+        if self._ended:
+            raise self._gone()
+        rows, kind = (count_rows(tensors), kind_of(tensors)) if self._joins else (1, None)
+        if deadline_ns is not None and deadline_ns <= came_ns:
+            raise self._late(0)
+        if self._waiting and self._rows_waiting + rows > self._limits.max_waiting_rows:
+            raise Overloaded(
+                f"the queue of {self._name} is full: {self._rows_waiting} rows wait and "
+                f"{rows} came; max_waiting_rows allows {self._limits.max_waiting_rows}",
+                retry_after_s=self._retry_s(),
+            )
+        return rows, kind
 
     def _look_soon(self) -> None:
         """See to the queue once all that came in this turn of the event loop stand in it."""
@@ -341,6 +371,12 @@ class Batcher:
                     return until_ns
             batch = _Batch([self._waiting.popitem(last=False)[0] for _ in range(requests)], rows)
             self._rows_waiting -= rows
+            if self._pace.quick(rows):
+                self._conclude(batch, self._outcome(batch))
+                if self._waiting:
+                    # One after the other, so that whoever else is due has a turn between.
+                    self._look_soon()
+                return None
             self._running.add(batch)
             # Not `loop.run_in_executor`: a future on each side and the copying between them cost
             # as much as the rest of the hop (measured: 33 to 43 us for it, 26 us so).
@@ -355,10 +391,17 @@ class Batcher:
 
     def _work(self, batch: _Batch) -> None:
         """Run a batch; called in a thread."""
+        outcome = self._outcome(batch)
+        assert self._loop is not None  # noqa: S101 - nothing starts before `run`
+        self._loop.call_soon_threadsafe(self._finish, batch, outcome)
+
+    def _outcome(self, batch: _Batch) -> _Outcome:
+        """Run a batch, and return how it went; blocks."""
         asked = batch.asked
         shares: list[Tensors] | None = None
         failure: BaseException | None = None
         began_ns = joined_ns = ran_ns = time.monotonic_ns()
+        computed_ns = time.thread_time_ns()
         try:
             if len(asked) == 1:
                 shares = [self._run(asked[0].tensors)]
@@ -371,14 +414,24 @@ class Batcher:
                 shares = apart(outputs, [one.rows for one in asked])
         except BaseException as error:  # noqa: BLE001 - it belongs to whoever asked
             failure = error
-        outcome = _Outcome(began_ns, joined_ns, ran_ns, time.monotonic_ns(), shares, failure)
-        assert self._loop is not None  # noqa: S101 - nothing starts before `run`
-        self._loop.call_soon_threadsafe(self._finish, batch, outcome)
+        computed_ns = time.thread_time_ns() - computed_ns
+        ended_ns = time.monotonic_ns()
+        return _Outcome(began_ns, joined_ns, ran_ns, ended_ns, computed_ns, shares, failure)
 
     def _finish(self, batch: _Batch, outcome: _Outcome) -> None:
-        """Give each asker of a batch their rows or their error, and go on with what waits."""
+        """Take a batch back from its thread, and go on with what waits."""
         self._running.discard(batch)
-        row_ns = (outcome.ended_ns - outcome.began_ns) / batch.rows
+        self._conclude(batch, outcome)
+        if not self._ended:
+            self._look()
+        elif not self._running:
+            self._idle.set()
+
+    def _conclude(self, batch: _Batch, outcome: _Outcome) -> None:
+        """Give each asker of a batch their rows or their error."""
+        took_ns = outcome.ended_ns - outcome.began_ns
+        self._pace.ran(batch.rows, outcome.computed_ns, took_ns)
+        row_ns = took_ns / batch.rows
         self._row_ns += LAST_RUN * (row_ns - self._row_ns) if self._row_ns else row_ns
         if outcome.shares is not None:
             self._deliver(batch, outcome, outcome.shares)
@@ -390,20 +443,17 @@ class Batcher:
         else:
             assert outcome.error is not None  # noqa: S101 - alone, whatever came is a share
             self._refuse(batch.asked[0], self._as_error(outcome.error))
-        if not self._ended:
-            self._look()
-        elif not self._running:
-            self._idle.set()
 
     def _deliver(self, batch: _Batch, outcome: _Outcome, shares: list[Tensors]) -> None:
         compute_ns = outcome.ran_ns - outcome.joined_ns
         queue_ns = requests = 0
         for asked, share in zip(batch.asked, shares, strict=True):
-            if not asked.done.done():
+            if not asked.over:
                 waited_ns = outcome.began_ns - asked.came_ns
                 queue_ns += waited_ns
                 requests += 1
-                asked.done.set_result(Ran(share, waited_ns, compute_ns, batch.rows))
+                asked.over = True
+                asked.done(Ran(share, waited_ns, compute_ns, batch.rows))
         self._statistics.ran(
             requests=requests,
             rows=batch.rows,
@@ -416,7 +466,7 @@ class Batcher:
     def _repeat(self, batch: _Batch) -> None:
         """Put the requests of a failed batch back to the head of the queue, each to run alone."""
         for asked in reversed(batch.asked):
-            if asked.done.done():
+            if asked.over:
                 continue
             if self._ended:
                 self._refuse(asked, self._gone())
@@ -433,21 +483,22 @@ class Batcher:
         for asked in self._waiting:
             asked.kind = None
 
-    def _remember(self, deadline_ns: int, asked: _Asked) -> None:
+    def _remember(self, deadline_ns: int, asked: Asked) -> None:
         """Note a deadline; those of requests that left are forgotten when they are most."""
         if len(self._deadlines) > 2 * len(self._waiting) + 16:
             self._deadlines = [one for one in self._deadlines if one[2] in self._waiting]
             heapq.heapify(self._deadlines)
         heapq.heappush(self._deadlines, (deadline_ns, next(self._ties), asked))
 
-    def _leave(self, asked: _Asked) -> None:
+    def _leave(self, asked: Asked) -> None:
         del self._waiting[asked]
         self._rows_waiting -= asked.rows
 
-    def _refuse(self, asked: _Asked, error: BusError) -> None:
-        if not asked.done.done():
+    def _refuse(self, asked: Asked, error: BusError) -> None:
+        if not asked.over:
+            asked.over = True
             self._statistics.failed(error.code, time.monotonic_ns() - asked.came_ns)
-            asked.done.set_exception(error)
+            asked.done(error)
 
     def _as_error(self, error: BaseException) -> BusError:
         if isinstance(error, BusError):
@@ -468,3 +519,17 @@ class Batcher:
 
     def _gone(self) -> Unavailable:
         return Unavailable(f"{self._name} is being stopped here; try again", retry_after_s=1)
+
+
+def _settling(ran: asyncio.Future[Ran]) -> Done:
+    """Return what gives a future the outcome."""
+
+    def done(outcome: Ran | BusError) -> None:
+        if ran.done():
+            return
+        if isinstance(outcome, BusError):
+            ran.set_exception(outcome)
+        else:
+            ran.set_result(outcome)
+
+    return done

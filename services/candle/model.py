@@ -15,9 +15,8 @@ from typing import Final
 import structlog
 
 from bus import messages as m
-from bus.client import Answer
 from bus.errors import BusError, Unavailable, error_from
-from bus.instance import Instance, RawCall
+from bus.instance import Call, Instance
 from bus.models import DEFAULT, names_of
 from bus.subjects import MODEL_INFER, MODEL_RUN
 from services.candle.version import Surroundings, Version
@@ -225,17 +224,17 @@ class Model:
     async def _open(self, name: str, version: Version) -> None:
         door = _Door(version)
 
-        async def infer(call: RawCall) -> Answer:
-            return await door.version.infer(call)
+        def infer(call: Call) -> None:
+            door.version.infer(call)
 
         async def run(request: m.RunModel) -> m.ModelOutput:
             return await door.version.run_rows(request, self._instance.id)
 
         here, enter = self._instance, door.open.enter_async_context
         try:
-            await enter(here.serving_raw(MODEL_INFER, infer, self.model, name))
+            await enter(here.serving_calls(MODEL_INFER, infer, self.model, name))
             if name == DEFAULT:
-                await enter(here.serving_raw(MODEL_INFER, infer, self.model))
+                await enter(here.serving_calls(MODEL_INFER, infer, self.model))
                 await enter(here.serving(MODEL_RUN, run, self.model))
         except BaseException:
             await door.open.aclose()

@@ -7,21 +7,22 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Final
 
 import structlog
 
 from bus import messages as m
-from bus.client import Answer
 from bus.errors import BusError, ErrorBody, Internal, NotFound, Unavailable, body_of
-from bus.instance import DRAIN_S, RawCall
+from bus.instance import DRAIN_S, Call
 from bus.process import give_back, trim
 from bus.tasks import to_its_end
 from services.candle import rows
-from services.candle.batcher import Batcher, Limits
-from services.candle.kserve import HEADER_LENGTH, Codec
+from services.candle.batcher import Asked, Batcher, Limits, Ran
+from services.candle.kserve import HEADER_LENGTH, Codec, Request
 from services.candle.memory import FACTOR, Memory, NoRoom
+from services.candle.pace import QUICK_NS, Pace
 from services.candle.repository import Repository
 from services.candle.runtimes import open_model
 from services.candle.runtimes.base import CPU, Array, Runtime, Tensors
@@ -158,8 +159,12 @@ class Version:
         if self._loaded:
             self._loaded.batcher.limit(self._limits())
 
-    async def infer(self, call: RawCall) -> Answer:
-        """Answer a request of the Open Inference Protocol; see `services.candle.kserve`."""
+    def infer(self, call: Call) -> None:
+        """Answer a request of the Open Inference Protocol; see `services.candle.kserve`.
+
+        Raises:
+            BusError: It cannot even wait for a run.
+        """
         loaded = self._use()
         # The batcher counts what fails at its own.
         at_batcher = False
@@ -167,17 +172,39 @@ class Version:
             request = loaded.codec.read(call.body, call.headers.get(HEADER_LENGTH))
             at_batcher = True
             deadline = _deadline(call, request.timeout_us)
-            ran = await loaded.batcher.submit(request.tensors, deadline)
-            at_batcher = False
-            body, headers = loaded.codec.write(request, ran.outputs)
-        except BusError as error:
-            if not at_batcher:
+            asked = loaded.batcher.put(
+                request.tensors, deadline, partial(self._answer, call, loaded, request)
+            )
+        except Exception as error:
+            if not at_batcher and isinstance(error, BusError):
                 self.statistics.failed(error.code)
+            self._used()
             raise
+        call.on_cancel = partial(self._drop, call, loaded, asked)
+
+    def _answer(
+        self, call: Call, loaded: _Loaded, request: Request, outcome: Ran | BusError
+    ) -> None:
+        try:
+            if isinstance(outcome, BusError):
+                call.fail(outcome)
+                return
+            body, headers = loaded.codec.write(request, outcome.outputs)
+            headers.update(self._about)
+            call.answer(body, headers)
+        except Exception as error:  # noqa: BLE001 - whatever it is belongs to who asked
+            if isinstance(error, BusError):
+                self.statistics.failed(error.code)
+            call.fail(error)
         finally:
             self._used()
-        headers.update(self._about)
-        return Answer(body, headers)
+
+    def _drop(self, call: Call, loaded: _Loaded, asked: Asked) -> None:
+        """Let go of a request whose caller has gone."""
+        if not asked.over:
+            loaded.batcher.drop(asked)
+            call.drop()
+            self._used()
 
     async def run_rows(self, request: m.RunModel, instance: str) -> m.ModelOutput:
         """Answer a request of the contract: rows in, rows out."""
@@ -340,6 +367,8 @@ class Version:
             name=self.label,
             statistics=self.statistics,
             threads=threads,
+            # What computes elsewhere keeps nobody here from working meanwhile.
+            pace=Pace(QUICK_NS if runtime.provider == CPU else 0),
         )
         codec = Codec(runtime.signature, self.model, self.spec.version)
         batching = asyncio.create_task(batcher.run())
@@ -403,12 +432,11 @@ def _opened(path: Path, threads: int, provider: str) -> Runtime:
     return runtime
 
 
-def _deadline(call: RawCall, timeout_us: int | None) -> float | None:
+def _deadline(call: Call, timeout_us: int | None) -> float | None:
     """Return the earlier one of the caller's two deadlines, in the event loop's time."""
-    if timeout_us is None:
-        return call.deadline
-    own = asyncio.get_running_loop().time() + timeout_us / 1e6
-    return own if call.deadline is None else min(own, call.deadline)
+    allowed = [call.allowed_s, None if timeout_us is None else timeout_us / 1e6]
+    given = [one for one in allowed if one is not None]
+    return time.monotonic() + min(given) if given else None
 
 
 async def _in_steps(batcher: Batcher, runtime: Runtime, given: Array) -> Mapping[str, Array]:

@@ -21,6 +21,7 @@ from bus.tasks import beside
 from services.gateway import live
 from services.gateway.auth import Access, Gate, is_loopback
 from services.gateway.bodies import hold_back
+from services.gateway.express import Express
 from services.gateway.feeds import Feeds
 from services.gateway.pages import Pages
 from services.gateway.parts import PARTS, Parts
@@ -41,7 +42,7 @@ from services.gateway.routes import (
     shipped,
     uploads,
 )
-from services.gateway.translate import dress, translated, unreadable
+from services.gateway.translate import dress, translated
 from services.gateway.uploads import Uploads
 
 STOP_PATIENCE_S: Final = 5.0
@@ -289,26 +290,8 @@ async def listening(app: web.Application, host: str, port: int) -> AsyncGenerato
         await runner.cleanup()
 
 
-class _Protocol(web.RequestHandler):
-    """aiohttp's connection; what is no HTTP is refused in our words."""
-
-    __slots__ = ()
-
-    def handle_error(
-        self,
-        request: web.BaseRequest,
-        status: int = 500,
-        exc: BaseException | None = None,
-        message: str | None = None,
-    ) -> web.StreamResponse:
-        """Return the answer to what never became a request."""
-        # It also logs, and raises if an answer has begun.
-        said = super().handle_error(request, status, exc, message)
-        return unreadable(status, message) if status < 500 else said
-
-
 class _Runner(web.AppRunner):
-    """Listens with `_Protocol`: aiohttp has no other way to say which."""
+    """Listens with `Express`: aiohttp has no other way to say which."""
 
     @property
     def server(self) -> Any:
@@ -317,7 +300,7 @@ class _Runner(web.AppRunner):
         return None if server is None else partial(self._connection, server)
 
     def _connection(self, server: web.Server) -> web.RequestHandler:
-        return _Protocol(server, loop=asyncio.get_running_loop(), access_log=None)  # type: ignore[arg-type]
+        return Express(self.app[PARTS], server, asyncio.get_running_loop())
 
 
 def _guarded(gate: Gate, needs: Access, handler: Handler) -> Handler:

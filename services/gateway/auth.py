@@ -103,6 +103,16 @@ class Gate:
         if ambient or hdrs.UPGRADE in request.headers:
             self._check_origin(request)
 
+    def passes(self, host: str, authorization: str | None) -> bool:
+        """Tell whether a request with these headers surely may do everything.
+
+        That is for one without cookie and Origin. If not, `admit` says what is so.
+        """
+        if authorization is None:
+            return self._no_auth and _leads_to_loopback(host)
+        scheme, _, key = authorization.partition(" ")
+        return scheme.lower() == "bearer" and self._is_right(key.strip())
+
     def caller(self, request: web.Request) -> Caller | None:
         """Return who asks; None when nothing says it. Raises as `admit` does."""
         if (shown := _key_shown(request)) is not None:
@@ -129,7 +139,7 @@ class Gate:
             HTTPUnauthorized: It is not.
             Overloaded: The same, once too often.
         """
-        if hmac.compare_digest(_digest(key), self._digest):
+        if self._is_right(key):
             return
         address, now = request.remote or "", time.monotonic()
         count, since = self._wrong.pop(address, (0, now))
@@ -168,6 +178,9 @@ class Gate:
         """End the browser's session, if it has one."""
         self._sessions.pop(request.cookies.get(_cookie(request), ""), None)
         response.del_cookie(_cookie(request), path="/", httponly=True, samesite="Strict")
+
+    def _is_right(self, key: str) -> bool:
+        return hmac.compare_digest(_digest(key), self._digest)
 
     def _has_session(self, request: web.Request) -> bool:
         if hdrs.COOKIE not in request.headers:

@@ -296,15 +296,10 @@ class Relayed(web.Response):
             or self.compression
         ):
             return await super().prepare(request)
-        lines = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
-        if not lines.count("\n") == lines.count("\r") == len(headers):
-            # No worker may write headers of its own making into an answer: aiohttp refuses it.
+        answer = whole(body, headers, request[_ID_GIVEN])
+        if answer is None:
             return await super().prepare(request)
-        head = (
-            f"HTTP/1.1 200 OK\r\n{lines}{REQUEST_ID}: {request[_ID_GIVEN]}\r\n"
-            f"Content-Length: {len(body)}\r\nDate: {_date(int(time.time()))}\r\n"
-        )
-        transport.write(b"".join((head.encode(), _EVERYWHERE_ENCODED, body)))
+        transport.write(answer)
         self._written = True
         return None
 
@@ -322,6 +317,39 @@ class Relayed(web.Response):
     def keep_alive(self) -> bool | None:
         """Whether the connection stays open."""
         return self._written or super().keep_alive
+
+
+def whole(body: bytes, headers: Mapping[str, str], request_id: str) -> bytes | None:
+    """Return an answer with status 200, head and body in one piece.
+
+    None if a header is not one line: no worker may write headers of its own making into an answer,
+    and aiohttp refuses it.
+    """
+    lines = _lines(tuple(headers.items()))
+    if lines is None:
+        return None
+    head = (
+        f"HTTP/1.1 200 OK\r\n{lines}{REQUEST_ID}: {request_id}\r\n"
+        f"Content-Length: {len(body)}\r\nDate: {_date(int(time.time()))}\r\n"
+    )
+    return b"".join((head.encode(), _EVERYWHERE_ENCODED, body))
+
+
+@lru_cache(256)
+def _lines(headers: tuple[tuple[str, str], ...]) -> str | None:
+    """Return headers as they are written; answers of one model have all the same."""
+    lines = "".join([f"{name}: {value}\r\n" for name, value in headers])
+    return lines if lines.count("\n") == lines.count("\r") == len(headers) else None
+
+
+def is_request_id(text: str) -> bool:
+    """Tell whether a caller's id can be passed on."""
+    return _ID.fullmatch(text) is not None
+
+
+def is_traceparent(text: str) -> bool:
+    """Tell whether a caller's trace can be gone on with."""
+    return _TRACEPARENT.fullmatch(text) is not None
 
 
 def unreadable(status: int, message: str | None) -> web.Response:
@@ -434,9 +462,9 @@ def _content_type(request: web.Request) -> str:
 def _request_id(request: web.Request) -> str:
     asked: Any = request.headers.get(REQUEST_ID, "")
     # No secret, only one of many: the system's own randomness costs ten times as much.
-    return asked if _ID.fullmatch(asked) else f"{random.getrandbits(64):016x}"
+    return asked if is_request_id(asked) else f"{random.getrandbits(64):016x}"
 
 
 def _traceparent(request: web.Request) -> str:
     asked = request.headers.get(TRACEPARENT, "")
-    return asked if _TRACEPARENT.fullmatch(asked) else new_traceparent()
+    return asked if is_traceparent(asked) else new_traceparent()

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from nats.aio.msg import Msg
 
-from bus import balance, instance
+from bus import balance, serving
 from bus import messages as m
 from bus.balance import Balance
 from bus.client import NOT_SERVED, SLOT, Answer, Client
@@ -262,7 +262,7 @@ class Two:
     async def known(self) -> None:
         """Have the caller know both."""
         async with asyncio.timeout(60):
-            while len(self._client._balance.known(self.subject)) < 2:
+            while len(self._client._asker.balance.known(self.subject)) < 2:
                 await self.ask()
 
 
@@ -290,7 +290,7 @@ async def test_requests_go_round_an_instance_that_is_held(client, connected, set
         made.go_on[1].clear()
         held = [asyncio.create_task(made.ask()) for _ in range(20)]
         await until(lambda: made.counts[1] > 0 and made.instances[0].in_flight == 0)
-        await until(lambda: made.instances[1]._oldest_s() > 0.1)
+        await until(lambda: made.instances[1]._asked.oldest_s() > 0.1)
         before = made.counts.copy()
         # One in 256 looks for others by the group, and may find the one that is held.
         callers = [asyncio.create_task(made.ask(20)) for _ in range(10)]
@@ -327,13 +327,13 @@ async def test_an_instance_that_is_gone_costs_no_request(client, connected, sett
         a.serving_raw(MODEL_INFER, made.handler(0), "m"),
     ):
         await made.ask(30)
-        assert client._balance.known(made.subject) == {"candle.0"}
+        assert client._asker.balance.known(made.subject) == {"candle.0"}
 
 
 async def test_a_busy_instance_is_not_seen_where_there_is_another(
     client, connected, settings, monkeypatch
 ):
-    monkeypatch.setattr(instance, "MAX_IN_FLIGHT", 3)
+    monkeypatch.setattr(serving, "MAX_IN_FLIGHT", 3)
     async with two(client, connected, settings) as made:
         await made.known()
         made.counts.clear()
@@ -377,7 +377,7 @@ async def test_who_answers_without_a_slot_is_always_asked_by_the_group(client, c
         await other.listen(subject, "raw", on_message)
     for _ in range(60):
         await client.relay(subject, b"", timeout_s=60)
-    assert not client._balance.known(subject)
+    assert not client._asker.balance.known(subject)
     assert counts[0] > 5
     assert counts[1] > 5
 

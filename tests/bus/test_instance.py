@@ -7,7 +7,7 @@ import json
 import msgspec
 import pytest
 
-from bus import codec, instance
+from bus import codec, instance, serving
 from bus import messages as m
 from bus.client import connect
 from bus.errors import Conflict, InvalidRequest, Overloaded
@@ -89,7 +89,7 @@ async def held_up(client, settings):
 
 
 async def test_one_request_too_many_is_refused_at_once(client, settings, monkeypatch):
-    monkeypatch.setattr(instance, "MAX_IN_FLIGHT", 2)
+    monkeypatch.setattr(serving, "MAX_IN_FLIGHT", 2)
     async with held_up(client, settings) as (candle, go_on):
         taken = [asyncio.create_task(client.call(MODEL_RUN, ask(i))) for i in range(2)]
         await until(lambda: candle.in_flight == 2)
@@ -100,7 +100,7 @@ async def test_one_request_too_many_is_refused_at_once(client, settings, monkeyp
 
 
 async def test_of_a_burst_as_many_are_taken_as_there_is_room_for(client, settings, monkeypatch):
-    monkeypatch.setattr(instance, "MAX_IN_FLIGHT", 3)
+    monkeypatch.setattr(serving, "MAX_IN_FLIGHT", 3)
     async with held_up(client, settings) as (candle, go_on):
         asked = [asyncio.create_task(client.call(MODEL_RUN, ask(i))) for i in range(20)]
         await until(lambda: sum(one.done() for one in asked) == 17)

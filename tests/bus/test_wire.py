@@ -106,10 +106,10 @@ async def test_both_ways_stop_work_that_nobody_waits_for(way, broker, root, sett
             with pytest.raises(DeadlineExceeded):
                 await client.relay(MODEL_INFER.subject(root, "m"), b"", timeout_s=0.2)
             await until(lambda: stopped == 3)
-            counted = candle._served[MODEL_INFER.subject(root, "m")].stats
+            counted = candle._asked.served[MODEL_INFER.subject(root, "m")].stats
             assert counted["num_errors"] == 2
             assert counted["last_error"] == "cancelled: the caller has gone"
-            assert not candle._by_inbox
+            assert not candle._asked._by_inbox
         await client.store.delete_everything()
 
 
@@ -248,3 +248,66 @@ async def test_the_largest_body_is_known_anew_after_a_reconnection(tmp_path):
             async with running_broker(tmp_path, sync_interval="2m"):
                 await until(lambda: client.connected, timeout_s=60)
                 assert client.max_payload == before
+
+
+# --- Reading --------------------------------------------------------------------------------------
+
+
+async def test_messages_are_read_in_their_order_however_the_stream_is_cut(client):
+    """Some for a taker, some for nats-py, with headers and without, with PONGs between."""
+    heard: list[bytes] = []
+    slow: list[bytes] = []
+
+    async def on_message(message) -> None:
+        slow.append(message.data)
+
+    quick = await client.take(f"{client.root}.quick", "", lambda one: heard.append(one.data))
+    other = await client._nc.subscribe(f"{client.root}.slow", cb=on_message)
+    await client.barrier()
+    sids = {b"quick": quick._id, b"slow": other._id}
+
+    def message(name: bytes, body: bytes, headers: bytes = b"", reply: bytes = b"") -> bytes:
+        words = [b"HMSG" if headers else b"MSG", b"s." + name, b"%d" % sids[name]]
+        words += [reply] if reply else []
+        words += [b"%d" % len(headers)] if headers else []
+        words.append(b"%d" % (len(headers) + len(body)))
+        return b" ".join(words) + b"\r\n" + headers + body + b"\r\n"
+
+    told = b"NATS/1.0\r\nA: b\r\n\r\n"
+    stream = b"".join(
+        [
+            message(b"quick", b"1"), message(b"quick", b"2\r\n", told, b"r.1"),
+            message(b"slow", b"a"), b"PONG\r\n", message(b"quick", b"3"), b"+OK\r\n",
+            message(b"quick", b"", told), message(b"slow", b"b", told), message(b"quick", b"MSG "),
+        ]
+    )  # fmt: skip
+    feed = client._nc._transport._io_reader.feed_data
+    for size in (len(stream), 1, 2, 3, 7, 16, 31, 60):
+        heard.clear()
+        slow.clear()
+        for at in range(0, len(stream), size):
+            feed(stream[at : at + size])
+        await until(lambda: len(heard) == 5 and len(slow) == 2)
+        assert heard == [b"1", b"2\r\n", b"3", b"", b"MSG "]
+        assert slow == [b"a", b"b"]
+    await client.stop_listening(quick)
+
+
+async def test_nothing_overtakes_what_nats_py_has_yet_to_read(client):
+    heard: list[str] = []
+
+    async def on_message(message) -> None:
+        heard.append(message.data.decode())
+
+    def take(message: Incoming) -> None:
+        heard.append(message.data.decode())
+
+    await client.take(f"{client.root}.quick", "", take)
+    await client._nc.subscribe(f"{client.root}.slow", cb=on_message)
+    for number in range(50):
+        await client._nc.publish(f"{client.root}.slow", b"slow %d" % number)
+        await client._nc.publish(f"{client.root}.quick", b"quick %d" % number)
+    await client.barrier()
+    # The barrier's own reply came last, and so everything before it has been read.
+    assert [one for one in heard if "quick" in one] == [f"quick {n}" for n in range(50)]
+    await until(lambda: len(heard) == 100)

@@ -21,7 +21,7 @@ from services.candle.cache import Cache
 from services.candle.repository import Repository
 from services.candle.service import Candle
 from services.candle.settings import CandleSettings
-from services.gateway.routes import kserve
+from services.gateway import inference
 
 ONES = {"inputs": [{"name": "inputs", "datatype": "FP32", "shape": [1, 2], "data": [1, 1]}]}
 LINEAR = {"input_dim": 2, "output_dim": 1, "weights": [1, 1], "bias": [0]}
@@ -369,7 +369,7 @@ async def test_bodies_that_come_in_pieces_count_as_large_as_they_turn_out_to_be(
     worker = await candle()
     await put(gate, linear())
     size = len(json.dumps(ONES))
-    monkeypatch.setattr(kserve, "RELAYING_MAX_BYTES", 2 * size + 10)
+    monkeypatch.setattr(inference, "RELAYING_MAX_BYTES", 2 * size + 10)
 
     async def pieces():
         yield json.dumps(ONES).encode()

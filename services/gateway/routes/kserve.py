@@ -3,37 +3,33 @@
 Bodies of inference pass through as they are: tensors are read where they are needed, at the worker.
 """
 
-from collections.abc import Mapping
-from functools import lru_cache
 from typing import Any, Final
 
 import msgspec
 from aiohttp import hdrs, web
 
 from bus import codec
-from bus.client import trace
-from bus.errors import InvalidRequest, NobodyListens, Overloaded
+from bus.client import Answer, trace
+from bus.errors import BusError, InvalidRequest, NobodyListens
 from bus.instance import bkg_version
 from bus.messages import Empty, ModelStatistics, UnloadModel
 from bus.models import DEFAULT
 from bus.statistics import sum_statistics
 from bus.subjects import CANDLE_STATS, MODEL_INFER, MODEL_LOAD, MODEL_UNLOAD
 from services.gateway import protocol
+from services.gateway.inference import (
+    COMPRESS_MIN_BYTES,
+    LENGTH,
+    NAME_MAX_CHARS,
+    OUTCOME,
+    shown,
+    subject_of,
+    too_many,
+)
 from services.gateway.models import wanted_version, why_nobody
 from services.gateway.parts import PARTS, Parts
 from services.gateway.translate import TRACEPARENT, Relayed, answer, read_body, timeout_of
 
-LENGTH: Final = "Inference-Header-Content-Length"
-# What it is, and who gave it.
-SHOWN: Final = (
-    hdrs.CONTENT_TYPE, LENGTH, "Bkg-Model-Version", "Bkg-Model-Digest", "Bkg-Instance",
-)  # fmt: skip
-NAME_MAX_CHARS: Final = 128
-RELAYING_MAX: Final = 1_024
-# What inference bodies may hold of the gateway's memory while their answers are waited for.
-RELAYING_MAX_BYTES: Final = 512 * 1024**2
-# Less than this is sent sooner than it is compressed.
-COMPRESS_MIN_BYTES: Final = 1_400
 LOAD_S: Final = 300.0
 GATHER_S: Final = 2.0
 # How long a change may take until this gateway has seen it.
@@ -144,10 +140,27 @@ async def infer(request: web.Request) -> web.Response:
     if len(model) > NAME_MAX_CHARS or (version and len(version) > NAME_MAX_CHARS):
         # No name is that long. The broker hangs up on a subject beyond its 4 KiB.
         raise await why_nobody(at, model, version)
+    try:
+        relayed = await _relayed(request, at, subject_of(at.client.root, model, version))
+    except NobodyListens:
+        raise await why_nobody(at, model, version) from None
+    response = Relayed(relayed.body, shown(relayed.headers))
+    if len(relayed.body) >= COMPRESS_MIN_BYTES and hdrs.ACCEPT_ENCODING in request.headers:
+        response.enable_compression()
+    return response
+
+
+async def _relayed(request: web.Request, at: Parts, subject: str) -> Answer:
+    """Return the worker's answer to a request."""
+    outcome = request.get(OUTCOME)
+    if isinstance(outcome, BusError):
+        raise outcome
+    if isinstance(outcome, Answer):
+        return outcome
     # What came with the headers is here, and known, already.
     size = 0 if request.content.is_eof() else request.content_length or 0
-    if at.relaying >= RELAYING_MAX or at.relaying_bytes + size > RELAYING_MAX_BYTES:
-        raise _too_many(at)
+    if full := too_many(at, size):
+        raise full
     at.relaying += 1
     at.relaying_bytes += size
     try:
@@ -155,57 +168,27 @@ async def infer(request: web.Request) -> web.Response:
         # It may have come in pieces, or compressed: then nobody knew before how large it is.
         at.relaying_bytes += len(body) - size
         size = len(body)
-        if at.relaying_bytes > RELAYING_MAX_BYTES:
-            raise _too_many(at)
+        if full := too_many(at, 0, more=0):
+            raise full
         headers = {}
         if length := request.headers.get(LENGTH):
             headers[LENGTH] = length
         if traced := trace.get():
             headers[TRACEPARENT] = traced
-        try:
-            relayed = await at.client.relay(
-                _subject(at.client.root, model, version),
-                body,
-                headers=headers,
-                timeout_s=timeout_of(request),
-            )
-        except NobodyListens:
-            raise await why_nobody(at, model, version) from None
+        return await at.client.relay(subject, body, headers=headers, timeout_s=timeout_of(request))
     finally:
         at.relaying -= 1
         at.relaying_bytes -= size
-    response = Relayed(relayed.body, _shown(relayed.headers))
-    if len(relayed.body) >= COMPRESS_MIN_BYTES and hdrs.ACCEPT_ENCODING in request.headers:
-        response.enable_compression()
-    return response
 
 
 def _named(request: web.Request) -> tuple[str, str | None]:
     return request.match_info["model"], request.match_info.get("version")
 
 
-def _too_many(at: Parts) -> Overloaded:
-    return Overloaded(
-        f"this gateway waits for {at.relaying} answers already; {RELAYING_MAX}, and "
-        f"{RELAYING_MAX_BYTES >> 20} MiB of bodies, are allowed",
-        retry_after_s=1,
-    )
-
-
 def _settings(at: Parts) -> dict[str, Any]:
     """Return candle's settings, as far as they are set."""
     plugin = at.view.get(MODEL_INFER.queue)
     return plugin.config.settings if plugin and plugin.config else {}
-
-
-@lru_cache(4_096)
-def _subject(root: str, model: str, version: str | None) -> str:
-    return MODEL_INFER.subject(root, model, *([version] if version else []))
-
-
-def _shown(headers: Mapping[str, str]) -> dict[str, str]:
-    """Return what of an answer's headers is for the client."""
-    return {name: headers[name] for name in SHOWN if name in headers}
 
 
 async def _read(request: web.Request, kind: type[Any]) -> Any:

@@ -1,0 +1,371 @@
+"""The caller's side of requests: whom to ask, what became of it, and asking once more.
+
+A request is no task and has no future: it stands in the table of those who wait for a reply, and
+whoever asked is called when it is over. So asking costs little more than writing and reading two
+messages. Only what cannot be done at once (the broker is away, or the short way of `bus.wire`
+cannot be gone) takes a task.
+"""
+
+import asyncio
+import random
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from contextvars import ContextVar
+from functools import partial
+from typing import Any, Final, Protocol
+
+import msgspec
+
+from bus import codec
+from bus.balance import Balance, Outcome
+from bus.errors import (
+    BusError,
+    DeadlineExceeded,
+    ErrorBody,
+    Internal,
+    InvalidRequest,
+    NobodyListens,
+    Overloaded,
+    Unavailable,
+    error_from,
+    error_from_number,
+)
+from bus.wire import TRACEPARENT, Incoming, Replies, Wire
+
+ERROR: Final = "Nats-Service-Error"
+ERROR_CODE: Final = "Nats-Service-Error-Code"
+TIMEOUT_MS: Final = "Bkg-Timeout-Ms"
+# On an answer: the process that gave it.
+INSTANCE: Final = "Bkg-Instance"
+# Beside it: the plugin and slot that can be asked for the same, `<plugin>.<slot>`.
+SLOT: Final = "Bkg-Slot"
+# On a refusal: this instance does not serve that, or no longer; whoever does may be asked.
+NOT_SERVED: Final = "Bkg-Not-Served"
+# The broker ends a connection that sends a longer control line than 4 KiB; the inbox stands there
+# beside the subject.
+SUBJECT_MAX_CHARS: Final = 3_072
+
+# The W3C trace context of the request that is being worked on; log records carry its trace id.
+trace: ContextVar[str | None] = ContextVar("trace", default=None)
+
+
+class Answer(msgspec.Struct, frozen=True):
+    """A reply whose body was not decoded."""
+
+    body: bytes
+    headers: Mapping[str, str]
+
+
+# Called once with what became of a request; must not raise.
+Done = Callable[[Answer | BusError], None]
+
+
+class Connection(Protocol):
+    """What asking needs of a connection to the broker."""
+
+    @property
+    def connected(self) -> bool:
+        """Whether the broker can be reached just now."""
+
+    def check_size(self, body: bytes) -> None:
+        """Raise TooLarge if a body is over the broker's limit."""
+
+    async def come_online(self, timeout_s: float) -> None:
+        """Wait until the broker can be reached; raise Unavailable if it takes too long."""
+
+    async def send(
+        self, named: str, subject: str, inbox: str, body: bytes, headers: Mapping[str, str]
+    ) -> None:
+        """Send a message whichever way it takes; raise a BusError if it cannot be sent."""
+
+    def give_up(self, inbox: str) -> None:
+        """Tell who works on a request that nobody waits for its reply."""
+
+
+class Asker:
+    """Asks, and knows who answers what how fast.
+
+    Args:
+        connection: Where to.
+        wire: Its short way.
+        replies: Who waits for which reply on it.
+        root: The first token of every subject.
+    """
+
+    def __init__(self, connection: Connection, wire: Wire, replies: Replies, root: str) -> None:
+        self.connection = connection
+        self.wire = wire
+        self.replies = replies
+        self.balance = Balance()
+        self.calls = f"{root}.call."
+        self.instances = f"{root}.inst."
+        self.loop = asyncio.get_running_loop()
+        # What could not be done at once.
+        self.working: set[asyncio.Task[None]] = set()
+
+    def ask(
+        self, subject: str, body: bytes, headers: Mapping[str, str], timeout_s: float, done: Done
+    ) -> "Asked":
+        """Ask whoever answers a subject, and have `done` called when that is over.
+
+        That may be before this returns.
+
+        Args:
+            subject: What is asked.
+            body: The question.
+            headers: Its headers, without those that say how long there is time.
+            timeout_s: How long the answer may take.
+            done: Takes the answer, or why there is none.
+        """
+        asked = Asked(self, subject, body, headers, timeout_s, done)
+        asked.begin()
+        return asked
+
+    def to(self, subject: str, slot: str | None) -> str:
+        """Return where one slot hears what a subject means; the subject itself without one."""
+        if slot is None:
+            return subject
+        return f"{self.instances}{slot}.call.{subject[len(self.calls) :]}"
+
+    def close(self) -> None:
+        """Do nothing more."""
+        self.replies.close()
+        for working in self.working:
+            working.cancel()
+
+
+class Asked:
+    """A request that waits for its answer.
+
+    Where several instances are known to answer, the one that is likely to be the quickest is asked
+    (`bus.balance`), else the broker picks one. One that does not serve it any more says so, and
+    the broker picks then. A busy one answers so at once; then one more is asked.
+
+    Attributes:
+        deadline: Until when the answer may come, in the event loop's time.
+        inbox: Where it comes to; empty while nothing is sent.
+        over: Whether nobody waits for an answer any more.
+    """
+
+    __slots__ = (
+        "_again", "_asker", "_balanced", "_body", "_done", "_headers", "_sent_at", "_slot",
+        "_subject", "_timeout_s", "deadline", "inbox", "over",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        asker: Asker,
+        subject: str,
+        body: bytes,
+        headers: Mapping[str, str],
+        timeout_s: float,
+        done: Done,
+    ) -> None:
+        self._asker = asker
+        self._subject = subject
+        self._body = body
+        self._headers = headers
+        self._timeout_s = timeout_s
+        self._done = done
+        self._balanced = subject.startswith(asker.calls)
+        self._again = False
+        self._slot: str | None = None
+        self._sent_at = 0.0
+        self.deadline = asker.loop.time() + timeout_s
+        self.inbox = ""
+        self.over = False
+
+    def begin(self) -> None:
+        """Ask for the first time."""
+        if len(self._subject) > SUBJECT_MAX_CHARS:
+            self._end(
+                InvalidRequest(
+                    f"the subject has {len(self._subject):,} characters, at most "
+                    f"{SUBJECT_MAX_CHARS:,} are taken; a name in it is too long"
+                )
+            )
+            return
+        try:
+            self._asker.connection.check_size(self._body)
+        except BusError as error:
+            self._end(error)
+            return
+        if self._balanced:
+            self._slot = self._asker.balance.choose(self._subject, time.perf_counter())
+        self._send()
+
+    def cancel(self) -> None:
+        """Wait no longer; `done` is not called any more."""
+        if self.over:
+            return
+        self.over = True
+        self._withdraw()
+        self._tell("dropped")
+
+    # --- What became of it ------------------------------------------------------------------------
+
+    def replied(self, message: Incoming) -> None:
+        """Take the reply."""
+        self.inbox = ""
+        found = message.headers
+        by = found.get(SLOT)
+        if ERROR_CODE in found:
+            error = _error_in(message.data, found)
+            if NOT_SERVED in found:
+                self._nobody(error.message)
+            elif isinstance(error, Overloaded) and not self._again:
+                self._tell("busy", by)
+                self._again = True
+                self._ask_another()
+            else:
+                self._tell("busy" if isinstance(error, Overloaded) else "failed", by)
+                self._end(error)
+        elif not message.data and found.get("Status") == "503":
+            self._nobody(f"nobody answers {self._subject} just now")
+        else:
+            self._tell("answered", by)
+            self._end(Answer(message.data, found))
+
+    def ended(self, error: TimeoutError | Unavailable) -> None:
+        """Take note that there will be no reply."""
+        if isinstance(error, Unavailable):
+            self._tell("dropped")
+            self._end(error)
+            return
+        self._withdraw()
+        self._tell("gone")
+        self._end(DeadlineExceeded(f"{self._subject} gave no answer within {self._timeout_s:g} s"))
+
+    def _nobody(self, said: str) -> None:
+        """Ask the group where a slot does not serve it any more."""
+        self._tell("gone")
+        if self._slot is None:
+            self._end(NobodyListens(said, retry_after_s=2))
+        else:
+            self._slot = None
+            self._send()
+
+    def _ask_another(self) -> None:
+        if self._balanced:
+            now = time.perf_counter()
+            self._slot = self._asker.balance.choose(self._subject, now, again=True)
+        self._send()
+
+    def _tell(self, outcome: Outcome, by: str | None = None) -> None:
+        """Let the balance know what became of it."""
+        if self._balanced:
+            now = time.perf_counter()
+            self._asker.balance.ended(
+                self._subject, self._slot, outcome, now, by=by, took_s=now - self._sent_at
+            )
+
+    def _end(self, outcome: Answer | BusError) -> None:
+        if not self.over:
+            self.over = True
+            self._done(outcome)
+
+    def _withdraw(self) -> None:
+        """Have the work on it stopped."""
+        if self.inbox:
+            self._asker.replies.forget(self.inbox)
+            self._asker.connection.give_up(self.inbox)
+            self.inbox = ""
+
+    # --- Sending ----------------------------------------------------------------------------------
+
+    def _send(self) -> None:
+        asker = self._asker
+        if not asker.connection.connected:
+            self._work(self._send_when_online)
+            return
+        left_s = self._timeout_s
+        if self._sent_at:
+            left_s = max(0.001, self.deadline - asker.loop.time())
+        self._sent_at = time.perf_counter()
+        headers = {TIMEOUT_MS: str(int(left_s * 1000)), **self._headers}
+        if TRACEPARENT not in headers:
+            headers[TRACEPARENT] = trace.get() or new_traceparent()
+        to = asker.to(self._subject, self._slot)
+        inbox = asker.replies.inbox(asker.replies.reserve(1))
+        try:
+            sent = asker.wire.send(to, inbox, self._body, headers)
+        except BusError as error:
+            self._tell("dropped")
+            self._end(error)
+            return
+        if sent:
+            self.inbox = inbox
+            asker.replies.await_at(inbox, self)
+        else:
+            self._work(partial(self._send_long, to, headers))
+
+    async def _send_when_online(self) -> None:
+        left_s = self.deadline - self._asker.loop.time()
+        await self._asker.connection.come_online(min(max(left_s, 0.001), 2.0))
+        if not self.over:
+            self._send()
+
+    async def _send_long(self, to: str, headers: dict[str, str]) -> None:
+        asker = self._asker
+        self.inbox = asker.replies.inbox(asker.replies.reserve(1))
+        asker.replies.await_at(self.inbox, self)
+        await asker.connection.send(self._subject, to, self.inbox, self._body, headers)
+
+    def _work(self, work: Callable[[], Awaitable[None]]) -> None:
+        """Do what cannot be done at once."""
+
+        async def done() -> None:
+            failure: BusError | None = None
+            try:
+                await work()
+            except BusError as error:
+                failure = error
+            if failure and not self.over:
+                self._asker.replies.forget(self.inbox)
+                self.inbox = ""
+                self._tell("dropped")
+                self._end(failure)
+
+        def forget(task: asyncio.Task[None]) -> None:
+            self._asker.working.discard(task)
+            if not self.over and (task.cancelled() or task.exception()):
+                self._tell("dropped")
+                self._end(
+                    Unavailable("the connection to the broker was closed")
+                    if task.cancelled()
+                    else Internal(f"{self._subject} could not be asked")
+                )
+
+        task = self._asker.loop.create_task(done())
+        self._asker.working.add(task)
+        task.add_done_callback(forget)
+
+
+def new_traceparent() -> str:
+    """Return a W3C trace context that begins here."""
+    # Random enough to tell requests apart; never zero, which the standard forbids.
+    both = f"{random.getrandbits(192) | 1 << 64 | 1:048x}"
+    return f"00-{both[:32]}-{both[32:]}-01"
+
+
+def settle(reply: "asyncio.Future[Any]") -> Done:
+    """Return what gives a future the outcome of a request."""
+
+    def done(outcome: Answer | BusError) -> None:
+        if reply.done():
+            return
+        if isinstance(outcome, BusError):
+            reply.set_exception(outcome)
+        else:
+            reply.set_result(outcome)
+
+    return done
+
+
+def _error_in(body: bytes, headers: Mapping[str, str]) -> BusError:
+    try:
+        return error_from(codec.decode(body, ErrorBody))
+    except InvalidRequest:
+        number = headers[ERROR_CODE]
+        said = headers.get(ERROR) or "the service gave no reason"
+        return error_from_number(int(number) if number.isdigit() else 500, said)
