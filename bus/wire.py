@@ -5,7 +5,7 @@ and every publish through another queue to a task that writes; `Client.request` 
 `asyncio.wait_for`. All this costs more than the work that most requests ask for. Here a message is
 given to its taker where the socket is read, and what is sent within one turn of the event loop is
 written at its end. Figures are in `docs/decisions/0008-balance-by-latency.md` and
-`docs/decisions/0014-requests-without-tasks.md`.
+`docs/decisions/0016-requests-without-tasks.md`.
 
 All need private names of nats-py. They are looked for when a connection is made; if one is not
 there as it is known, everything goes the public way, and only costs more.
