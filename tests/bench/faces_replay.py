@@ -53,7 +53,7 @@ class Replayed(msgspec.Struct, frozen=True, kw_only=True):
         replay_s: Until it was caught up.
         replay_cpu_s: Processor time that it took for that.
         bytes_per_entry: What the replica's memory grew by, for each.
-        peak_bytes_per_entry: The same at its most.
+        peak_bytes_per_entry: The same at its most; None where it was not measured.
         searches: Of that replica.
     """
 
@@ -61,8 +61,8 @@ class Replayed(msgspec.Struct, frozen=True, kw_only=True):
     replay_s: float
     replay_cpu_s: float
     bytes_per_entry: float
-    peak_bytes_per_entry: float
     searches: list[Joined]
+    peak_bytes_per_entry: float | None = None
 
 
 class Enrolled(msgspec.Struct, frozen=True, kw_only=True):
