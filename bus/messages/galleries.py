@@ -128,7 +128,7 @@ class ManageDataset(Message, frozen=True):
 
 
 class DatasetInfo(Message, frozen=True):
-    """A dataset: how many entries, since when, and what made its vectors."""
+    """A dataset: how many entries, since when, and what made its vectors, in which version."""
 
     id: str
     entries: int
@@ -137,6 +137,7 @@ class DatasetInfo(Message, frozen=True):
     embedder: str
     dimensions: int
     subjects: int = 0
+    embedder_digest: str | None = None
 
 
 class DatasetStats(Message, frozen=True, omit_defaults=False):

@@ -29,8 +29,8 @@ _SWITCHES: Final = frozenset({"persist", "every_face", "small"})
 _QUERY_ONLY: Final = frozenset({"timeout"})
 # What the gateway says by itself.
 _OURS: Final = frozenset({"by", "language"})
-# curl says this of a photo, when nobody tells it better.
-_VAGUE: Final = frozenset({"", "application/x-www-form-urlencoded"})
+# Clients say these of a photo and of JSON, when nobody tells them better; no image begins with {.
+_VAGUE: Final = frozenset({"", "application/x-www-form-urlencoded", "application/octet-stream"})
 _PLAIN: Final = frozenset({codec.JSON, codec.MSGPACK, "text/json", "text/plain", *_VAGUE})
 
 T = TypeVar("T", bound=msgspec.Struct)
@@ -61,10 +61,10 @@ async def read_images(
     """
     _check_length(request, max_bytes)
     allowed = [name for name in kind.__struct_fields__ if name not in _OURS]
-    given = _by_name(allowed, _in_query(request))
+    given = _by_name(allowed, _in_query(request, allowed))
     media = request.headers.get(hdrs.CONTENT_TYPE, "").partition(";")[0].strip().lower()
     if media.startswith("multipart/"):
-        fields = [pair async for pair in _in_form(request, images, max_bytes)]
+        fields = [pair async for pair in _in_form(request, allowed, images, max_bytes)]
     else:
         fields = _in_body(media, await read_body(request, max_bytes), images)
     given = _by_name(allowed, fields, given)
@@ -90,56 +90,62 @@ def _check_length(request: web.Request, max_bytes: int) -> None:
 
 
 def _by_name(
-    allowed: Sequence[str], fields: Iterable[tuple[str, Any]], before: Mapping[str, Any] | None = None
+    allowed: Sequence[str],
+    fields: Iterable[tuple[str, Any]],
+    before: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return fields by name, with those that came before."""
     found = dict(before or {})
     for name, value in fields:
-        if name not in allowed:
-            near = difflib.get_close_matches(name, allowed, 1)
-            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(allowed)}"
-            raise InvalidRequest(
-                f"the field {name[:40]!r} is not known here; {hint}", field=name[:40]
-            )
+        _check_name(name, allowed)
         if name in found:
             raise InvalidRequest(f"{name} is given twice; give it once", field=name)
         found[name] = value
     return found
 
 
-def _in_query(request: web.Request) -> Iterator[tuple[str, Any]]:
+def _check_name(name: str, allowed: Sequence[str]) -> None:
+    if name not in allowed:
+        near = difflib.get_close_matches(name, allowed, 1)
+        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(allowed)}"
+        raise InvalidRequest(f"the field {name[:40]!r} is not known here; {hint}", field=name[:40])
+
+
+def _in_query(request: web.Request, allowed: Sequence[str]) -> Iterator[tuple[str, Any]]:
     for name, text in request.query.items():
         if name not in _QUERY_ONLY:
+            _check_name(name, allowed)
             yield name, _value_of(name, text)
 
 
 def _in_body(media: str, body: bytes, images: Sequence[str]) -> list[tuple[str, Any]]:
     """Return the fields of a body that is no form: what it names, or itself as the image."""
     is_photo = media in _VAGUE and bool(body) and body.lstrip()[:1] != b"{"
-    if is_photo or media.startswith("image/") or media == "application/octet-stream":
+    if is_photo or media.startswith("image/"):
         if list(images) != [IMAGE]:
             raise InvalidRequest(
                 f"one body is one image, and here are {len(images)}: send a form with the files "
                 f"{' and '.join(images)}, or JSON",
-                field=hdrs.CONTENT_TYPE,
+                field=codec.CONTENT_TYPE,
             )
         return [(IMAGE, body)]
     if media not in _PLAIN:
         raise InvalidRequest(
             f"a body of type {media[:60]!r} cannot be read; allowed are {codec.JSON}, "
             f"{codec.MSGPACK}, multipart/form-data, image/* and application/octet-stream",
-            field=hdrs.CONTENT_TYPE,
+            field=codec.CONTENT_TYPE,
         )
     return list(codec.decode(body, dict[str, Any], media).items())
 
 
 async def _in_form(
-    request: web.Request, images: Sequence[str], max_bytes: int
+    request: web.Request, allowed: Sequence[str], images: Sequence[str], max_bytes: int
 ) -> AsyncIterator[tuple[str, Any]]:
     """Give the fields of a form; all of them together have no more than `max_bytes`."""
     left = max_bytes
     async for part in parts_of(request):
         name = part.name or ""
+        _check_name(name, allowed)
         if name in images and _is_file(part, name):
             raw = await whole_part(part, left)
             yield name, raw if name == IMAGE else {IMAGE: raw}

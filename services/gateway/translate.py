@@ -199,9 +199,9 @@ def problem(
         type=f"urn:bkg:problem:{code}" if code else "about:blank",
         title=HTTPStatus(status).phrase,
         status=status,
-        detail=detail,
-        field=field,
-        reasons=reasons,
+        detail=_encodable(detail),
+        field=_encodable(field),
+        reasons=reasons and [_encodable(reason) or "" for reason in reasons],
         revision=revision,
     )
     said: dict[str, Any] = codec.plain(body)
@@ -414,6 +414,14 @@ def _sentence(message: str) -> str:
     """Return what a far side said, without a stack trace, should it have sent one."""
     said = message.partition(_TRACEBACK)[0].strip()
     return said[:2_000] or "it failed, and gave no reason"
+
+
+def _encodable(text: str | None) -> str | None:
+    """Return a text that can be written as JSON: what a request's head has in it need not be.
+
+    aiohttp keeps bytes that are no UTF-8 as surrogates, and names of headers in a class of its own.
+    """
+    return text and text.encode(errors="replace").decode()
 
 
 def _content_type(request: web.Request) -> str:

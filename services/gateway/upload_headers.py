@@ -10,14 +10,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from aiohttp import hdrs
-
 from bus.errors import InvalidRequest
 
 OFFSET: Final = "Upload-Offset"
 LENGTH: Final = "Upload-Length"
 COMPLETE: Final = "Upload-Complete"
 CHECKSUM: Final = "X-Checksum-Sha256"
+# Not aiohttp's constant: that is no plain text, and an error's body could not be written.
+CONTENT_ENCODING: Final = "Content-Encoding"
 CONTENT_DIGEST: Final = "Content-Digest"
 REPR_DIGEST: Final = "Repr-Digest"
 
@@ -50,12 +50,12 @@ def told_by(headers: Mapping[str, str], content_length: int | None) -> Told:
     Raises:
         InvalidRequest: One of them has a value that it cannot have, or they contradict each other.
     """
-    encoding = headers.get(hdrs.CONTENT_ENCODING, "identity").lower()
+    encoding = headers.get(CONTENT_ENCODING, "identity").lower()
     if encoding != "identity":
         raise InvalidRequest(
             f"Content-Encoding is {encoding[:40]!r}; send the file as it is: resuming and digests "
             "count its own bytes",
-            field=hdrs.CONTENT_ENCODING,
+            field=CONTENT_ENCODING,
         )
     begins = _number(headers, OFFSET) or 0
     total = _number(headers, LENGTH)

@@ -7,7 +7,7 @@ from typing import Any, Final
 from bus import messages as m
 from bus.errors import Conflict
 from services.rustyface.asked import NewEntry
-from services.rustyface.gallery import Gallery, Kept
+from services.rustyface.gallery import Gallery
 from services.rustyface.projection import LITTLE_ENDIAN
 
 NAMED_MAX: Final = 5
@@ -21,7 +21,7 @@ class Plan:
         added: How many are not there yet.
         replaced: How many take another's place.
         skipped: How many are left as they are.
-        before: What is replaced.
+        images: Of the entries that are replaced.
 
     Raises:
         Conflict: Some are there already, and may not be.
@@ -29,7 +29,7 @@ class Plan:
 
     def __init__(self, there: Gallery, entries: Sequence[NewEntry], existing: str) -> None:
         self.added = self.replaced = self.skipped = 0
-        self.before: list[Kept] = []
+        self.images: list[str] = []
         taken: dict[str, NewEntry] = {}
         refused: list[str] = []
         for entry in entries:
@@ -46,8 +46,8 @@ class Plan:
                 self.skipped += 1
             else:
                 refused.append(entry.id)
-            if before is not None and existing == "replace":
-                self.before.append(before)
+            if before is not None and before.image and existing == "replace":
+                self.images.append(before.image)
         if refused:
             shown = ", ".join(repr(one) for one in refused[:NAMED_MAX])
             more = f" and {len(refused) - NAMED_MAX:,} more" if len(refused) > NAMED_MAX else ""

@@ -59,7 +59,7 @@ class Export:
         there = next((one for one in self._galleries.datasets() if one.id == dataset), None)
         if there is None:
             raise NotFound(f"there is no dataset {dataset!r}", field="dataset")
-        head = Head(id=dataset, created_at=there.created_at, embedder=there.embedder)
+        head = Head(dataset, there.created_at, there.embedder, there.embedder_digest)
         await to_its_end(self._folder.mkdir, parents=True, exist_ok=True)
         path = self._folder / f"{job.job}.{secrets.token_hex(4)}.export"
         pace = Pace(told, "writing", len(ids))

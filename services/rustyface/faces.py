@@ -110,7 +110,8 @@ class Faces:
             )
             revision = await self._enrol(name, new, image, request)
             took_ms = round(1e3 * (time.perf_counter() - began), 1)
-            log.info("face.enrolled", dataset=name, entry=entry, revision=revision, took_ms=took_ms)
+            # Which entry it is does not go into the log: it outlives a deletion.
+            log.info("face.enrolled", dataset=name, revision=revision, took_ms=took_ms)
         return m.EncodedFace(
             id=entry,
             dataset=name if request.persist else None,

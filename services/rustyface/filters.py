@@ -139,6 +139,15 @@ def read(raw: bytes) -> Any:
         return None
 
 
+def measures(raw: bytes) -> dict[str, float]:
+    """Return a face's measures as they were enrolled; none where they cannot be read."""
+    value = read(raw)
+    try:
+        return msgspec.convert(value, dict[str, float]) if value is not None else {}
+    except msgspec.ValidationError:
+        return {}
+
+
 def _hash(value: Any) -> int:
     """Return what stands for a value: equal ones have the same, whole numbers of any type too.
 

@@ -39,6 +39,11 @@ class Header:
     deep: bool = False
     frames: bool = False
 
+    @property
+    def heavy(self) -> bool:
+        """Whether its decoder takes about twice the memory of the others for a pixel."""
+        return self.alpha and (self.deep or self.frames)
+
 
 class Part(NamedTuple):
     """A marker segment of a JPEG, or a chunk of a PNG or WebP; nothing of it is copied yet.

@@ -7,7 +7,7 @@ subject has not; whoever comes second looks again, so that nobody's change is lo
 """
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Final, Literal
 
@@ -29,7 +29,7 @@ from services.rustyface.asked import (
     check_metadata,
 )
 from services.rustyface.enrolment import Plan, event_of, utc
-from services.rustyface.gallery import Gallery, Kept
+from services.rustyface.gallery import Gallery
 from services.rustyface.ledger import TRIES
 from services.rustyface.people import People, contended
 from services.rustyface.persons import Floats
@@ -128,7 +128,7 @@ class Galleries(People):
         log.info("dataset.deleted", dataset=gallery, revision=revision, by=by)
         await self.wait(revision)
         # Killed in between, the next worker that starts does it.
-        await self._ledger.chores_done()
+        await self._ledger.all_told()
         await self._history.forget(gallery)
         await self._ledger.clear_gallery(gallery, revision, images)
         return revision
@@ -162,8 +162,8 @@ class Galleries(People):
             subject=entry.subject,
             imported=entry.imported,
         )
-        if before is not None:
-            self._drop_images_after(revision, [before])
+        if before is not None and before.image is not None:
+            self._ledger.drop_images_after(revision, [before.image])
         return revision
 
     async def enrol_many(
@@ -211,7 +211,7 @@ class Galleries(People):
                 count=len(revisions),
                 imported=imports.pop() if len(imports) == 1 else None,
             )
-        self._drop_images_after(revision, plan.before)
+        self._ledger.drop_images_after(revision, plan.images)
         return Outcome(plan.added, plan.replaced, plan.skipped, revision)
 
     async def remove(self, gallery: str, entry: str, *, by: str | None = None) -> int:
@@ -262,7 +262,7 @@ class Galleries(People):
                 metadata=filters.read(kept.metadata),
                 subject=subject,
                 image=kept.image,
-                quality=kept.quality or {},
+                quality=filters.measures(kept.quality),
                 imported=kept.imported,
             )
             try:
@@ -275,6 +275,13 @@ class Galleries(People):
                 )
             except Conflict:
                 continue
+            now = self._galleries.get(gallery)
+            if now is not None and now is not there:
+                # The gallery was deleted and made anew: a deleted face must not be in the new one.
+                await self._ledger.append_entry(now, m.GalleryEntry(id=entry, at=m.now()))
+                raise NotFound(
+                    f"the dataset {gallery!r} was deleted at this moment", field="dataset"
+                )
             # One for each of them: what one person's ring says goes with that person alone.
             if before is not None:
                 self._tell(gallery, "move-entry", revision, by, entry=entry, subject=before)
@@ -389,14 +396,3 @@ class Galleries(People):
         record = there.imports.get(imported) if imported is not None else None
         if record is not None and record.state == "undone":
             raise Conflict(f"the import {record.id!r} was undone", field="imported")
-
-    def _drop_images_after(self, revision: int, before: Iterable[Kept]) -> None:
-        """Drop, once that event is read, the images that the entries before it have left."""
-        images = [one.image for one in before if one.image]
-
-        async def drop() -> None:
-            await self._ledger.wait(revision)
-            await self._ledger.drop_images(images)
-
-        if images and not self._ledger.later(drop):
-            log.warning("images.not_deleted", images=len(images), cause="too many wait")

@@ -24,7 +24,7 @@ class Kept(msgspec.Struct, gc=False):
         metadata: As MessagePack; empty for none. Few entries are ever shown: bytes are small.
         person: Who it shows.
         image: SHA-256 of the kept image.
-        quality: Of the face; None for nothing known.
+        quality: Of the face, as MessagePack; empty for nothing known.
         imported: The import that brought it.
     """
 
@@ -35,7 +35,7 @@ class Kept(msgspec.Struct, gc=False):
     metadata: bytes
     person: Person | None
     image: str | None
-    quality: dict[str, float] | None
+    quality: bytes
     imported: str | None
 
 
@@ -55,7 +55,7 @@ class Gallery:
         moves: Of all names.
         settings: As they are set.
         revision: The last event that concerned it.
-        updated_at: When that was stored.
+        updated_at: The latest time that an event gives; entries may come with times of their own.
     """
 
     head: m.GalleryHead
@@ -72,7 +72,12 @@ class Gallery:
     settings: m.DatasetSettings = field(default_factory=m.DatasetSettings)
     _groups: int = 0
     _ordered: list[str] | None = None
+    _names: list[str] | None = None
     _rejected: dict[int, Floats] | None = None
+
+    def seen(self, at: datetime) -> None:
+        """Take note of an event's time."""
+        self.updated_at = max(self.updated_at, at)
 
     def person(self, name: str) -> Person:
         """Return who bears a name now; somebody new if nobody does."""
@@ -93,14 +98,19 @@ class Gallery:
             self._ordered = sorted(self.entries)
         return self._ordered
 
+    def names(self) -> list[str]:
+        """Return the names of all who have an entry, in their order."""
+        if self._names is None:
+            self._names = sorted(name for name, one in self.persons.items() if one.entries)
+        return self._names
+
     def rejected(self) -> Mapping[int, Floats]:
         """Return the faces that are not somebody, by the person's number; never changed after."""
         if self._rejected is None:
-            self._rejected = {
-                person.group: np.stack([one.vector for one in person.rejections.values()])
-                for person in self.persons.values()
-                if person.rejections
-            }
+            faces: dict[int, list[Floats]] = {}
+            for one in self.rejections.values():
+                faces.setdefault(one.person.group, []).append(one.vector)
+            self._rejected = {group: np.stack(rows) for group, rows in faces.items()}
         return self._rejected
 
     def add(self, kept: Sequence[Kept], rows: Floats) -> None:
@@ -113,6 +123,8 @@ class Gallery:
         for one in kept:
             self.entries[one.id] = one
             if one.person is not None:
+                if not one.person.entries:
+                    self._names = None
                 one.person.entries.add(one.id)
         # Only now, or somebody whose entries are all replaced would be gone in between.
         for old, new in zip(before, kept, strict=True):
@@ -166,6 +178,7 @@ class Gallery:
             target.entries.update(ids)
             for one in entries:
                 one.person = target
+        self._names = None
         dropped = self._move_rejections(person)
         self.leave(person)
         return gone, dropped
@@ -187,6 +200,8 @@ class Gallery:
     def _part(self, kept: Kept) -> None:
         if kept.person is not None:
             kept.person.entries.discard(kept.id)
+            if not kept.person.entries:
+                self._names = None
             self.leave(kept.person)
 
     def leave(self, person: Person) -> None:

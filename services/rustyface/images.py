@@ -20,7 +20,8 @@ Image = npt.NDArray[np.uint8]
 
 MAX_BYTES: Final = 16 * 1024 * 1024
 MAX_PIXELS: Final = 50_000_000
-"""What today's cameras give, and 150 MB once decoded."""
+"""What today's cameras give: 150 MB once decoded, and up to 500 MB on the way there (10 bytes for
+each pixel, measured)."""
 MAX_SIDE: Final = 32_767
 """OpenCV's warps count pixels in 16 bits."""
 
@@ -43,8 +44,8 @@ def decode(
     Args:
         data: The file, of a format named in `ALLOWED`.
         max_bytes: Largest file.
-        max_pixels: Largest width times height; half of it with transparency in 16 bits, which
-            takes so much more memory on the way.
+        max_pixels: Largest width times height; half of it for kinds that take twice the memory:
+            GIF, and transparency in 16 bits.
         field: The request's field that `data` came from, for the error.
 
     Raises:
@@ -157,13 +158,13 @@ def _checked(data: bytes, max_pixels: int, field: str | None) -> tuple[str, Head
     width, height = header.width, header.height
     if width < 1 or height < 1:
         raise Unprocessable(f"the {kind} image says it is {width} x {height} pixels", field=field)
-    of = ""
-    if header.alpha and header.deep:
+    which = ""
+    if header.heavy:
         max_pixels //= 2
-        of = " of 16 bits with transparency"
+        which = " of a kind that takes twice the memory"
     if width * height > max_pixels or max(width, height) > MAX_SIDE:
         raise TooLarge(
-            f"the image is {width} x {height} pixels{of}, {max_pixels} in all and {MAX_SIDE} "
+            f"the image is {width} x {height} pixels{which}, {max_pixels} in all and {MAX_SIDE} "
             "to a side are allowed",
             field=field,
         )

@@ -73,16 +73,25 @@ class Import:
         store: Where the file is.
         galleries: Where its entries go.
         embedder: What makes the vectors of new datasets.
+        digest: Which version of it.
         dimensions: How long those are.
         folder: Where the file lies while it is read.
     """
 
     def __init__(
-        self, store: Artefacts, galleries: Galleries, embedder: str, dimensions: int, folder: Path
+        self,
+        store: Artefacts,
+        galleries: Galleries,
+        *,
+        embedder: str,
+        digest: str,
+        dimensions: int,
+        folder: Path,
     ) -> None:
         self._store = store
         self._galleries = galleries
         self._embedder = embedder
+        self._digest = digest
         self._dimensions = dimensions
         self._folder = folder
 
@@ -145,6 +154,13 @@ class Import:
                 f"the file has vectors of {head.embedder}, this worker makes those of "
                 f"{self._embedder}; they cannot be mixed",
                 field="embedder",
+            )
+        if head.embedder_digest not in (None, self._digest):
+            raise Unprocessable(
+                f"the file has vectors of another version of {self._embedder}, "
+                f"{str(head.embedder_digest)[:12]}; this worker's is {self._digest[:12]}, and they "
+                "cannot be mixed",
+                field="embedder_digest",
             )
 
     @contextlib.asynccontextmanager

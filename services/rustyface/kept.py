@@ -34,9 +34,15 @@ class KeptImages:
             return (await upload.commit()).digest
 
     async def ensure(self, digest: str, image: bytes) -> None:
-        """Store an image again if it has gone meanwhile, with another entry that had the same."""
-        if await self._store.size(digest) is None:
-            await self.keep(image)
+        """Store an image again if it has gone meanwhile, with another entry that had the same.
+
+        Its entry is stored already, so a failure is only told to the log.
+        """
+        try:
+            if await self._store.size(digest) is None:
+                await self.keep(image)
+        except BusError as error:
+            log.warning("image.not_kept", image=digest, cause=error.message)
 
     async def gone(self, digests: Iterable[str]) -> None:
         """Delete images that no entry names any more; what cannot be is left to the garbage."""

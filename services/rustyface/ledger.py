@@ -38,8 +38,8 @@ WAIT_S: Final = 5.0
 # An event comes round within a few milliseconds. After this long it may be one that somebody
 # deleted from the stream by hand, and that will never come.
 PATIENCE_S: Final = 0.5
-# Deleting from the stream goes on behind an answer that would have to wait longer.
-CLEAR_WAIT_S: Final = 5.0
+# What has to be deleted besides goes on behind an answer that would have to wait longer.
+PATIENT_S: Final = 5.0
 CHORES_MAX: Final = 10_000
 CLEARED_AT_ONCE: Final = 64
 TRIES: Final = 16
@@ -82,6 +82,8 @@ class Ledger:
         # By message id, what this process's own events have taken away.
         self._taken: dict[str, list[Dead]] = {}
         self._chores: asyncio.Queue[Chore] = asyncio.Queue(CHORES_MAX)
+        # Of its own: where changes cannot be told, deletions go on all the same.
+        self._changes: asyncio.Queue[m.GalleryChange] = asyncio.Queue(CHORES_MAX)
 
     async def run(self) -> None:
         """Read the events, from the first one on, until cancelled.
@@ -90,7 +92,7 @@ class Ledger:
             Unavailable: The stream is not the one that was read so far.
         """
         try:
-            async with beside(self._end_when_replaced(), self._do_chores()):
+            async with beside(self._end_when_replaced(), self._do_chores(), self._tell_changes()):
                 async for batch in self._stream.follow(gallery_events(self._root)):
                     self._sort(self.projection.apply(batch.messages))
                     if batch.caught_up and not self.caught_up.is_set():
@@ -227,8 +229,9 @@ class Ledger:
         )
         await self.wait(revision)
         now = self.projection.galleries.get(there.head.id)
-        if now is None or now.head_seq != there.head_seq:
-            # One condition is all that a message can have. Nothing of a dead gallery may stay.
+        # One condition is all that a message can have. Nothing of a dead gallery may stay; but what
+        # has come into one that was made anew meanwhile everybody has read, and it does.
+        if now is None or revision < now.head_seq:
             await self._stream.remove(revision)
             raise _deleted(there)
         return revision
@@ -271,9 +274,7 @@ class Ledger:
                 done.set()
 
         await self._chores.put(chore)
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(CLEAR_WAIT_S):
-                await done.wait()
+        await _soon(done.wait())
 
     async def clear_gallery(self, gallery: str, seq: int, images: Iterable[str]) -> None:
         """Delete all events of a gallery below its own last one from the stream, and its images."""
@@ -310,19 +311,39 @@ class Ledger:
             except BusError as error:
                 log.warning("rejection.not_withdrawn", rejection=one.id, cause=error.message)
 
-    def later(self, chore: Chore) -> bool:
-        """Have something done behind the answer; return whether there was room for it."""
+    def tell(self, change: m.GalleryChange) -> None:
+        """Have a change told in the history, behind the answer."""
         try:
-            self._chores.put_nowait(chore)
+            self._changes.put_nowait(change)
         except asyncio.QueueFull:
-            return False
-        return True
+            log.warning(
+                "history.not_kept",
+                dataset=change.dataset,
+                action=change.action,
+                cause=f"{CHORES_MAX:,} changes wait already",
+            )
+
+    async def all_told(self) -> None:
+        """Wait until every change was told, but not long."""
+        await _soon(self._changes.join())
+
+    def drop_images_after(self, revision: int, images: list[str]) -> None:
+        """Once an event is read, drop the images that it has left, behind the answer."""
+
+        async def drop() -> None:
+            await self.wait(revision)
+            await self.drop_images(images)
+
+        if not images:
+            return
+        try:
+            self._chores.put_nowait(drop)
+        except asyncio.QueueFull:
+            log.warning("images.not_deleted", images=len(images), cause="too much waits already")
 
     async def chores_done(self) -> None:
-        """Wait until nothing is left to be done, but not long."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(WAIT_S):
-                await self._chores.join()
+        """Wait until nothing is left to be cleared away, but not long."""
+        await _soon(self._chores.join())
 
     async def _do_chores(self) -> None:
         while True:
@@ -333,6 +354,14 @@ class Ledger:
                 log.warning("galleries.chore_failed", cause=error.message)
             finally:
                 self._chores.task_done()
+
+    async def _tell_changes(self) -> None:
+        while True:
+            change = await self._changes.get()
+            try:
+                await self._history.tell(change)
+            finally:
+                self._changes.task_done()
 
     def _sort(self, dead: list[Dead]) -> None:
         """Keep what this process has to clear away: the other replicas' own is theirs."""
@@ -407,6 +436,12 @@ class Ledger:
     async def _end_when_replaced(self) -> None:
         await self._replaced.wait()
         raise Unavailable("the stream of the galleries was replaced; they are read anew")
+
+
+async def _soon(event: Awaitable[object]) -> None:
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(PATIENT_S):
+            await event
 
 
 def _headers(content_type: str, message_id: str | None) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """What lies in the object store of faces and nobody needs any more."""
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from datetime import timedelta
 from typing import Final
 
@@ -19,6 +20,8 @@ YOUNG: Final = timedelta(hours=1)
 RETRIED: Final = timedelta(days=1)
 # An upload that broke off may be gone on with.
 UNFINISHED: Final = timedelta(days=1)
+# Whoever ended a job has cleared up after it by then, or is gone.
+CLOSED: Final = timedelta(minutes=5)
 EXPORTS_S: Final = 60.0
 ALL_EVERY: Final = 60
 
@@ -33,16 +36,23 @@ class Leftovers:
         instance: This process's place on it.
         galleries: Know which images are kept.
         exports: Know which files have had their hour.
+        closed: Takes out what a job has left that has come to its end.
     """
 
     def __init__(
-        self, client: Client, instance: Instance, galleries: Galleries, exports: Export
+        self,
+        client: Client,
+        instance: Instance,
+        galleries: Galleries,
+        exports: Export,
+        closed: Callable[[m.Job], Awaitable[None]],
     ) -> None:
         self._client = client
         self._store = client.store.faces
         self._instance = instance
         self._galleries = galleries
         self._exports = exports
+        self._closed = closed
 
     async def keep_clearing(self) -> None:
         """Delete exports when their hour has passed, and at the start and hourly all the rest."""
@@ -64,6 +74,7 @@ class Leftovers:
         Safe while others store: what is needed is asked for after what there is, and what was
         brought again in between is left.
         """
+        await self._close_jobs()
         before = m.now() - YOUNG
         old = [one for one in await self._store.all() if one.stored_at < before]
         wanted = await self._wanted_by_jobs()
@@ -77,6 +88,15 @@ class Leftovers:
         for upload in await self._store.unfinished():
             if upload.written_at < m.now() - UNFINISHED:
                 await self._store.discard(upload.upload_id)
+
+    async def _close_jobs(self) -> None:
+        """Take out what jobs have left whose workers died just before they could."""
+        for entry in await self._client.store.jobs.all():
+            job = entry.value
+            if job is None or job.gallery is None or job.ended_at is None:
+                continue
+            if job.state != "done" and job.ended_at <= m.now() - CLOSED:
+                await self._closed(job)
 
     async def _wanted_by_jobs(self) -> set[str]:
         """Return the files that jobs still have to import, or may be asked to again."""

@@ -12,6 +12,8 @@ from bus import messages as m
 from bus.errors import InvalidRequest, NotFound
 from services.rustyface.galleries import Galleries
 
+# What has left a dataset leaves its exported files as well.
+_DELETIONS: Final = {"delete-dataset", "remove-entry", "remove-subject", "undo-import"}
 _CHANGES: Final = {
     "create",
     "configure",
@@ -34,6 +36,10 @@ class Jobs(Protocol):
 
     async def enter(self, work: m.GalleryWork) -> m.Job:
         """Enter work as a job, and return it; with a known key, the job that was entered first."""
+        ...
+
+    async def drop_exports(self, dataset: str) -> None:
+        """Delete every exported file of a dataset."""
         ...
 
 
@@ -91,6 +97,8 @@ class Manage:
             Conflict: It does not fit what is there.
         """
         told = await self._actions[request.action](request)
+        if request.action in _DELETIONS and request.dataset and not request.dry_run:
+            await self._jobs.drop_exports(request.dataset)
         if request.action in _CHANGES and not request.dry_run:
             # Whom it concerned does not go into the log: it outlives a deletion.
             log.info(

@@ -4,7 +4,6 @@ What others may change at the same moment is appended under the condition that i
 not had another message; whoever comes second looks again, so that nobody's change is lost.
 """
 
-import functools
 import secrets
 from collections.abc import Sequence
 from typing import Any
@@ -201,15 +200,14 @@ class People(Questions):
 
     async def _forget_history(self, there: Gallery, person: str) -> None:
         """Delete the history of somebody who is gone, under all names that led to theirs."""
-        await self._ledger.chores_done()
+        await self._ledger.all_told()
         await self._history.forget(there.head.id, there.moves.names_of(person))
 
     def _tell(self, gallery: str, action: str, revision: int, by: str | None, **more: Any) -> None:
         change = m.GalleryChange(
             dataset=gallery, at=m.now(), action=action, by=by, revision=revision, **more
         )
-        if not self._ledger.later(functools.partial(self._history.tell, change)):
-            log.warning("history.not_kept", dataset=gallery, action=action, cause="too many wait")
+        self._ledger.tell(change)
 
 
 def person_of(there: Gallery, name: str) -> Person:

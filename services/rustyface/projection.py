@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Final, TypeVar
 
 import msgspec
@@ -35,7 +35,6 @@ DIMENSIONS_MAX: Final = 16_384
 TOKEN_MAX: Final = 512
 MESSAGE_ID: Final = "Nats-Msg-Id"
 
-_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _NO_METADATA: Final = (b"", b"\xc0")
 
 E = TypeVar(
@@ -134,13 +133,14 @@ class Projection:
         if kind != "entry":
             self._settle(gallery)
         there.revision = stored.seq
-        there.updated_at = _EPOCH + timedelta(microseconds=stored.at // 1_000)
         match kind:
             case "entry":
                 self._apply_entry(gallery, there, address, stored)
             case "settings":
                 there.settings = m.DatasetSettings()
-                there.settings = _event(stored, m.GallerySettings).settings
+                set_to = _event(stored, m.GallerySettings)
+                there.settings = set_to.settings
+                there.seen(set_to.at)
             case "subject":
                 self._apply_subject(gallery, there, address, stored)
             case "rejection":
@@ -181,6 +181,7 @@ class Projection:
             self._settle(gallery)
             self._forget(there, [e for e in there.entries if token(addressed(e)) == address])
             raise
+        there.seen(at := _utc(entry.at))
         undone = entry.imported is not None and _undone(there, entry.imported)
         if vector is None or undone:
             self._settle(gallery)
@@ -193,11 +194,11 @@ class Projection:
             entry.id,
             stored.seq,
             stored.seq,
-            _utc(entry.at),
+            at,
             b"" if metadata in _NO_METADATA else metadata,
-            None if entry.subject is None else there.person(entry.subject),
+            there.person(entry.subject) if entry.subject else None,
             entry.image,
-            entry.quality or None,
+            bytes(entry.quality),
             entry.imported,
         )
         self._arrived.setdefault(gallery, []).append((kept, vector))
@@ -240,6 +241,7 @@ class Projection:
             if token(addressed(event.id)) != address:
                 raise InvalidRequest("it is about another person than its subject says")
             there.moves.learn(event, stored.seq)
+            there.seen(event.at)
         except BusError:
             # Without the moves that it has replaced, people would be called by names that they
             # have no more, or be there again though they were removed.
@@ -267,6 +269,7 @@ class Projection:
         event = _event(stored, m.GalleryRejection)
         if token(event.id) != address:
             raise InvalidRequest("it is about another rejection than its subject says")
+        there.seen(event.at)
         if event.embedding is None:
             return
         if len(event.embedding) != there.matrix.dimensions * LITTLE_ENDIAN.itemsize:
@@ -283,6 +286,7 @@ class Projection:
         if token(event.id) != address:
             raise InvalidRequest("it is about another import than its subject says")
         there.imports[event.id] = event
+        there.seen(event.at)
         if event.state == "undone":
             brought = [one.id for one in there.entries.values() if one.imported == event.id]
             gone = self._forget(there, brought)
@@ -308,7 +312,7 @@ class Projection:
 
 
 class _Entry(msgspec.Struct, frozen=True):
-    """An entry's event with its metadata unread: a replay reads a hundred thousand of them."""
+    """An entry's event, its metadata and measures unread: a replay reads a million of them."""
 
     id: str
     at: datetime
@@ -316,7 +320,7 @@ class _Entry(msgspec.Struct, frozen=True):
     metadata: msgspec.Raw = msgspec.Raw(b"")
     subject: str | None = None
     image: str | None = None
-    quality: dict[str, float] = {}
+    quality: msgspec.Raw = msgspec.Raw(b"")
     imported: str | None = None
 
 
@@ -338,7 +342,7 @@ def _entry(stored: Stored) -> _Entry:
         msgspec.Raw(codec.encode(event.metadata, codec.MSGPACK)),
         event.subject,
         event.image,
-        event.quality,
+        msgspec.Raw(codec.encode(event.quality, codec.MSGPACK) if event.quality else b""),
         event.imported,
     )
 

@@ -208,7 +208,7 @@ class Questions:
             NotFound: There is no such gallery.
         """
         there = await self._ledger.known(gallery)
-        names = sorted(name for name, one in there.persons.items() if one.entries)
+        names = there.names()
         shown, following = _page(names, limit, after)
         told = [
             m.SubjectInfo(
@@ -235,7 +235,7 @@ class Questions:
             NotFound: There is no such gallery.
         """
         await self._ledger.known(gallery)
-        await self._ledger.chores_done()
+        await self._ledger.all_told()
         return await self._history.read(gallery, limit=limit, before=after)
 
     async def search(self, gallery: str, query: Query) -> Found:
@@ -336,7 +336,7 @@ def _told(there: Gallery, kept: Kept, *, embeddings: bool = False) -> m.EntryInf
         revision=kept.seq,
         subject=kept.person.name if kept.person else None,
         metadata=filters.read(kept.metadata),
-        quality=kept.quality or {},
+        quality=filters.measures(kept.quality),
         image=kept.image,
         imported=kept.imported,
         embedding=None if vector is None else vector.tolist(),
@@ -354,4 +354,5 @@ def _info(there: Gallery) -> m.DatasetInfo:
         embedder=there.head.embedder,
         dimensions=there.head.dimensions,
         subjects=len(there.persons) - len(hollow),
+        embedder_digest=there.head.embedder_digest,
     )

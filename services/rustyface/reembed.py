@@ -34,6 +34,10 @@ class Encoder(Protocol):
         """Of the embedder."""
 
     @property
+    def digest(self) -> str:
+        """Which version of it."""
+
+    @property
     def dimensions(self) -> int:
         """Of its vectors."""
 

@@ -73,7 +73,7 @@ class RustyfaceSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
         threshold: Cosine from which a search names somebody, in datasets that have none of their
             own; the embedder's if null.
         score_min: How sure the detector has to be of a face.
-        max_pixels: Largest width times height of an image; decoding takes three bytes for each.
+        max_pixels: Largest width times height of an image; decoding takes up to 10 bytes for each.
         max_waiting: Images that may wait for a processor; more are refused.
     """
 

@@ -16,7 +16,16 @@ from bus.artefacts import Artefacts
 from bus.errors import BusError, InvalidRequest, NotFound, TooLarge
 from services.rustyface import images, sheet_html, sheet_png
 from services.rustyface.images import Image
-from services.rustyface.sheet_parts import SIDE_PX, Boxed, Cell, Group, Page, clipped, words_in
+from services.rustyface.sheet_parts import (
+    SIDE_PX,
+    Boxed,
+    Cell,
+    Group,
+    Mark,
+    Page,
+    clipped,
+    words_in,
+)
 
 Detect = Callable[[m.DetectFaces], Awaitable[m.DetectedFaces]]
 Search = Callable[[m.SearchFaces], Awaitable[m.FaceMatches]]
@@ -30,6 +39,8 @@ AT_ONCE: Final = 2
 # Around a face, so that hair and chin are on it.
 AROUND: Final = 1.9
 PHOTO_SIDE_PX: Final = 1_400
+# What an answer has beside the sheet.
+BESIDE_BYTES: Final = 1_024
 
 
 class Entries(Protocol):
@@ -40,7 +51,7 @@ class Entries(Protocol):
         gallery: str,
         *,
         limit: int,
-        after: str | None,
+        after: str | None = None,
         subject: str | None = None,
         entry: str | None = None,
     ) -> tuple[list[m.EntryInfo], str | None, int]:
@@ -56,7 +67,7 @@ class Sheets:
         store: Where the images are that datasets keep.
         detect: Finds the faces of an image.
         search: Finds who they are.
-        max_bytes: How large a sheet may be.
+        max_bytes: How large an answer may be.
     """
 
     def __init__(
@@ -66,7 +77,7 @@ class Sheets:
         self._store = store
         self._detect = detect
         self._search = search
-        self._max_bytes = max_bytes
+        self._max_bytes = max_bytes - BESIDE_BYTES
         self._turn = asyncio.Semaphore(AT_ONCE)
 
     async def answer(self, request: m.DrawSheet) -> m.Sheet:
@@ -95,7 +106,7 @@ class Sheets:
         )
         if request.subject is not None and total == 0:
             raise NotFound(
-                f"dataset {dataset!r} has no person {request.subject[:100]!r}", field="subject"
+                f"dataset {dataset!r} has nobody called {request.subject[:100]!r}", field="subject"
             )
         pictures = await self._pictures(found)
         while True:
@@ -109,7 +120,7 @@ class Sheets:
             following = found[-1].id
 
     async def _pictures(self, entries: Iterable[m.EntryInfo]) -> dict[str, Image]:
-        """Return the faces of kept images, by the image's digest; what cannot be had is left out."""
+        """Return the faces of kept images by digest; what cannot be had is left out."""
         digests = list(dict.fromkeys(one.image for one in entries if one.image is not None))
         faces = await asyncio.gather(*(self._face_of(one) for one in digests[:PICTURES_MAX]))
         pairs = zip(digests, faces, strict=False)
@@ -170,7 +181,7 @@ class Sheets:
         """Return the entries that were found, as far as they are still there."""
         entries = {}
         for name in dict.fromkeys(match.id for match in matches):
-            found, _, _ = await self._galleries.entries(dataset, limit=1, after=None, entry=name)
+            found, _, _ = await self._galleries.entries(dataset, limit=1, entry=name)
             entries.update({one.id: one for one in found})
         return entries
 
@@ -256,7 +267,9 @@ def _page_of_search(
                 about=say("face", score=say.number(face.score), px=round(min(face.box[2:]))),
                 mark=mark,
                 picture=_face(photo, face.box),
-                cells=[_match(one, found.threshold, pictures, say) for one in matches[:matches_max]],
+                cells=[
+                    _match(one, found.threshold, pictures, say) for one in matches[:matches_max]
+                ],
                 empty=say("no_match"),
             )
         )
@@ -283,20 +296,18 @@ def _page_of_search(
     )
 
 
-def _named(matches: Sequence[m.FaceMatch], say: Any) -> tuple[Any, str]:
+def _named(matches: Sequence[m.FaceMatch], say: Any) -> tuple[Mark, str]:
     """Return how a face counts, and what it is called: by its best match that counts."""
     best = next((one for one in matches if one.known), None)
     if best is not None:
         return "known", clipped(best.subject or best.id)
     if any(one.rejected for one in matches):
-        return "rejected", say("unknown")
-    return "unknown", say("unknown")
+        return "rejected", say("stranger")
+    return "unknown", say("stranger")
 
 
-def _match(
-    one: m.FaceMatch, threshold: float, pictures: dict[str, Image], say: Any
-) -> Cell:
-    mark = "rejected" if one.rejected else "known" if one.known else "unknown"
+def _match(one: m.FaceMatch, threshold: float, pictures: dict[str, Image], say: Any) -> Cell:
+    mark: Mark = "rejected" if one.rejected else "known" if one.known else "unknown"
     lines = [] if one.subject is None else [clipped(one.id)]
     if one.expected_false is not None:
         lines.append(say("expected_false", count=say.number(one.expected_false)))

@@ -21,7 +21,7 @@ CELL_TEXT_BYTES: Final = 1_200
 
 
 def drawn(page: Page, max_bytes: int) -> bytes | None:
-    """Return a page as HTML in UTF-8; None if it does not fit into `max_bytes`, pictures and all."""
+    """Return a page as HTML in UTF-8; None if it does not fit, pictures and all."""
     pictures = sum(
         [group.picture is not None for group in page.groups]
         + [cell.picture is not None for group in page.groups for cell in group.cells]
@@ -74,10 +74,14 @@ def _box(one: Boxed, longer: int) -> str:
     left, top, width, height = one.box
     unit = longer / 100
     side = 2.6 * unit + 0.9 * unit * (len(str(one.number)) - 1)
+    frame = (
+        f'x="{left:.1f}" y="{top:.1f}" width="{width:.1f}" height="{height:.1f}" '
+        f'rx="{unit * 0.7:.1f}"'
+    )
+    # White around it, so that it is seen on a ground of its own colour, too.
     return (
-        f'<g class="{one.mark}"><rect class="frame" x="{left:.1f}" y="{top:.1f}" '
-        f'width="{width:.1f}" height="{height:.1f}" rx="{unit * 0.7:.1f}" '
-        f'stroke-width="{unit * 0.35:.1f}"/>'
+        f'<g class="{one.mark}"><rect class="halo" {frame} stroke-width="{unit * 0.7:.1f}"/>'
+        f'<rect class="frame" {frame} stroke-width="{unit * 0.35:.1f}"/>'
         f'<rect class="tag" x="{left:.1f}" y="{top:.1f}" width="{side:.1f}" '
         f'height="{2.6 * unit:.1f}" rx="{unit * 0.7:.1f}"/>'
         f'<text x="{left + side / 2:.1f}" y="{top + 1.98 * unit:.1f}" '
@@ -174,7 +178,10 @@ body {
 h1, h2, h3, p, ul, figure { margin: 0; padding: 0; }
 h1 { font-size: 24px; font-weight: 650; letter-spacing: -0.01em; overflow-wrap: anywhere; }
 h2 { font-size: 17px; font-weight: 620; overflow-wrap: anywhere; }
-h3 { font-size: 13px; font-weight: 560; margin-top: 8px; overflow-wrap: anywhere; }
+h3 {
+  display: -webkit-box; overflow: hidden; margin-top: 8px; font-size: 13px; font-weight: 560;
+  overflow-wrap: anywhere; -webkit-box-orient: vertical; -webkit-line-clamp: 2;
+}
 p { color: var(--quiet); font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
 header { margin-bottom: 24px; }
 figure {
@@ -182,7 +189,8 @@ figure {
   background: var(--sunken);
 }
 figure img, figure svg { position: absolute; inset: 0; width: 100%; height: 100%; }
-figure .frame { fill: none; stroke: var(--mark); }
+figure .halo, figure .frame { fill: none; stroke: #fff; }
+figure .frame { stroke: var(--mark); }
 figure .tag { fill: var(--mark); }
 figure text { fill: #fff; font-weight: 700; text-anchor: middle; font-family: inherit; }
 figure g { --mark: #e8a33d; }

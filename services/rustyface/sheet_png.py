@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 
 from services.rustyface.images import Image
-from services.rustyface.sheet_parts import SIDE_PX, Boxed, Cell, Group, Mark, Page
+from services.rustyface.sheet_parts import Boxed, Cell, Group, Mark, Page
 
 WIDTH_PX: Final = 1_360
 MARGIN_PX: Final = 40
@@ -17,7 +17,9 @@ INNER_PX: Final = WIDTH_PX - 2 * MARGIN_PX
 CELL_PX: Final = (INNER_PX - 2 * GAP_PX - 5 * GAP_PX) // 6
 PHOTO_HEIGHT_MAX_PX: Final = 900
 # How much it is shrunk; the first one that fits is taken.
-SCALES: Final = (1.0, 0.8, 0.6, 0.45)
+SCALES: Final = (1.0, 0.8, 0.6, 0.45, 0.33)
+# What is estimated so much larger than it may be is not tried: coding a long sheet takes a second.
+HOPELESS: Final = 1.3
 # More rows than that no viewer shows, and each takes 4 kB.
 ROWS_MAX: Final = 30_000
 
@@ -47,12 +49,16 @@ def drawn(page: Page, max_bytes: int) -> bytes | None:
     if sum(len(strip) for strip in strips) > ROWS_MAX:
         return None
     sheet = np.concatenate(strips)
+    likely_bytes = 0
     for scale in SCALES:
+        if likely_bytes * scale * scale > max_bytes * HOPELESS:
+            continue
         size = round(sheet.shape[1] * scale), round(sheet.shape[0] * scale)
         fit = sheet if scale == 1 else cv2.resize(sheet, size, interpolation=cv2.INTER_AREA)
         done, coded = cv2.imencode(".png", fit, [cv2.IMWRITE_PNG_COMPRESSION, 6])
         if done and len(coded) <= max_bytes:
             return np.asarray(coded).tobytes()
+        likely_bytes = round(len(coded) / scale**2)
     return None
 
 
@@ -88,7 +94,10 @@ def _photo(photo: Image, boxes: Sequence[Boxed]) -> Image:
     for one in boxes:
         left, top, across, down = (round(value * scale) for value in one.box)
         colour = FRAMES[one.mark]
-        cv2.rectangle(shown, (left, top), (left + across, top + down), colour, 3, cv2.LINE_AA)
+        # White around it, so that it is seen on a ground of its own colour, too.
+        for line, width_px in ((SURFACE, 6), (colour, 3)):
+            corner = left + across, top + down
+            cv2.rectangle(shown, (left, top), corner, line, width_px, cv2.LINE_AA)
         text = str(one.number)
         wide = _width(text, 18, 700) + 16
         cv2.rectangle(shown, (left - 1, top - 1), (left + wide, top + 27), colour, cv2.FILLED)
@@ -114,10 +123,12 @@ def _group(group: Group) -> Iterator[Image]:
 
 def _group_head(group: Group) -> Image:
     with_picture = group.picture is not None
-    strip = _blank(108 if with_picture else 78, SURFACE)
+    strip = _blank(112 if with_picture else 86, SURFACE)
     left, base = MARGIN_PX + GAP_PX, 54 if with_picture else 40
     if group.picture is not None:
-        small = np.asarray(cv2.resize(group.picture, (72, 72), interpolation=cv2.INTER_AREA))
+        small = np.asarray(
+            cv2.resize(group.picture, (72, 72), interpolation=cv2.INTER_AREA), np.uint8
+        )
         strip[18:90, left : left + 72] = _rounded(small, 36, SURFACE)
         cv2.circle(strip, (left + 36, 54), 36, TONES[group.mark], 3, cv2.LINE_AA)
         left += 72 + 18
@@ -145,7 +156,7 @@ def _row(cells: Sequence[Cell]) -> Image:
 
 def _cell(cell: Cell) -> Image:
     lines = len(cell.lines) + 1 + (2 if cell.score is not None else 0)
-    part = np.full((CELL_PX + 12 + 23 * lines, CELL_PX, 3), SURFACE, np.uint8)
+    part = np.full((CELL_PX + 10 + 22 * lines, CELL_PX, 3), SURFACE, np.uint8)
     if cell.picture is None:
         _gap(part, cell.gap)
     else:

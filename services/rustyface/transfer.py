@@ -66,7 +66,9 @@ class GalleryJobs:
         self._galleries = galleries
         self._work = _Work(client, galleries, encoder, folder)
         self._jobs = Jobs(client, instance, self._work, at_once)
-        self._leftovers = Leftovers(client, instance, galleries, self._work.exports)
+        self._leftovers = Leftovers(
+            client, instance, galleries, self._work.exports, self._work.closed
+        )
 
     @asynccontextmanager
     async def serving(self) -> AsyncGenerator[None]:
@@ -111,8 +113,15 @@ class GalleryJobs:
         return found is not None and found.value is not None
 
     async def drop_exports(self, dataset: str) -> None:
-        """Delete every exported file of a dataset; see `Export.drop`."""
-        await self._work.exports.drop(dataset)
+        """Delete every exported file of a dataset; see `Export.drop`.
+
+        What made that necessary is done. So a broker that is away makes it no error: the files go
+        when their hour has passed, and the log says so.
+        """
+        try:
+            await self._work.exports.drop(dataset)
+        except BusError as error:
+            log.error("exports.not_dropped", dataset=dataset, cause=error.message)
 
 
 class _Work:
@@ -126,7 +135,14 @@ class _Work:
         store = client.store.faces
         self._client = client
         self._folder = folder
-        self._import = Import(store, galleries, encoder.name, encoder.dimensions, folder)
+        self._import = Import(
+            store,
+            galleries,
+            embedder=encoder.name,
+            digest=encoder.digest,
+            dimensions=encoder.dimensions,
+            folder=folder,
+        )
         self._reembed = Reembed(store, galleries, encoder)
         self.exports = Export(client, galleries, folder)
 

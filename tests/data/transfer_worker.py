@@ -19,7 +19,7 @@ from services.rustyface.transfer import GalleryJobs
 class Tiny:
     """Names vectors; asked for none."""
 
-    name = "tiny"
+    name, digest = "tiny", "t1"
 
     def __init__(self, dimensions: int) -> None:
         self.dimensions = dimensions
@@ -50,6 +50,7 @@ async def main(url: str, root: str, folder: str, dimensions: str) -> None:
             root,
             encoder.name,
             encoder.dimensions,
+            digest=encoder.digest,
             changes=client.store.changes,
         )
         jobs = GalleryJobs(client, instance, galleries, encoder, Path(folder))

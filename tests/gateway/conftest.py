@@ -4,6 +4,7 @@ import io
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -19,9 +20,17 @@ from bus.messages import DesiredState, Message, PluginConfig, now
 from bus.models import next_version
 from bus.settings import Settings
 from bus.subjects import MODEL_ADD, MODEL_LOAD, Endpoint
+from bus.tasks import beside
+from bus.testing import until
 from services.gateway.app import Options, gateway
 from services.gateway.pages import Pages
 from services.gateway.parts import Parts
+from services.rustyface import pipeline as pipelines
+from services.rustyface import samples
+from services.rustyface.assembly import assemble
+from services.rustyface.encoder import Encoder, FaceEncoder
+from services.rustyface.galleries import Galleries
+from services.rustyface.settings import RustyfaceSettings
 
 KEY = "the-right-key"
 PAGE = b'<!doctype html><script type="module" src="/ui/{hash}/main.js"></script>'
@@ -259,3 +268,41 @@ async def keeper(client: Client, settings: Settings) -> AsyncGenerator[Keeper]:
         )
         await client.store.served.put(told, "candle", 0)
         yield one
+
+
+@pytest.fixture(scope="session")
+def samples_dir() -> Path:
+    """Where the sample photos lie."""
+    return Path(next(iter(samples.__path__)))
+
+
+@pytest.fixture(scope="session")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Encoder:
+    """The real nets, loaded once for all tests."""
+    return FaceEncoder(pipelines.load(tmp_path_factory.mktemp("weights")))
+
+
+@pytest_asyncio.fixture
+async def rustyface(
+    connected: Callable[[], Awaitable[Client]], settings: Settings, client: Client, encoder: Encoder
+) -> AsyncGenerator[Galleries]:
+    """A worker that embeds, keeps and finds faces."""
+    own = await connected()
+    async with join(own, settings, plugin="rustyface", description="Under test.") as instance:
+        worker = assemble(
+            own,
+            instance,
+            encoder,
+            RustyfaceSettings(),
+            datasets_dir=None,
+            cache_dir=settings.cache_dir,
+        )
+        async with beside(worker.run()):
+            await until(lambda: instance._registration.status == "running")
+            yield worker.galleries
+
+
+@pytest_asyncio.fixture
+async def faces(gate: Running, rustyface: Galleries) -> Running:
+    """A gateway with a worker for faces behind it."""
+    return gate

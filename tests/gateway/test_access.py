@@ -14,11 +14,7 @@ PARTS_OF_PATHS = {
     "name": "echo", "host": "here", "capability": "echo.say", "model": "m", "version": "1",
     "job": "a1", "dataset": "d", "entry": "e", "subject": "s", "rejection": "r", "imported": "i",
 }  # fmt: skip
-GUARDED = [
-    (m, p.format_map(PARTS_OF_PATHS))
-    for m, p, _, a in ROUTES
-    if a is not Access.OPEN
-]
+GUARDED = [(m, p.format_map(PARTS_OF_PATHS)) for m, p, _, a in ROUTES if a is not Access.OPEN]
 OPEN = ["/livez", "/health", "/", "/plugins", "/plugins/echo/logs"]
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import pytest_asyncio
 from aiohttp import FormData
+from yarl import URL
 
 from bus.testing import until
 
@@ -185,7 +186,9 @@ async def test_entries_are_listed_in_pages_and_filtered(people, photo):
     assert rest["next"] is None
     odd = await people.json(f"{PEOPLE}/entries", filter='{"odd": true}')
     assert [one["id"] for one in odd["entries"]] == ["e1", "e3"]
-    assert (await people.json(f"{PEOPLE}/entries", subject="F"))["entries"] == []
+    of_one = await people.json(f"{PEOPLE}/entries", subject="E")
+    assert len(of_one["entries"]) == 5
+    await people.json(f"{PEOPLE}/entries", 404, subject="F")
     assert "embedding" not in first["entries"][0]
     full = await people.json(f"{PEOPLE}/entries", embeddings="true", limit=1)
     assert len(full["entries"][0]["embedding"]) == 128
@@ -329,7 +332,9 @@ async def test_a_file_larger_than_any_message_is_taken(people):
     body = dataset_file(8_000)
     assert len(body) > people.parts.client.max_payload
     form = FormData()
-    form.add_field("file", body, filename="people.json", content_type="application/json")
+    form.add_field(
+        "file", io.BytesIO(body), filename="people.json", content_type="application/json"
+    )
     form.add_field("existing", "replace")
     form.add_field("sha256", hashlib.sha256(body).hexdigest())
     job, _ = await ask(people, "POST", f"{PEOPLE}/import", form, 202)
@@ -366,15 +371,22 @@ async def test_an_import_that_cannot_be_is_refused_and_leaves_nothing(
     assert await store.unfinished() == []
 
 
-async def test_an_import_into_no_dataset_is_refused_before_its_bytes_come(faces):
-    reader, writer = await asyncio.open_connection("127.0.0.1", faces.parts.port)
-    key = faces.http.headers["Authorization"]
+async def test_an_import_makes_the_dataset_that_is_not_there(faces):
+    job, _ = await ask(faces, "POST", f"{PEOPLE}/import", dataset_file(3), 202)
+    await ended(faces, job["job"])
+    assert (await faces.json(PEOPLE))["entries"] == 3
+
+
+@pytest.mark.parametrize(("path", "status"), [(PEOPLE, 503), ("/api/datasets/-", 400)])
+async def test_an_import_for_nothing_is_refused_before_its_bytes_come(gate, path, status):
+    reader, writer = await asyncio.open_connection("127.0.0.1", gate.parts.port)
+    key = gate.http.headers["Authorization"]
     head = (
-        f"POST {PEOPLE}/import HTTP/1.1\r\nHost: x\r\nAuthorization: {key}\r\n"
+        f"POST {path}/import HTTP/1.1\r\nHost: x\r\nAuthorization: {key}\r\n"
         "Content-Length: 1000\r\nExpect: 100-continue\r\n\r\n"
     )
     writer.write(head.encode())
-    assert b" 404 " in await reader.readline()
+    assert f" {status} ".encode() in await reader.readline()
     writer.transport.abort()
 
 
@@ -473,3 +485,33 @@ async def test_reading_that_is_public_shows_nobody(start, path):
     gate = await start(public_read=True)
     async with gate.anonymous.get(f"{PEOPLE}/{path}") as response:
         assert response.status == 401
+
+
+ODD = ("%FF", "%00", "%2E%2E", "%ED%A0%80", "a" * 3_000, "%F0%9F%99%82", "%20", "*", "%3E")
+
+
+@pytest.mark.parametrize("odd", ODD, ids=lambda odd: odd[:10])
+async def test_no_odd_name_makes_the_gateway_fail(people, odd):
+    for dataset, rest in ((odd, ""), ("people", odd)):
+        base = f"/api/datasets/{dataset}"
+        part = rest or "e"
+        for method, path, body in (
+            ("GET", base, None),
+            ("GET", f"{base}/entries/{part}", None),
+            ("GET", f"{base}/entries/{part}/image", None),
+            ("PATCH", f"{base}/entries/{part}", b'{"subject": "x"}'),
+            ("DELETE", f"{base}/entries/{part}", None),
+            ("PATCH", f"{base}/subjects/{part}", b'{"name": "x"}'),
+            ("DELETE", f"{base}/subjects/{part}?dry-run", None),
+            ("POST", f"{base}/subjects/x/merge", b'{"from": ["y"]}'),
+            ("DELETE", f"{base}/rejections/{part}", None),
+            ("POST", f"{base}/imports/{part}/undo", None),
+            ("GET", f"{base}/exports/{part}", None),
+            ("GET", f"{base}/entries?subject={part}&after={part}", None),
+            ("GET", f"{base}/sheet?subject={part}", None),
+        ):
+            url = URL(path, encoded=True)
+            async with people.http.request(method, url, data=body) as response:
+                told = await response.text()
+            known = {200} if base == PEOPLE and path == base else {400, 404, 409}
+            assert response.status in known, (method, path[:80], told)

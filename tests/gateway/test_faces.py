@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import io
+import random
 
 import msgpack
 import pytest
@@ -245,6 +246,47 @@ async def test_more_bodies_than_there_is_room_for_are_refused(faces, photo, monk
     monkeypatch.setattr("services.gateway.routes.faces.RELAYING_MAX_BYTES", 1_000)
     await post(faces, SEARCH, photo("astronaut"), 429)
     assert faces.parts.relaying == faces.parts.relaying_bytes == 0
+
+
+def broken_forms(photo):
+    """Forms that were damaged on their way, the same ones each time."""
+    chance = random.Random(7)  # noqa: S311 - a test wants the same ones
+    sound = (
+        b'--x\r\nContent-Disposition: form-data; name="image"; filename="a.jpg"\r\n'
+        b"Content-Type: image/jpeg\r\n\r\n" + photo[:2_000] + b"\r\n--x\r\n"
+        b'Content-Disposition: form-data; name="top_k"\r\n\r\n3\r\n--x--\r\n'
+    )
+    for _ in range(150):
+        body = bytearray(sound)
+        for _ in range(chance.randint(1, 6)):
+            at = chance.randrange(len(body))
+            match chance.randrange(4):
+                case 0:
+                    del body[at:]
+                    body = body or bytearray(b"x")
+                case 1:
+                    body[at] = chance.randrange(256)
+                case 2:
+                    body[at:at] = body[: chance.randrange(200)]
+                case 3:
+                    body[at:at] = chance.choice([b"--x--", b"\r\n\r\n", b"--x\r\n", b"\0", b"\xff"])
+        yield bytes(body)
+
+
+# Only tests make errors of what aiohttp warns of.
+@pytest.mark.filterwarnings("ignore::aiohttp.BadContentDispositionHeader")
+@pytest.mark.filterwarnings("ignore::aiohttp.BadContentDispositionParam")
+async def test_no_broken_form_makes_the_gateway_fail(gate, photo):
+    statuses = set()
+    for body in broken_forms(photo("astronaut")):
+        headers = {"Content-Type": "multipart/form-data; boundary=x"}
+        async with gate.http.post(SEARCH, data=io.BytesIO(body), headers=headers) as response:
+            told = await response.json(content_type=None)
+        statuses.add(response.status)
+        # Nobody is there to take those that are sound enough.
+        assert response.status in {400, 503}, (body, told)
+        assert told["detail"]
+    assert statuses == {400, 503}
 
 
 # --- Who may --------------------------------------------------------------------------------------

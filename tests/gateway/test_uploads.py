@@ -253,6 +253,11 @@ def test_headers_are_understood_or_refused_by_name(headers, length):
 # --- Refused before the bytes ---------------------------------------------------------------------
 
 
+async def test_a_compressed_file_is_refused_by_the_header_that_says_so(into):
+    told, _ = await put(into, LINEAR, 400, Content_Encoding="gzip")
+    assert told["field"] == "Content-Encoding"
+
+
 async def head_of_answer(gate, *lines: str):
     """Send the head of an upload, and return the first line of the answer."""
     reader, writer = await asyncio.open_connection("127.0.0.1", gate.parts.port)

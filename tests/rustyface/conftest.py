@@ -2,7 +2,6 @@
 
 import asyncio
 import base64
-import contextlib
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from pathlib import Path
@@ -53,7 +52,7 @@ def pipeline(weights_cache: Path) -> Pipeline:
 def worker(settings, pipeline):
     """Start a worker; the nets are loaded once for all."""
 
-    @contextlib.asynccontextmanager
+    @asynccontextmanager
     async def start(slot=0, encoder=None, nats_url=settings.nats_url, **changes):
         here = msgspec.structs.replace(settings, slot=slot)
         async with (

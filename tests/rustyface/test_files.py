@@ -14,13 +14,22 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bus.errors import Unprocessable
-from services.rustyface.files import Head, Row, format_of, json_file, npz_file, reader, writer
+from services.rustyface.files import (
+    Head,
+    Row,
+    format_of,
+    json_file,
+    npz_file,
+    parquet_file,
+    reader,
+    writer,
+)
 from services.rustyface.files import rows as rows_module
 
 FORMATS = ("json", "npz", "parquet")
 D = 4
 SEEN = datetime(2024, 5, 6, 7, 8, 9, 123456, tzinfo=UTC)
-HEAD = Head(id="people", created_at=SEEN, embedder="sface")
+HEAD = Head(id="people", created_at=SEEN, embedder="sface", embedder_digest="ab" * 32)
 
 
 def unit(*values: float) -> np.ndarray:
@@ -85,6 +94,7 @@ def test_a_file_says_what_it_is(tmp_path, kind):
     file = reader(written(tmp_path / "d", kind, some_rows()), kind, D)
     list(file.batches())
     assert (file.head.id, file.head.embedder) == ("people", "sface")
+    assert file.head.embedder_digest == "ab" * 32
     assert file.total in (3, None)
 
 
@@ -206,6 +216,7 @@ def test_an_entry_that_cannot_be_is_named_with_its_field(tmp_path, changes, said
     ('{"entries": [{"id": "a", "embedding": [NaN,0,0,0]}]}', "entry 0: the body is not JSON"),
     ('{"entries": [{"id": "a", "embedding": [1e999,0,0,0]}]}', "entry 0"),
     ('{"entries": [' + "[" * 100_000 + "]" * 100_000 + "]}", "entry 0"),
+    ('{"entries": [[' + " 1," * 500_000, "ends in the middle"),
     ('{"id" "d"}', "stands where ':' should"),
     ("{5: 1}", "is no name of a field"),
 ])  # fmt: skip
@@ -303,6 +314,12 @@ def test_a_column_that_cannot_be_is_named(tmp_path, columns, said):
     given_ = {name: c for name, c in (good | columns).items() if c is not None}
     pq.write_table(pa.table(given_), tmp_path / "d")
     assert said in refused(tmp_path / "d")
+
+
+def test_a_group_of_rows_that_unpacks_to_too_much_is_not_unpacked(tmp_path, monkeypatch):
+    path = written(tmp_path / "d", "parquet", some_rows(5))
+    monkeypatch.setattr(parquet_file, "GROUP_MAX_BYTES", 10)
+    assert "row group 0 has" in refused(path)
 
 
 def test_without_pyarrow_parquet_is_refused_in_a_sentence(tmp_path, monkeypatch):

@@ -2,6 +2,8 @@
 
 import base64
 import struct
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from hypothesis import strategies as st
 from bus.errors import BusError, InvalidRequest, TooLarge, Unprocessable
 from services.rustyface.formats import JPEG_SCAN, jpeg_parts
 from services.rustyface.images import decode, from_base64
-from tests.rustyface.files import PICTURE, SLOPES, chunk, encoded, tiff, with_exif
+from tests.rustyface.files import PICTURE, SLOPES, chunk, encoded, exif_of, tiff, with_exif
 
 FORMATS = [".jpg", ".png", ".webp", ".bmp", ".tiff", ".gif"]
 DEEP = PICTURE.astype(np.uint16) * 257
@@ -188,10 +190,55 @@ def test_a_jpeg_that_keeps_a_decoder_busy_with_empty_scans_is_refused():
         decode(data[:-2] + 5_000 * last + data[-2:])
 
 
+MEASURE = """
+import sys
+import cv2
+from services.rustyface.images import MAX_BYTES, decode
+cv2.setNumThreads(1)
+def peak():
+    with open("/proc/self/status") as status:
+        return next(1024 * int(line.split()[1]) for line in status if line.startswith("VmHWM"))
+data = open(sys.argv[1], "rb").read()
+before = peak()
+decode(data, max_bytes=10**9)
+print(peak() - before)
+"""
+
+
+@pytest.mark.parametrize(
+    ("extension", "deep", "alpha", "weight"),
+    [
+        (".jpg", False, False, 1),
+        (".png", False, True, 1),
+        (".png", True, True, 2),
+        (".webp", False, True, 1),
+        (".tiff", True, False, 1),
+        (".gif", False, False, 2),
+    ],
+)
+def test_decoding_takes_ten_bytes_for_each_pixel_that_is_allowed(
+    tmp_path: Path, extension: str, deep: bool, alpha: bool, weight: int
+):
+    slopes = (np.indices((3_000, 3_000)).sum(0) // 32).astype(np.uint8)
+    pixels = np.dstack([slopes] * (4 if alpha else 3)).astype(np.uint16 if deep else np.uint8)
+    data = encoded(extension, pixels * 257 if deep else pixels)
+    if extension == ".jpg":
+        data = with_exif(data, exif_of(6))
+    with pytest.raises(TooLarge):
+        decode(data, max_pixels=weight * 9_000_000 - 1)
+    (tmp_path / "image").write_bytes(data)
+    run = [sys.executable, "-c", MEASURE, str(tmp_path / "image")]
+    done = subprocess.run(run, check=True, capture_output=True, text=True)
+    # Beside what its decoder takes for itself, and the file.
+    assert int(done.stdout) < 10 * weight * 9_000_000 + 16_000_000
+
+
 def test_16_bits_with_transparency_count_twice_for_they_take_more_memory():
     data = encoded(".png", np.dstack([DEEP, DEEP[:, :, 0]]))
     assert decode(data, max_pixels=2 * 960).shape == (24, 40, 3)
-    with pytest.raises(TooLarge, match="40 x 24 pixels of 16 bits with transparency, 959 in all"):
+    with pytest.raises(
+        TooLarge, match="40 x 24 pixels of a kind that takes twice the memory, 959 in all"
+    ):
         decode(data, max_pixels=2 * 960 - 1)
 
 

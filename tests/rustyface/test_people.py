@@ -1,9 +1,11 @@
 """Persons: renamed, merged, removed, told apart; on every replica at once, and for good."""
 
 import asyncio
+import itertools
 import random
 from contextlib import suppress
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -11,7 +13,7 @@ from bus import codec
 from bus import messages as m
 from bus.errors import Conflict, InvalidRequest, NotFound
 from bus.subjects import GALLERY_ENTRY, GALLERY_REJECTION, GALLERY_SUBJECT, gallery_events
-from services.rustyface.galleries import NewEntry, Query
+from services.rustyface.galleries import Galleries, NewEntry, Query
 from services.rustyface.ledger import Ledger
 from services.rustyface.persons import moved
 
@@ -23,7 +25,7 @@ def new(name: str, vector=EAST, **more) -> NewEntry:
     return NewEntry(id=name, vector=vector, **more)
 
 
-async def persons(*replicas) -> dict[str, list[str]]:
+async def persons(*replicas: Galleries) -> dict[str, list[str]]:
     """Return who has which entries, of which all replicas have to be of one mind."""
     newest = await replicas[0].newest()
     told = []
@@ -118,7 +120,7 @@ async def test_of_many_moves_at_the_same_moment_none_is_lost(people, replica, co
             done = [one for one in revisions if one]
             assert len(set(done)) == len(done)
         told = await persons(people, other)
-        assert sorted(sum(told.values(), [])) == ["a0", "a1", "a2", "b"]
+        assert sorted(itertools.chain(*told.values())) == ["a0", "a1", "a2", "b"]
         async with replica() as replayed:
             assert await persons(replayed) == told
 
@@ -184,7 +186,7 @@ async def test_moving_an_entry_never_brings_back_the_face_that_it_had(people, mo
     """It was enrolled anew between the look and the move."""
     append = Ledger.append_after
 
-    async def late(self, *args, **kwargs):
+    async def late(self, *args: object, **kwargs):
         monkeypatch.undo()
         await people.enrol("g", new("a0", NORTH, subject="ann"))
         return await append(self, *args, **kwargs)
@@ -201,7 +203,7 @@ async def test_nothing_is_left_of_a_change_whose_gallery_is_deleted_meanwhile(
 ):
     append = Ledger.append_after
 
-    async def late(self, *args, **kwargs):
+    async def late(self, *args: object, **kwargs):
         monkeypatch.undo()
         # Only its event: the clearing would make the move a conflict.
         await self.append_head(
@@ -217,6 +219,26 @@ async def test_nothing_is_left_of_a_change_whose_gallery_is_deleted_meanwhile(
     left = [s.subject async for s in client.store.galleries.read(gallery_events(client.root))]
     assert not [one for one in left if one.endswith(("subject.ann", "subject.zoe"))]
     assert set(await vectors_of(client)) <= set(before)
+
+
+async def test_a_face_that_is_moved_does_not_come_into_a_gallery_that_took_the_name(
+    people, monkeypatch, client
+):
+    """Deleted and made anew between the look and the move, before the old entries were cleared."""
+    append = Ledger.append_after
+
+    async def late(self, *args: object, **kwargs):
+        monkeypatch.undo()
+        head = m.GalleryHead(id="g", at=m.now(), embedder="test", dimensions=2)
+        gone = await self.append_head(msgspec.structs.replace(head, deleted=True), 1)
+        await self.append_head(head, gone)
+        return await append(self, *args, **kwargs)
+
+    monkeypatch.setattr(Ledger, "append_after", late)
+    with pytest.raises(NotFound, match="'g' was deleted at this moment"):
+        await people.move_entry("g", "a0", "bob")
+    assert await persons(people) == {}
+    assert "a0" not in await vectors_of(client)
 
 
 async def test_who_was_rejected_for_a_face_is_not_named_for_it_again(people, replica):
@@ -308,7 +330,7 @@ async def test_names_of_any_length_and_alphabet_are_moved_too(replica):
         await galleries.create("g")
         for i, name in enumerate(names):
             await galleries.enrol("g", new(f"e{i}", subject=name))
-        for name, into in zip(names, names[1:], strict=False):
+        for name, into in itertools.pairwise(names):
             await galleries.move_subjects("g", [name], into)
         async with replica() as replayed:
             assert await persons(galleries, replayed) == {" ": [f"e{i}" for i in range(5)]}

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bus.errors import InvalidRequest
-from services.rustyface.search import Hit, Matrix
+from services.rustyface.search import Hit, Matrix, Search, Snapshot
 
 # Small whole numbers, so that equal scores are common.
 vectors = st.lists(st.integers(-3, 3), min_size=3, max_size=3).filter(any)
@@ -41,6 +41,50 @@ def test_after_any_changes_it_finds_what_a_plain_search_finds(
     )
     for hit in hits:
         assert hit.score == pytest.approx(cosine(query, plain[hit.id]), abs=1e-6)
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["put", "put", "delete", "move", "read", "done"]),
+            st.integers(0, 20),
+            vectors,
+        ),
+        max_size=80,
+    )
+)
+def test_a_reader_sees_what_was_there_when_it_began_whatever_changes_meanwhile(
+    steps: list[tuple[str, int, list[int]]],
+):
+    matrix, plain = Matrix(3), dict[str, tuple[list[int], int]]()
+    reading: tuple[Snapshot, dict[str, tuple[list[int], int]]] | None = None
+    search = Search(query=matrix.unit([1, 2, 3]), k=100, threshold=-1)
+    for step, number, vector in [*steps, ("done", 0, [1])]:
+        name = f"e{number:02}"
+        if step == "put":
+            matrix.put(name, vector, number % 3)
+            plain[name] = (vector, number % 3)
+        elif step == "delete":
+            matrix.delete(name)
+            plain.pop(name, None)
+        elif step == "move" and name in plain:
+            matrix.regroup([name], 7)
+            plain[name] = (plain[name][0], 7)
+        elif step == "read" and reading is None:
+            reading = matrix.snapshot(), dict(plain)
+        elif step == "done" and reading is not None:
+            [found] = reading[0].find([search])
+            told = {hit.id: (hit.score, hit.group) for hit in found.hits}
+            assert told == {
+                one: (pytest.approx(cosine([1, 2, 3], v), abs=1e-6), group)
+                for one, (v, group) in reading[1].items()
+            }
+            matrix.release()
+            reading = None
+            # Nothing is left of what was deleted or replaced.
+            assert len(matrix._ids) == len(plain)
+    [found] = matrix.search(search)
+    assert {hit.id: hit.group for hit in found.hits} == {one: g for one, (_, g) in plain.items()}
 
 
 def test_of_equal_scores_the_smaller_id_comes_first():

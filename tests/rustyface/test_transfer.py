@@ -28,6 +28,7 @@ from services.rustyface.embedding import Pixel32
 from services.rustyface.files import Head, Row, writer
 from services.rustyface.galleries import Galleries, NewEntry, Query
 from services.rustyface.images import decode
+from services.rustyface.manage import Manage
 from services.rustyface.transfer import GalleryJobs, take_in
 
 REPOSITORY = Path(__file__).parents[2]
@@ -39,7 +40,7 @@ FORMATS = ("json", "npz", "parquet")
 class Tiny:
     """Names vectors of eight values; asked for none."""
 
-    name, dimensions = "tiny", D
+    name, digest, dimensions = "tiny", "t1", D
 
     def encode(self, data: bytes):
         raise AssertionError(data)
@@ -48,7 +49,7 @@ class Tiny:
 class Pixels:
     """Embeds whole pictures, really."""
 
-    name, dimensions = "pixel32", 1024
+    name, digest, dimensions = "pixel32", Pixel32.digest, 1024
 
     def encode(self, data: bytes):
         return Pixel32().embed([decode(data)])[0], []
@@ -82,6 +83,7 @@ def worker(client, settings, tmp_path):
                 own.root,
                 encoder.name,
                 encoder.dimensions,
+                digest=encoder.digest,
                 changes=store.changes,
             )
             folder = tmp_path / f"transfers-{slot}"
@@ -157,7 +159,7 @@ async def stored(client) -> set[str]:
 
 async def in_stream(client, galleries, dataset: str) -> list[str]:
     """Return the ids of a dataset as a replica that begins anew reads them from the stream."""
-    anew = Galleries(client.store.galleries, client.root, "tiny", D, changes=client.store.changes)
+    anew = Galleries(client.store.galleries, client.root, "tiny", D)
     async with beside(anew.run()):
         await anew.caught_up.wait()
         assert anew.ids(dataset) == galleries.ids(dataset)
@@ -263,6 +265,15 @@ async def test_vectors_of_another_embedder_are_refused(client, worker, tmp_path)
     async with worker() as at:
         failed = await at.do("import", "d", "failed", artefact=artefact)
     assert "vectors of sface, this worker makes those of tiny" in failed.error
+
+
+async def test_vectors_of_another_version_of_the_embedder_are_refused(client, worker, tmp_path):
+    head = Head(embedder="tiny", embedder_digest="t2")
+    for kind in FORMATS:
+        artefact = await uploaded(client, as_file(tmp_path / kind, rows_of(2), kind, head))
+        async with worker() as at:
+            failed = await at.do("import", "d", "failed", artefact=artefact)
+        assert "another version of tiny, t2; this worker's is t1" in failed.error
 
 
 @pytest.mark.parametrize(("existing", "counts", "n"), [
@@ -434,7 +445,9 @@ async def test_an_export_goes_when_somebody_is_deleted(client, worker):
         gone = (await at.do("export", "d")).gallery_result.artefact
         kept = (await at.do("export", "other")).gallery_result.artefact
         assert {gone, kept} <= await stored(client)
-        await at.jobs.drop_exports("d")
+        manage = Manage(at.galleries, at.jobs, lambda _: (0.4, 0.4), lambda *_: None)
+        asked = m.ManageDataset(action="remove-subject", dataset="d", subject="Ada")
+        assert (await manage.answer(asked)).affected == 1
         assert await stored(client) == {kept}
 
 
@@ -499,6 +512,24 @@ async def test_leftovers_are_deleted_and_what_is_needed_stays(
         monkeypatch.setattr(leftovers_module, "RETRIED", leftovers_module.RETRIED * 0)
         await clear()
         assert await stored(client) == {digests["image"]}
+
+
+async def test_what_a_worker_left_that_died_before_it_could_take_it_out_is_taken_out(
+    client, worker, monkeypatch
+):
+    monkeypatch.setattr(leftovers_module, "CLOSED", leftovers_module.CLOSED * 0)
+    async with worker(at_once=0) as at:
+        await at.galleries.create("d")
+        work = m.GalleryWork(action="import", dataset="d", artefact="ab" * 32)
+        job = job_rules.ended(job_rules.new(work, m.now(), only=None), "cancelled", m.now())
+        record = m.GalleryImport(id=job.job, at=m.now(), source="x", format="npz")
+        await at.galleries.begin_import("d", record)
+        half = [NewEntry(id="e0", vector=vector(1), imported=job.job)]
+        await at.galleries.enrol_many("d", half, existing="skip")
+        await client.store.jobs.put(job, job.job)
+        await at.jobs._leftovers.clear()
+        assert at.galleries.ids("d") == []
+        assert [one.state for one in await at.galleries.imports("d")] == ["undone"]
 
 
 async def test_one_replica_clears_for_all(worker):

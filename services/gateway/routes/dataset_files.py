@@ -33,10 +33,10 @@ async def take(request: web.Request) -> web.Response:
     """Take a dataset file: a raw body of any length, or a form with the part `file`.
 
     `format` (found out if absent) and `existing` (`skip`, `replace` or `fail`) stand in the query
-    or in the form; a digest in the usual headers, or as the field `sha256`. 202 with `Location`:
-    the job that reads it; the same `Idempotency-Key` again gives the same job. 400 a value that
-    there cannot be; 404 no such dataset; 413; 422 another digest; 429 too many jobs or uploads;
-    503 no rustyface; 504 nothing came for a minute; 507 no room.
+    or in the form; a digest in the usual headers, or as the field `sha256`. A dataset that is not
+    there is made. 202 with `Location`: the job that reads it; the same `Idempotency-Key` again
+    gives the same job. 400 a value that there cannot be; 413; 422 another digest; 429 too many
+    jobs or uploads; 503 no rustyface; 504 nothing came for a minute; 507 no room.
     """
     at = request.app[PARTS]
     told = told_by(request.headers, request.content_length)
@@ -49,8 +49,8 @@ async def take(request: web.Request) -> web.Response:
         raise too_large(told.total_bytes, most)
     key = idempotency_key(request)
     with at.uploads.claiming(request.match_info["dataset"], None, key):
-        # Before the bytes come: without the dataset they would be for nothing.
-        await manage(request, "stats")
+        # Before the bytes come: with no worker they would be for nothing.
+        await manage(request, "list")
         await _check_room(at, told)
         async with at.client.store.faces.writing() as upload:
             if is_form:

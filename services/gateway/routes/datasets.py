@@ -42,14 +42,8 @@ _SORTS: Final[Mapping[str, Callable[[DatasetInfo], Any]]] = {
     "created": lambda one: one.created_at,
     "updated": lambda one: one.updated_at,
 }
-_MAGIC: Final = (
-    (b"\xff\xd8\xff", "image/jpeg"),
-    (b"\x89PNG", "image/png"),
-    (b"GIF8", "image/gif"),
-    (b"BM", "image/bmp"),
-    (b"II*\0", "image/tiff"),
-    (b"MM\0*", "image/tiff"),
-)
+# What images are kept as.
+_MAGIC: Final = ((b"\xff\xd8\xff", "image/jpeg"), (b"\x89PNG", "image/png"))
 
 
 # --- Datasets -------------------------------------------------------------------------------------
@@ -455,7 +449,9 @@ def _json_in(query: Mapping[str, str], name: str) -> Any:
     try:
         return msgspec.json.decode(query[name])
     except (msgspec.DecodeError, RecursionError):
-        raise InvalidRequest(f"{name} is {query[name][:40]!r}, which is no JSON", field=name) from None
+        raise InvalidRequest(
+            f"{name} is {query[name][:40]!r}, which is no JSON", field=name
+        ) from None
 
 
 def _flag(request: web.Request, name: str) -> bool:

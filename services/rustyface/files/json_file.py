@@ -34,8 +34,16 @@ from services.rustyface.files.rows import (
 # One value: an entry with the longest vector and the largest metadata has less.
 PIECE_MAX_BYTES: Final = 2 * 1024 * 1024
 _READ_BYTES: Final = 1024 * 1024
-# Whole strings, so that brackets in them do not count; one that is cut off has no `end`.
-_TOKEN: Final = re.compile(rb'"(?:[^"\\]++|\\.)*+(?P<end>")?|[\[\]{}]', re.DOTALL)
+# Whole strings, so that brackets in them do not count; one that is cut off has no `end`. Lists of
+# numbers are taken in one go, and what lies between as well: three times as fast as a search for
+# the brackets alone.
+_STRING: Final = re.compile(rb'"(?:[^"\\]++|\\.)*+(?P<end>")?', re.DOTALL)
+_TOKEN: Final = re.compile(
+    rb'[^"\[\]{}]*+(?P<token>"(?:[^"\\]++|\\.)*+(?P<end>")?'
+    rb'|(?P<flat>\[[^"\[\]{}]*+\])|[\[\]{}])',
+    re.DOTALL,
+)
+_QUOTE: Final = ord('"')
 _SPACE: Final = re.compile(rb"[ \t\r\n]*")
 _SCALAR: Final = re.compile(rb"[^,\[\]{}:\"\s]*")
 _BOM: Final = b"\xef\xbb\xbf"
@@ -79,16 +87,16 @@ class JsonReader:
     @property
     def head(self) -> Head:
         """See `Reader.head`."""
-        identity, embedder = self._said.get("id"), self._said.get("embedder")
         created = self._said.get("created_at")
         try:
             since = None if created is None else moment_in(created, 0, "")
         except Unprocessable:
             since = None
         return Head(
-            id=identity if isinstance(identity, str) else None,
+            id=self._text("id"),
             created_at=since,
-            embedder=embedder if isinstance(embedder, str) else None,
+            embedder=self._text("embedder"),
+            embedder_digest=self._text("embedder_digest"),
         )
 
     def batches(self) -> Iterator[list[Row]]:
@@ -106,6 +114,10 @@ class JsonReader:
                     waiting = []
             if waiting:
                 yield self._rows(waiting, first)
+
+    def _text(self, name: str) -> str | None:
+        said = self._said.get(name)
+        return said if isinstance(said, str) else None
 
     def _entries(self, text: "_Text") -> Iterator[bytes]:
         """Give the JSON of each entry; what else the file says goes to `_said`."""
@@ -177,6 +189,7 @@ class JsonWriter:
             "created_at": head.created_at,
             "updated_at": datetime.now(UTC),
             "embedder": head.embedder,
+            "embedder_digest": head.embedder_digest,
             "dimensions": dimensions,
         }
         self._file.write(msgspec.json.encode(said)[:-1] + b',"entries":[')
@@ -259,7 +272,7 @@ class _Text:
             raise Unprocessable("the file ends in the middle: a part of it is missing")
         if first in (b"{", b"["):
             return self._bracketed()
-        pattern = _TOKEN if first == b'"' else _SCALAR
+        pattern = _STRING if first == b'"' else _SCALAR
         while True:
             found = pattern.match(self._buffer, self._at)
             whole = found is not None and (
@@ -271,16 +284,16 @@ class _Text:
     def _bracketed(self) -> bytes:
         depth, scanned = 0, self._at
         while True:
-            for token in _TOKEN.finditer(self._buffer, scanned):
-                if self._buffer[token.start()] == ord('"'):
+            # Never a search: where no token follows it would begin anew at every character.
+            while (token := _TOKEN.match(self._buffer, scanned)) is not None:
+                sign = self._buffer[token.start("token")]
+                if sign == _QUOTE:
                     if token["end"] is None:
                         break
-                elif self._buffer[token.start()] in b"[{":
-                    depth += 1
-                else:
-                    depth -= 1
-                    if depth == 0:
-                        return self._cut(token.end())
+                elif token["flat"] is None:
+                    depth += 1 if sign in b"[{" else -1
+                if depth == 0 and sign != _QUOTE:
+                    return self._cut(token.end())
                 scanned = token.end()
             ahead = scanned - self._at
             if not self._more():

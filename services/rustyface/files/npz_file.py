@@ -7,7 +7,7 @@
 | `subjects` | n texts, empty for nobody; may be absent, as all below |
 | `metadata`, `quality` | n texts with JSON in them, empty for none |
 | `last_seen` | n times (``datetime64``, UTC, or texts) |
-| `embedder`, `dataset` | one text: what made the vectors; which dataset it was |
+| `embedder`, `embedder_digest`, `dataset` | one text: what made the vectors; which dataset it was |
 
 The arrays are read side by side, a batch of rows of each, straight from the zip: nothing is
 unpickled, and of what a small file unpacks to no more than a batch is ever in memory.
@@ -122,7 +122,9 @@ class NpzReader:
         with _reading(path) as archive, contextlib.ExitStack() as opened:
             self.total: int | None = self._opened(archive, opened)["ids"].shape[0]
             self.head = Head(
-                id=_one_text(archive, "dataset"), embedder=_one_text(archive, "embedder")
+                id=_one_text(archive, "dataset"),
+                embedder=_one_text(archive, "embedder"),
+                embedder_digest=_one_text(archive, "embedder_digest"),
             )
 
     def batches(self) -> Iterator[list[Row]]:
@@ -257,7 +259,12 @@ class NpzWriter:
             self._copy(archive, "last_seen", "<M8[us]", (self._count,), zipfile.ZIP_DEFLATED)
             for name, width in self._widths.items():
                 self._put_texts(archive, name, width)
-            for name, text in (("embedder", self._head.embedder), ("dataset", self._head.id)):
+            said = {
+                "embedder": self._head.embedder,
+                "embedder_digest": self._head.embedder_digest,
+                "dataset": self._head.id,
+            }
+            for name, text in said.items():
                 if text:
                     with archive.open(f"{name}.npy", "w") as member:
                         np.lib.format.write_array(member, np.array(text), allow_pickle=False)

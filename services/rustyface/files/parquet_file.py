@@ -158,7 +158,6 @@ class ParquetWriter:
 
     def __init__(self, path: Path, head: Head, dimensions: int) -> None:
         arrow = _pyarrow()
-        said = {"id": head.id, "embedder": head.embedder, "created_at": head.created_at}
         self._schema = arrow.schema(
             [
                 arrow.field("id", arrow.string(), nullable=False),
@@ -168,7 +167,7 @@ class ParquetWriter:
                 arrow.field("quality", arrow.string()),
                 arrow.field("last_seen", arrow.timestamp("us", tz="UTC")),
             ],
-            metadata={_SAID: msgspec.json.encode(said)},
+            metadata={_SAID: msgspec.json.encode(head)},
         )
         self._dimensions = dimensions
         self._waiting: list[Row] = []

@@ -51,11 +51,13 @@ class Head:
         id: The dataset that it was.
         created_at: When that was created.
         embedder: What made the vectors.
+        embedder_digest: Which version of it.
     """
 
     id: str | None = None
     created_at: datetime | None = None
     embedder: str | None = None
+    embedder_digest: str | None = None
 
 
 class Reader(Protocol):

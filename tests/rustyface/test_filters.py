@@ -1,0 +1,114 @@
+"""Filters of metadata: columns that come and go find what reading every entry finds."""
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bus import codec
+from bus.errors import InvalidRequest
+from services.rustyface.filters import COLUMNS_MAX, VALUES_MAX, Columns, compiled, read
+from services.rustyface.search import Matrix, Search
+
+values = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-2, 2),
+    st.sampled_from([1.0, 1.5, "1", "a", "", {"x": 1}, {}, []]),
+)
+leaves = st.one_of(values, st.lists(values, max_size=3))
+metadata = st.one_of(
+    leaves,
+    st.dictionaries(
+        st.sampled_from(["a", "b"]),
+        st.one_of(leaves, st.dictionaries(st.sampled_from(["c", "a"]), leaves, max_size=2)),
+        max_size=2,
+    ),
+)
+paths = st.sampled_from(["a", "b", "a.c", "b.a"])
+asked = st.dictionaries(paths, st.one_of(values, st.lists(values, max_size=3)), max_size=3)
+changes = st.lists(
+    st.tuples(
+        st.sampled_from(["put", "put", "put", "delete", "find"]), st.integers(0, 30), metadata
+    ),
+    max_size=60,
+)
+
+
+def same(a: object, b: object) -> bool:
+    """Return whether JSON would call them equal: true is no number."""
+    return a == b and isinstance(a, bool) == isinstance(b, bool)
+
+
+def fits(whole: object, asked: dict) -> bool:
+    for path, wanted in asked.items():
+        value = whole
+        for name in path.split("."):
+            if not isinstance(value, dict) or name not in value:
+                return False
+            value = value[name]
+        every = [value, *value] if isinstance(value, list) else [value]
+        any_of = wanted if isinstance(wanted, list) else [wanted]
+        if not any(same(one, it) for one in any_of for it in every):
+            return False
+    return True
+
+
+@given(changes, asked)
+def test_after_any_changes_it_finds_what_reading_every_entry_finds(steps, asked: dict):
+    matrix, plain = Matrix(2), dict[str, object]()
+    wanted, _ = compiled(asked)
+    search = Search(query=np.array([1, 0], np.float32), k=100, threshold=-1, wanted=wanted)
+    for step, number, value in [*steps, ("find", 0, None)]:
+        name = f"e{number}"
+        match step:
+            case "put":
+                raw = codec.encode(value, codec.MSGPACK)
+                matrix.put_many([name], np.array([[1, 0]], np.float32), [-1], [raw])
+                plain[name] = value
+            case "delete":
+                matrix.delete(name)
+                plain.pop(name, None)
+            case "find":
+                [found] = matrix.search(search)
+                expected = sorted(one for one, value in plain.items() if fits(value, asked))
+                assert sorted(hit.id for hit in found.hits) == expected
+                assert found.searched == len(expected)
+
+
+def test_persons_are_told_apart_from_metadata():
+    wanted, subjects = compiled({"subject": ["ann", "bob"], "a.b": 1})
+    assert subjects == {"ann", "bob"}
+    assert [one.path for one in wanted] == ["a.b"]
+    assert compiled({"subject": "ann"}) == ((), frozenset({"ann"}))
+    assert compiled({}) == ((), None)
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"": 1}, "'' names no field"),
+        ({"a..b": 1}, "'a..b' names no field"),
+        ({"subject": 7}, "filter.subject: persons are named by texts"),
+        ({"subject": ["ann", None]}, "filter.subject: persons are named by texts"),
+        ({"a": list(range(VALUES_MAX + 1))}, "filter.a has 1,001 values, allowed are 1,000"),
+    ],
+)
+def test_a_filter_that_cannot_be_meant_is_refused(asked: dict, said: str):
+    with pytest.raises(InvalidRequest, match=said):
+        compiled(asked)
+
+
+def test_only_the_fields_asked_for_last_are_kept():
+    columns = Columns()
+    raw = [msgspec.msgpack.encode({f"f{i}": i for i in range(COLUMNS_MAX + 5)})] * 3
+    for i in range(COLUMNS_MAX + 5):
+        [wanted], _ = compiled({f"f{i}": i})
+        assert columns.fits(wanted, raw, 3).all()
+    assert len(columns._columns) == COLUMNS_MAX
+
+
+def test_metadata_that_cannot_be_read_are_none():
+    for raw in (b"", b"\xc1", b"\xa1\xff", b"\x81"):
+        assert read(raw) is None
