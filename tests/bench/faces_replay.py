@@ -14,7 +14,7 @@ from bus.client import Client
 from bus.tasks import beside
 from services.rustyface.galleries import Galleries, NewEntry
 from tests.bench import faces_search
-from tests.bench.faces_platform import FOLDER, ask_child, empty_broker
+from tests.bench.faces_platform import FOLDER, ask_child, empty_broker, plugin_env
 from tests.bench.faces_search import DIMENSIONS, Floats
 
 CALLERS: Final = (1, 16, 64)
@@ -112,7 +112,14 @@ async def _replay(
                 say(f"replay: {size - written:,} entries written in {_since(began):.0f} s")
                 written = size
             told = await asyncio.to_thread(
-                ask_child, sys.executable, _CHILD, broker.url, GALLERY, queries_file, seconds
+                ask_child,
+                sys.executable,
+                _CHILD,
+                broker.url,
+                GALLERY,
+                queries_file,
+                seconds,
+                env=plugin_env(),
             )
             found.append(msgspec.convert(told, Replayed))
             say(f"replay: {size:,} entries read in {found[-1].replay_s:.1f} s")
