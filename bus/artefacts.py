@@ -23,9 +23,9 @@ from bus.errors import (
     BusError,
     Conflict,
     DeadlineExceeded,
+    NoSpace,
     NotFound,
     TooLarge,
-    Unavailable,
     Unprocessable,
 )
 from bus.streams import Stored, StoreFullError, Stream
@@ -73,11 +73,15 @@ class Artefacts:
     Args:
         stream: The stream behind it.
         bucket: Its name.
+        setting: What says how much it may hold, where something does; named in errors.
     """
 
-    def __init__(self, stream: Stream, bucket: str) -> None:
+    def __init__(self, stream: Stream, bucket: str, setting: str | None = None) -> None:
         self._bucket = bucket
         self._stream = stream
+        self._limit = f" ({setting})" if setting else ""
+        more = f", or allow the store more{self._limit}" if setting else ""
+        self._way_out = f"remove what nobody needs{more}"
 
     # --- Read -------------------------------------------------------------------------------------
 
@@ -186,6 +190,33 @@ class Artefacts:
                 found.append(Unfinished(upload_id, stored, _moment(last.at)))
         return sorted(found, key=lambda one: one.written_at)
 
+    async def check_room(self, size_bytes: int, digest: str | None = None) -> None:
+        """Say before an artefact comes whether there is room for it.
+
+        Args:
+            size_bytes: How many bytes it has.
+            digest: Its SHA-256, where that is known: what is stored already needs no room.
+
+        Raises:
+            TooLarge: So many never fit; says how many do.
+            NoSpace: There is no room for so many now; says how many there is room for.
+        """
+        if digest is not None and await self.size(digest) is not None:
+            return
+        held = await self._stream.occupied()
+        if held.max_bytes is not None and size_bytes > (fits := _payload(held.max_bytes)):
+            raise TooLarge(
+                f"an artefact of {size_bytes:,} bytes does not fit into the store, which holds at "
+                f"most {fits:,} bytes{self._limit}"
+            )
+        room = await self.room()
+        if room is not None and size_bytes > room:
+            raise NoSpace(
+                f"the store has no room for an artefact of {size_bytes:,} bytes: {room:,} bytes "
+                f"are free; {self._way_out}",
+                retry_after_s=60,
+            )
+
     async def room(self) -> int | None:
         """Return how many bytes the store can still take; None without a limit."""
         held = await self._stream.occupied()
@@ -205,9 +236,10 @@ class Artefacts:
 
         Raises:
             TooLarge: So many never fit; says how many do.
-            Unavailable: There is no room for so many now; says how many there is room for.
+            NoSpace: There is no room for so many now; says how many there is room for.
         """
-        await self._check_room(expect_bytes)
+        if expect_bytes is not None:
+            await self.check_room(expect_bytes)
         async with self._inside(self._upload(secrets.token_hex(11))) as upload:
             yield upload
 
@@ -248,7 +280,8 @@ class Artefacts:
 
         Raises:
             TooLarge: It never fits.
-            Unavailable: The broker did not take it, for want of room for example; says why.
+            NoSpace: There is no room for it now.
+            Unavailable: The broker did not take it; says why.
             Unprocessable: The file has another digest.
         """
         info = await self._info(digest)
@@ -303,23 +336,6 @@ class Artefacts:
     def _upload(self, upload_id: str) -> Upload:
         return Upload(self._stream, self._chunks_of(upload_id), upload_id, self)
 
-    async def _check_room(self, expect_bytes: int | None) -> None:
-        if expect_bytes is None:
-            return
-        held = await self._stream.occupied()
-        if held.max_bytes is not None and expect_bytes > (fits := _payload(held.max_bytes)):
-            raise TooLarge(
-                f"an artefact of {expect_bytes:,} bytes does not fit into the store, which holds "
-                f"at most {fits:,} bytes"
-            )
-        room = await self.room()
-        if room is not None and expect_bytes > room:
-            raise Unavailable(
-                f"the store has no room for an artefact of {expect_bytes:,} bytes: {room:,} bytes "
-                "are free; remove models that nobody needs",
-                retry_after_s=60,
-            )
-
     async def name(self, digest: str, upload: Upload) -> bool:
         """Give chunks their name, once; tell whether they are the ones that it leads to now."""
         subject = self._name(digest)
@@ -345,7 +361,7 @@ class Artefacts:
             except Conflict:
                 continue
             except StoreFullError as error:
-                raise await self.full(error) from None
+                raise await self.full(error, upload.offset) from None
             if info is not None and not stays and info.nuid != upload.id:
                 await self._stream.purge(self._chunks_of(info.nuid))
             return not stays
@@ -360,16 +376,21 @@ class Artefacts:
             expect=(subject, before),
         )
 
-    async def full(self, error: StoreFullError) -> Unavailable:
-        """Return the error for whoever wanted to store more than there is room for."""
+    async def full(self, error: StoreFullError, taken_bytes: int) -> NoSpace:
+        """Return the error for whoever wanted to store more than there is room for.
+
+        Args:
+            error: What the broker said.
+            taken_bytes: How much had been stored of what does not fit.
+        """
         try:
-            room = await self.room()
+            held, room = (await self._stream.occupied()).size_bytes, await self.room()
         except BusError:
-            room = None
-        free = "" if room is None else f"; {room:,} bytes are free"
-        return Unavailable(
-            f"the store of artefacts is full: {error.message}{free}; remove models that nobody "
-            "needs",
+            held, room = None, None
+        free = "" if room is None else f"; {held:,} bytes are stored, {room:,} are free"
+        return NoSpace(
+            f"the store of artefacts was full after {taken_bytes:,} bytes of this one "
+            f"({error.message}{free}); {self._way_out}",
             retry_after_s=60,
         )
 

@@ -234,7 +234,9 @@ def _is_free(port: int) -> bool:
 def _configuration(name: str, port: int, password: str, home: Path, sync_interval: str) -> str:
     """Return the server's configuration.
 
-    There is no monitoring port: it asks for no password, and others may share this host.
+    There is no monitoring port: it asks for no password, and others may share this host. `max_file`
+    is far above what the streams' own limits come to: the broker sets those aside, an update's once
+    more, and makes or loads no stream beyond it.
     """
     store = json.dumps(str(home), ensure_ascii=False)
     return f"""\
@@ -253,7 +255,7 @@ jetstream {{
   store_dir: {store}
   sync_interval: {sync_interval}
   max_mem: 256MB
-  max_file: 16GB
+  max_file: 1TB
 }}
 """
 

@@ -187,9 +187,20 @@ class Client:
         return self._nc.connected_url.netloc.rpartition("@")[2] if self._nc.connected_url else ""
 
     async def call(
-        self, endpoint: Endpoint[Req, Rep], request: Req, *, timeout_s: float = 10.0
+        self,
+        endpoint: Endpoint[Req, Rep],
+        request: Req,
+        *,
+        timeout_s: float = 10.0,
+        content_type: str = codec.JSON,
     ) -> Rep:
         """Ask whoever serves an endpoint, and return the answer.
+
+        Args:
+            endpoint: What is asked.
+            request: The question.
+            timeout_s: How long the answer may take.
+            content_type: How question and answer travel; bytes are a third shorter in MessagePack.
 
         Raises:
             BusError: What the far side raised; `Unavailable` when nobody listens or the broker
@@ -197,8 +208,8 @@ class Client:
         """
         answer = await self.relay(
             endpoint.subject_of(self.root, request),
-            codec.encode(request),
-            headers={codec.CONTENT_TYPE: codec.JSON},
+            codec.encode(request, content_type),
+            headers={codec.CONTENT_TYPE: content_type},
             timeout_s=timeout_s,
         )
         return codec.decode(answer.body, endpoint.reply, answer.headers.get(codec.CONTENT_TYPE))

@@ -11,6 +11,7 @@
 | Overloaded        | nobody, it passes      | try again after `retry_after_s`     |
 | Unavailable       | nobody, it passes      | try again after `retry_after_s`     |
 | - NobodyListens   | whoever starts plugins | look whether the plugin runs        |
+| - NoSpace         | whoever runs bkg       | make room, then try again           |
 | DeadlineExceeded  | nobody, it passes      | allow more time                     |
 | Internal          | us                     | report it; the log has the cause    |
 
@@ -125,6 +126,13 @@ class NobodyListens(Unavailable):
     """No process listens on the subject; said by the broker at once."""
 
 
+class NoSpace(Unavailable):
+    """A disk or a store is full; the message says how much is needed, and how much is free."""
+
+    code = "no-space"
+    number = 507
+
+
 class DeadlineExceeded(BusError):
     """The answer did not come, or would not have come, within the caller's time."""
 
@@ -188,7 +196,7 @@ def error_from_number(number: int, message: str) -> BusError:
 
 _KINDS: tuple[type[BusError], ...] = (
     InvalidRequest, NotAllowed, NotFound, Conflict, TooLarge, Unprocessable, Overloaded,
-    Internal, Unavailable, DeadlineExceeded,
+    Internal, Unavailable, NoSpace, DeadlineExceeded,
 )  # fmt: skip
 _BY_CODE = {kind.code: kind for kind in _KINDS}
 _BY_NUMBER = {kind.number: kind for kind in _KINDS}

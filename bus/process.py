@@ -17,8 +17,11 @@ _PR_SET_PDEATHSIG: Final = 1
 # Most of what a request makes is gone with it: the young are looked at less often than the 700
 # objects that Python allows.
 _THRESHOLDS: Final = (10_000, 20, 50)
-# Only glibc has it, and only glibc needs it.
+# Only glibc has them, and only glibc needs them.
 _TRIM: Final = getattr(ctypes.CDLL(None), "malloc_trim", None)
+_MALLOPT: Final = getattr(ctypes.CDLL(None), "mallopt", None)
+_M_ARENA_MAX: Final = -8
+_ARENAS: Final = 2
 
 
 def run(main: Callable[[], Coroutine[Any, Any, None]]) -> int:
@@ -29,6 +32,7 @@ def run(main: Callable[[], Coroutine[Any, Any, None]]) -> int:
     supervisor puts it into the worker's log.
     """
     end_with_parent()
+    share_arenas()
     _Garbage.ours = True
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -97,6 +101,17 @@ def give_back() -> None:
     if _Garbage.ours:
         gc.freeze()
     trim()
+
+
+def share_arenas() -> None:
+    """Let the threads of this process share two heaps, unless the environment says otherwise.
+
+    glibc gives a thread a heap of its own, eight for each processor, and none gives back what
+    lies below its last block: over 60 loads and unloads a worker grew from 65 to 75 MB until each
+    of its threads had had its turn; with two heaps it stayed at 65.
+    """
+    if _MALLOPT is not None and "MALLOC_ARENA_MAX" not in os.environ:
+        _MALLOPT(_M_ARENA_MAX, _ARENAS)
 
 
 def trim() -> None:

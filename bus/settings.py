@@ -11,6 +11,8 @@ from bus.errors import InvalidRequest
 from bus.subjects import DEFAULT_ROOT
 
 DEFAULT_NATS_URL = "nats://127.0.0.1:4222"
+# What the object store of artefacts may hold, in bytes.
+ARTEFACTS_MAX_BYTES = "BKG_ARTEFACTS_MAX_BYTES"
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -94,6 +96,16 @@ class LogLimits(msgspec.Struct, frozen=True, kw_only=True):
             max_bytes=_between("BKG_LOG_MAX_BYTES", 1024 * 1024, 1024**4),
             max_days=_between("BKG_LOG_MAX_DAYS", 1, 3_650),
         )
+
+
+def artefacts_max_bytes() -> int | None:
+    """Return what the store of artefacts may hold; None: what it may hold already.
+
+    Raises:
+        InvalidRequest: `BKG_ARTEFACTS_MAX_BYTES` is none; says what is allowed.
+    """
+    # Twice that still fits beside all else into the broker's `max_file`.
+    return _between(ARTEFACTS_MAX_BYTES, 1024 * 1024, 256 * 1024**3)
 
 
 def default_data_dir() -> Path:

@@ -19,7 +19,7 @@ from bus import messages as m
 from bus.artefacts import Artefacts
 from bus.errors import Conflict, Internal, InvalidRequest, Unavailable
 from bus.log_search import LEVELS, LogPage, LogQuery
-from bus.settings import LogLimits
+from bus.settings import ARTEFACTS_MAX_BYTES, LogLimits, artefacts_max_bytes
 from bus.streams import MIB, NS, Stored, Stream, ask_jetstream
 from bus.subjects import (
     BROKER_TELEMETRY,
@@ -200,6 +200,7 @@ class Store:
         hosts_desired: What each host should be, by name; without an entry, one that takes replicas.
         models: The repository's models, and what of them should be served, by model id.
         reports: What validation found, by artefact.
+        removed: Which files were removed, by model id and digest.
         jobs: Work that outlives its request, by id; they leave a week after their end.
         uploads: Uploads that go on or broke off, by model and version.
         answers: What uploads were answered, by idempotency key.
@@ -221,6 +222,7 @@ class Store:
         self.hosts_desired = Bucket(nc, f"{root}-desired", m.HostDesired, 1, "host")
         self.models = Bucket(nc, f"{root}-models", m.ModelSpec, 1)
         self.reports = Bucket(nc, f"{root}-models", m.ModelReport, 1, "report")
+        self.removed = Bucket(nc, f"{root}-models", m.RemovedFile, 2, "removed")
         self.jobs = Bucket(nc, f"{root}-jobs", m.Job, 1)
         self.uploads = Bucket(nc, f"{root}-uploads", m.UnfinishedUpload, 2, "upload")
         self.answers = Bucket(nc, f"{root}-uploads", m.KeptAnswer, 1, "answer")
@@ -228,7 +230,8 @@ class Store:
         self.galleries = Stream(nc, f"{root}-galleries")
         self.changes = Stream(nc, f"{root}-gallery-history")
         self.faces = Artefacts(Stream(nc, f"OBJ_{root}-faces"), f"{root}-faces")
-        self.artefacts = Artefacts(Stream(nc, f"OBJ_{root}-artefacts"), f"{root}-artefacts")
+        self._objects = Stream(nc, f"OBJ_{root}-artefacts")
+        self.artefacts = Artefacts(self._objects, f"{root}-artefacts", ARTEFACTS_MAX_BYTES)
         self._logs = Stream(nc, f"{root}-logs")
         self._telemetry = Stream(nc, f"{root}-telemetry")
         self._events = Stream(nc, f"{root}-events")
@@ -249,9 +252,13 @@ class Store:
             InvalidRequest: The environment has a limit that there cannot be.
         """
         limits = _limits(LogLimits.from_env() if logs is None else logs)
+        artefacts = artefacts_max_bytes()
+        room = {} if artefacts is None else {"max_bytes": artefacts}
         for config in _assets(self._root):
             if config["name"] == self._logs.name:
                 await self._declare(config | limits, kept=_LIMITS.keys() - limits.keys())
+            elif config["name"] == self._objects.name:
+                await self._declare(config | room, kept={"max_bytes"} - room.keys())
             else:
                 await self._declare(config)
 

@@ -15,7 +15,7 @@ from typing import Final, NamedTuple, Protocol
 
 import structlog
 
-from bus.errors import BusError, Conflict, InvalidRequest, Unavailable, Unprocessable
+from bus.errors import BusError, Conflict, InvalidRequest, NoSpace, Unavailable, Unprocessable
 from bus.streams import Stored, StoreFullError, Stream
 
 CHUNK_BYTES: Final = 128 * 1024
@@ -45,7 +45,7 @@ class Naming(Protocol):
     async def name(self, digest: str, upload: "Upload") -> bool:
         """Give chunks their name, once; tell whether they are the ones that it leads to now."""
 
-    async def full(self, error: StoreFullError) -> Unavailable:
+    async def full(self, error: StoreFullError, taken_bytes: int) -> NoSpace:
         """Return the error for whoever wanted to store more than there is room for."""
 
 
@@ -96,7 +96,8 @@ class Upload:
         """Take more bytes; waits while too many are on their way.
 
         Raises:
-            Unavailable: The store is full, or the broker went away and did not come back in time.
+            NoSpace: The store is full.
+            Unavailable: The broker went away and did not come back in time.
         """
         self._check_open()
         view = memoryview(block).cast("B")
@@ -225,7 +226,7 @@ class Upload:
             try:
                 seq = sent.answer.result()
             except StoreFullError as error:
-                raise await self._naming.full(error) from None
+                raise await self._naming.full(error, self._stored_bytes) from None
             except BusError as error:
                 log.info("upload.interrupted", upload=self.id, cause=error.message)
         if seq > self._last_seq:
@@ -259,7 +260,7 @@ class Upload:
                         self._window.popleft()
                         deadline = loop.time() + RECOVER_S
             except StoreFullError as error:
-                raise await self._naming.full(error) from None
+                raise await self._naming.full(error, self._stored_bytes) from None
             except (Unavailable, Conflict) as error:
                 cause = error.message
             except TimeoutError:

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from tests.bench import bodies, contest, report, roster, running, wrk
+from tests.bench import bodies, contest, report, roster, running, uploads, wrk
 from tests.bench.balance import slowed
 from tests.bench.bodies import HEADER
 from tests.bench.contest import Plan, measure
@@ -25,6 +25,7 @@ from tests.bench.models import SHAPES, example, expected, make_models
 from tests.bench.processes import REPOSITORY, Server, nothing_left
 from tests.bench.results import NOISE_MAX, Results, Start, Window
 from tests.bench.tables import Verdict, cells, ratio, starts, verdicts
+from tests.bench.uploads import Grown, grown, passages
 
 NEEDS_WRK = pytest.mark.skipif(
     shutil.which("wrk") is None, reason="the load generator wrk is not installed"
@@ -411,6 +412,32 @@ def test_a_window_begins_when_the_server_has_done_what_was_left(tmp_path, monkey
     running.settle(server)
     assert server.log.read_text() == "1\n"
     server.stop()
+
+
+def test_the_growth_of_a_process_is_from_before_to_its_peak():
+    """Also of one that came and went in between; what leaves takes nothing less."""
+    before = {"gateway": 40.0, "broker": 30.0}
+    samples = [{"gateway": 90.0, "candle.inspection": 70.0}, {"gateway": 50.0, "broker": 20.0}]
+    found = grown(before, samples)
+    assert [(one.name, one.growth_mib, one.bounded) for one in found] == [
+        ("candle.inspection", 70.0, None),
+        ("gateway", 50.0, True),
+        ("broker", 0.0, None),
+    ]
+    assert not Grown(name="candle", before_mib=10.0, peak_mib=75.0).bounded
+
+
+def test_a_file_goes_through_bkg_and_comes_back_while_its_memory_is_watched(tmp_path, monkeypatch):
+    monkeypatch.setattr(running, "CACHE", tmp_path)
+    monkeypatch.setattr(uploads, "CACHE", tmp_path)
+    with nothing_left():
+        up, down = passages([3], print)
+    assert (up.way, up.mib, down.way) == ("up", 3, "down")
+    assert "zeros.onnx" in up.said
+    assert f"{3 * 1024**2:,} bytes" in down.said
+    for one in (up, down):
+        assert {"gateway", "candle", "broker"} <= {process.name for process in one.processes}
+    assert not list(tmp_path.glob("*.onnx"))
 
 
 def test_a_slowed_process_runs_again_afterwards():

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import typer
 
 from bus import codec, instance
 from bus import messages as m
@@ -11,12 +12,15 @@ from bus.errors import _KINDS as KINDS
 from bus.errors import ErrorBody
 from bus.state import OBSERVED_TTL_S
 from services.cli import up
+from services.cli.faces_parser import faces_app
 from services.gateway.routes import capabilities
+from services.rustyface import calibration
 from services.supervisor import process, reconcile, service
 
 DOCS = Path(__file__).parents[1] / "docs"
 PROTOCOL = (DOCS / "worker-protocol.md").read_text()
 OPERATIONS = (DOCS / "operations.md").read_text()
+FACES = (DOCS / "faces.md").read_text()
 EXAMPLES = re.findall(r"```json (\w+)\n(.+?)```", PROTOCOL, re.DOTALL)
 
 
@@ -79,3 +83,28 @@ def test_the_figures_of_the_workers_protocol_are_those_of_the_code(says):
 )
 def test_the_figures_of_the_operators_page_are_those_of_the_code(says):
     assert says in OPERATIONS
+
+
+@pytest.mark.parametrize("cosine", ["0.363", "0.40", "0.42", "0.45"])
+def test_the_rates_of_the_page_about_faces_are_those_that_are_told(cosine):
+    [row] = re.findall(rf"^\| {cosine} \| ([0-9.]+)", FACES, re.MULTILINE)
+    rate = calibration.false_match_rate("sface", float(cosine))
+    assert float(row) == pytest.approx(rate, rel=0.01)
+
+
+def test_the_thresholds_of_the_page_about_faces_are_those_of_the_code():
+    defaults = dict(
+        re.findall(r"^\| ([0-9.]+) \|.*\| \*\*(verify|search)\*\*", FACES, re.MULTILINE)
+    )
+    assert defaults == {
+        str(calibration.VERIFY_THRESHOLDS["sface"]): "verify",
+        str(calibration.THRESHOLDS["sface"]): "search",
+    }
+    assert f"`--size-min`, {m.QualityBounds().size_min_px} unless set" in FACES
+
+
+def test_every_command_that_the_page_about_faces_names_is_there():
+    known = set(typer.main.get_command(faces_app).commands)
+    named = set(re.findall(r"bkg faces ([a-z]+)", FACES))
+    assert named <= known
+    assert not known - set(re.findall(r"[a-z]+", FACES)), "a command that the page does not name"

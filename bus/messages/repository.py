@@ -79,6 +79,18 @@ class ModelReport(Message, frozen=True, omit_defaults=False):
     confined: list[str] = []
 
 
+class RemovedFile(Message, frozen=True):
+    """Says that a model's file was removed; bucket `models`, key `<model>.<digest>.removed`.
+
+    A file of these bytes that lies in a watched folder since before is not entered again.
+
+    Attributes:
+        removed_at: When it was removed last.
+    """
+
+    removed_at: datetime
+
+
 class AddModel(Message, frozen=True):
     """Asks for an artefact of the object store to become a version of a model, not yet served.
 

@@ -18,7 +18,7 @@ from typing import Final
 
 import structlog
 
-from bus.errors import Unavailable, Unprocessable
+from bus.errors import NoSpace, Unprocessable
 from bus.tasks import to_its_end
 
 PARTS_KEPT_S: Final = 3_600
@@ -68,7 +68,7 @@ class Cache:
             fetch: Writes it to a path, whole and with the right digest.
 
         Raises:
-            Unavailable: The disk is full.
+            NoSpace: The disk is full.
             Unprocessable: The digest is none.
             BusError: What `fetch` raised.
         """
@@ -99,7 +99,7 @@ class Cache:
         """Remove what was not used longest, until `size_bytes` more fit. Blocks.
 
         Raises:
-            Unavailable: The disk has no room for them; says how much is missing.
+            NoSpace: The disk has no room for them; says how much there is.
         """
         found = [(path.stat(), path) for path in self._folder.iterdir() if path.suffix != ".part"]
         found.sort(key=lambda one: one[0].st_mtime)
@@ -110,10 +110,12 @@ class Cache:
             if _remove_unused(path):
                 total -= stat.st_size
                 log.info("artefact.removed", path=path.name, size_bytes=stat.st_size)
-        if (missing := self._missing(size_bytes)) > 0:
-            raise Unavailable(
-                f"the disk of {self._folder} has no room for {size_bytes:,} bytes: {missing:,} are "
-                "missing",
+        if self._missing(size_bytes) > 0:
+            free = shutil.disk_usage(self._folder).free
+            raise NoSpace(
+                f"the disk of {self._folder} has no room for {size_bytes:,} bytes, beside "
+                f"{ROOM_BYTES:,} that stay free there; {free:,} bytes are free: make room, or put "
+                "the data directory (BKG_DATA_DIR) on a larger disk",
                 retry_after_s=60,
             )
         if total > self.max_bytes:

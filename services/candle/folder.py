@@ -1,7 +1,8 @@
 """The watched models folder: a file that is dropped there becomes a version, not yet served.
 
 `iris.onnx` becomes the model `iris`, and `iris/2/model.onnx`, as Triton lays repositories out, its
-version `2`. What is taken out of the folder stays in the repository.
+version `2`. What is taken out of the folder stays in the repository, and what is removed from the
+repository stays away until its file is written to, or put there anew.
 """
 
 import asyncio
@@ -46,6 +47,11 @@ class State:
     modified_ns: int
     changed_ns: int
     inode: int
+
+    @property
+    def changed_at(self) -> datetime:
+        """When it was last written to, or put where it is."""
+        return datetime.fromtimestamp(self.changed_ns / 1e9, UTC)
 
 
 @dataclass(frozen=True)
@@ -136,7 +142,7 @@ class Folder:
         self._settling.pop(one.path, None)
 
     async def _entered(self, one: Found) -> m.AddedModel | None:
-        """Make a file a version; None when the repository has these bytes already."""
+        """Make a file a version; None when the repository has these bytes, or removed them."""
         store = self._repository.store
         entry = await store.models.get(one.model)
         versions = entry.value.versions if entry and entry.value else []
@@ -148,6 +154,10 @@ class Folder:
             version.checksum == checksum and one.version in (None, version.version)
             for version in versions
         ):
+            return None
+        removed = await store.removed.get(one.model, checksum)
+        if removed and removed.value and removed.value.removed_at >= one.state.changed_at:
+            log.info("folder.passed_over", path=one.path, model=one.model, removed=True)
             return None
         await store.artefacts.put(checksum, path)
         return await self._repository.enter(
@@ -219,11 +229,10 @@ def _as_found(
 
 def _came_from(version: m.ModelVersion, one: Found) -> bool:
     """Tell whether a version is what a file was when it was last changed, without reading it."""
-    changed_at = datetime.fromtimestamp(one.state.changed_ns / 1e9, UTC)
     return (
         version.path == one.path
         and version.size_bytes == one.state.size_bytes
-        and version.added_at >= changed_at
+        and version.added_at >= one.state.changed_at
         and version.source is not None
         and version.source.kind == "folder"
     )

@@ -66,6 +66,7 @@ class Garbage:
         """
         planned = await self.removal(request)
         check_unused(planned, request)
+        await self._mark_removed(request)
         leaving: Sequence[m.ModelVersion] = []
 
         def change(spec: m.ModelSpec | None) -> m.ModelSpec | None:
@@ -91,6 +92,13 @@ class Garbage:
             used_by=planned.used_by,
         )
         return removed, revision
+
+    async def _mark_removed(self, request: m.RemoveModel) -> None:
+        """Have watched folders leave what is removed where it lies; before it is, for good."""
+        entry = await self._store.models.get(request.id)
+        mark = m.RemovedFile(removed_at=m.now())
+        for version in specs.to_remove(entry.value if entry else None, request):
+            await self._store.removed.put(mark, request.id, version.checksum)
 
     async def until_unserved(self, model: str, versions: Collection[str], timeout_s: float) -> bool:
         """Wait until no instance serves any of these versions; tell whether that is so."""

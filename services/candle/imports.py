@@ -110,7 +110,7 @@ class Imports:
             try:
                 await self._load(m.LoadModel(id=added.id, version=added.version))
             except BusError as error:
-                raise KeptError(error, added) from None
+                raise KeptError(_for_good(error), added) from None
         await asyncio.to_thread(downloads.discard, job.job)
         return added
 
@@ -123,7 +123,12 @@ class Imports:
 
     def _downloads(self, settings: CandleSettings) -> Downloads:
         rules = rules_of(settings)
-        return Downloads(self._folder, rules, ca_file=settings.import_ca_file)
+        return Downloads(
+            self._folder,
+            rules,
+            ca_file=settings.import_ca_file,
+            check_room=self._repository.store.artefacts.check_room,
+        )
 
 
 def rules_of(settings: CandleSettings) -> Rules:
@@ -169,6 +174,13 @@ def authorization(
     if secret is None and " " in known:
         return {"Authorization": known}
     return {"Authorization": f"Basic {base64.b64encode(known.encode()).decode()}"}
+
+
+def _for_good(error: BusError) -> BusError:
+    """Return why a version was not loaded; a lack of memory stays, however often it is fetched."""
+    if "budget_bytes" not in (error.details or {}):
+        return error
+    return Unprocessable(f"{error.message}; the version is kept, and can be loaded later")
 
 
 def _as_added(request: m.ImportModel, fetched: Fetched) -> m.AddModel:

@@ -113,6 +113,7 @@ class Memory:
                     f"the {_mb(self.budget_bytes)} that memory_budget_mb allows, {_mb(held)} are "
                     f"held by {kept}",
                     retry_after_s=30,
+                    details={"needed_bytes": need_bytes, "budget_bytes": self.budget_bytes},
                 )
             for tenant in leaving:
                 await self._evict(tenant)

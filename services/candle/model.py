@@ -132,18 +132,17 @@ class Model:
             BusError: It could not be loaded.
         """
         version = self._versions.get(key_of(wanted))
-        if version is None or self.spec is None:
+        if version is None or self.spec is None or version.spec is not wanted:
+            # It has another wish to follow yet: its configuration and failure are of an older one.
             return None
-        # Else it has another wish to follow yet, and its failure belongs to an older one.
-        if version.spec is wanted:
-            if version.failure:
-                raise error_from(version.failure)
-            if version.state == "cold" or key_of(wanted) in self._evicted:
-                raise Unavailable(
-                    f"{version.label} left memory as soon as it was loaded: "
-                    f"{self._evicted.get(key_of(wanted), 'others have the room')}",
-                    retry_after_s=1,
-                )
+        if version.failure:
+            raise error_from(version.failure)
+        if version.state == "cold" or key_of(wanted) in self._evicted:
+            raise Unavailable(
+                f"{version.label} left memory as soon as it was loaded: "
+                f"{self._evicted.get(key_of(wanted), 'others have the room')}",
+                retry_after_s=1,
+            )
         names = [n for n, v in names_of(self.spec).items() if v.version == wanted.version]
         here = all(n in self._doors and self._doors[n].version is version for n in names)
         old = any(key not in self._wanted() for key in self._versions)

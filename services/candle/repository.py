@@ -26,7 +26,7 @@ from services.candle import specs
 from services.candle.cache import Cache, sha256_of
 from services.candle.models.shipped import SAMPLES
 from services.candle.runtimes import FORMATS
-from services.candle.validation import validate
+from services.candle.validation import Limits, validate
 
 MAX_BYTES: Final = 2 * 1024**3
 FILE_NAME_MAX_BYTES: Final = 200
@@ -40,6 +40,11 @@ Change = Callable[[m.ModelSpec | None], m.ModelSpec | None]
 class Repository:
     """What models there are, and where their bytes are.
 
+    Attributes:
+        cache: Where artefacts are kept by digest.
+        store: The buckets and the object store.
+        limits: What looking into one file may take; can be changed at any time.
+
     Args:
         store: The buckets and the object store.
         models_dir: Where people put model files; made, with the samples in it, if missing.
@@ -49,6 +54,7 @@ class Repository:
     def __init__(self, store: Store, models_dir: Path, cache: Cache) -> None:
         self.cache = cache
         self.store = store
+        self.limits = Limits()
         self._models_dir = models_dir
         self._inspecting = asyncio.Lock()
 
@@ -73,7 +79,7 @@ class Repository:
         Raises:
             NotFound: The object store does not have it.
             Unprocessable: What it has is not what the digest says.
-            Unavailable: The disk is full.
+            NoSpace: The disk is full.
         """
         async with self._held(version.checksum, version.path, version.size_bytes, told) as path:
             yield path
@@ -89,6 +95,7 @@ class Repository:
         Raises:
             InvalidRequest: The path leaves the models folder, or names no format.
             NotFound: There is no such file or version; says which there are.
+            Conflict: The version has other bytes; names the next free number.
             Unprocessable: It is not a sound model; says why.
         """
         specs.check_name(request.version)
@@ -96,12 +103,12 @@ class Repository:
             with tempfile.TemporaryDirectory(prefix="bkg-") as folder:
                 path = Path(folder) / _file_name(request.path or "", "path")
                 await asyncio.to_thread(path.write_bytes, request.content)
-                made = await self._brought(path, request.path or "", "content")
+                made = await self._brought(request, path, request.path or "", "content")
         else:
             given = request.path or await self._path_of_unknown(request)
             if given is None:
                 return await self._want_again(request)
-            made = await self._brought(self.find(given), given, "folder")
+            made = await self._brought(request, self.find(given), given, "folder")
         name = ""
 
         def change(spec: m.ModelSpec | None) -> m.ModelSpec:
@@ -170,7 +177,7 @@ class Repository:
             InvalidRequest: The file's name names no format, or the version's is an alias.
             NotFound: There is no such artefact.
             Conflict: The version has other bytes; names the next free number.
-            Unavailable: The disk here has no room for it.
+            NoSpace: The disk here has no room for it.
         """
         specs.check_name(request.version)
         format_name = _format_of(request.file_name, "file_name")
@@ -186,7 +193,7 @@ class Repository:
                 field="checksum",
             )
         entry = await self.store.models.get(request.id)
-        specs.same_as(entry.value if entry else None, request)
+        specs.same_as(entry.value if entry else None, request.version, request.checksum)
         report = await self._known_report(request.checksum, format_name)
         if report is None:
             async with self._held(request.checksum, request.file_name, size) as path:
@@ -267,7 +274,9 @@ class Repository:
         """
         # One at a time: each takes the memory of a whole model, for which no room was made.
         async with self._inspecting:
-            return await validate(file, name=name, checksum=checksum, sample=sample)
+            return await validate(
+                file, name=name, checksum=checksum, sample=sample, limits=self.limits
+            )
 
     async def _known_report(self, checksum: str, format_name: str) -> m.ModelReport | None:
         """Return what a validation of the artefact in this format has found already."""
@@ -276,15 +285,21 @@ class Repository:
         # The same bytes under another suffix are something else.
         return report if report and report.format in {"", format_name} else None
 
-    async def _brought(self, file: Path, path: str, kind: Any) -> m.ModelVersion:
+    async def _brought(
+        self, request: m.LoadModel, file: Path, path: str, kind: Any
+    ) -> m.ModelVersion:
         """Return what a file is as a version; its bytes and its report are stored.
 
         Raises:
             InvalidRequest: Its name names no format.
+            Conflict: The version that is asked for has other bytes.
             Unprocessable: It is not a sound model; says why, and nothing is stored.
         """
         format_name = _format_of(path or file.name, "path")
         checksum = await to_its_end(sha256_of, file)
+        if request.version is not None:
+            entry = await self.store.models.get(request.id)
+            specs.same_as(entry.value if entry else None, request.version, checksum)
         report = await self._validated(file, file.name, checksum)
         if not report.sound:
             raise unsound(report)

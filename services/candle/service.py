@@ -40,7 +40,14 @@ from services.candle.memory import Full, Memory, Tenant, to_evict
 from services.candle.metrics import PREFIX, gauges_of, series_of
 from services.candle.model import Model
 from services.candle.repository import Repository
-from services.candle.settings import LIVE, MIB, CandleSettings, budget_bytes, threads_of
+from services.candle.settings import (
+    LIVE,
+    MIB,
+    CandleSettings,
+    budget_bytes,
+    threads_of,
+    validation_limits,
+)
 from services.candle.version import Surroundings, Version
 
 SERVED: Final = (
@@ -102,6 +109,7 @@ class Candle:
         self._around = Surroundings(
             repository, self._memory, lambda: self._settings, self._threads, self._on_change
         )
+        repository.limits = validation_limits(settings)
         self._changed = asyncio.Event()
         self._failed: asyncio.Future[BaseException] = asyncio.get_running_loop().create_future()
         self._told = 0, 0
@@ -357,6 +365,7 @@ class Candle:
                     reason = "memory_budget_mb leaves it no room"
                     self._models[version.model].cool(version, reason)
         self._repository.cache.max_bytes = self._settings.cache_max_mb * MIB
+        self._repository.limits = validation_limits(self._settings)
         for version in self._versions():
             version.limit()
 

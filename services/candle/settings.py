@@ -6,6 +6,7 @@ import msgspec
 from msgspec import Meta
 
 from bus import messages as m
+from services.candle.validation import Limits
 
 MIB: Final = 1024 * 1024
 
@@ -29,6 +30,11 @@ class CandleSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             memory that the plugin may have, or half of the host's. Beyond it, what was not asked
             for longest leaves memory, and comes back when it is asked for.
         cache_max_mb: What artefacts may take on this host's disk.
+        validation_memory_mb: What looking into one file may take of memory; if not set, 1 GiB and
+            four times the file, at most three quarters of what the worker may use.
+        validation_cpu_s: The same of processor time, in seconds; if not set, 60 and one for every
+            8 MiB of the file.
+        validation_wall_s: The same of time, in seconds; if not set, five times that.
         watch_folder: Whether files in the models folder become versions by themselves, not served.
         import_jobs: Imports that one instance does at a time.
         import_max_mb: What an imported file may have.
@@ -53,6 +59,9 @@ class CandleSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     max_delay_ms: Annotated[float, Meta(ge=0, le=10_000)] = 0.0
     memory_budget_mb: Annotated[int, Meta(ge=1, le=1 << 30)] | None = None
     cache_max_mb: Annotated[int, Meta(ge=1, le=1 << 30)] = 10_240
+    validation_memory_mb: Annotated[int, Meta(ge=16, le=1 << 30)] | None = None
+    validation_cpu_s: Annotated[int, Meta(ge=1, le=86_400)] | None = None
+    validation_wall_s: Annotated[float, Meta(gt=0, le=604_800)] | None = None
     watch_folder: bool = True
     import_jobs: Annotated[int, Meta(ge=0, le=64)] = 2
     import_max_mb: Annotated[int, Meta(ge=1, le=1 << 20)] = 2_048
@@ -75,6 +84,9 @@ LIVE: Final = (
     "max_delay_ms",
     "memory_budget_mb",
     "cache_max_mb",
+    "validation_memory_mb",
+    "validation_cpu_s",
+    "validation_wall_s",
 )
 # The same, of imports and of the watched folder.
 LIVE_IMPORTS: Final = (
@@ -104,6 +116,16 @@ def budget_bytes(settings: CandleSettings, plugin_bytes: int | None, host_bytes:
     if settings.memory_budget_mb is not None:
         return settings.memory_budget_mb * MIB
     return int(0.7 * plugin_bytes if plugin_bytes else 0.5 * host_bytes)
+
+
+def validation_limits(settings: CandleSettings) -> Limits:
+    """Return what looking into one file may take."""
+    memory_mb = settings.validation_memory_mb
+    return Limits(
+        memory_bytes=None if memory_mb is None else memory_mb * MIB,
+        cpu_s=settings.validation_cpu_s,
+        wall_s=settings.validation_wall_s,
+    )
 
 
 def threads_of(

@@ -44,12 +44,19 @@ def found_version(spec: m.ModelSpec | None, model: str, name: str | None) -> m.M
 def loaded(
     spec: m.ModelSpec | None, request: m.LoadModel, made: m.ModelVersion
 ) -> tuple[m.ModelSpec, str]:
-    """Return a model with a version that came with the wish to serve it, and its name."""
+    """Return a model with a version that came with the wish to serve it, and its name.
+
+    Raises:
+        Conflict: As `same_as`.
+    """
     spec = spec or _new(request.id)
-    present = version_of(spec, request.version)
+    if request.version is None:
+        present = version_of(spec, None)
+    else:
+        present = same_as(spec, request.version, made.checksum)
     config = request.config or (present.config if present else m.ModelConfig())
     made = msgspec.structs.replace(made, config=config, wanted=True, wanted_at=m.now())
-    if request.version is not None:
+    if request.version is not None and present is None:
         made = msgspec.structs.replace(made, version=request.version)
         return replaced(spec, made), made.version
     if present and present.checksum == made.checksum:
@@ -79,31 +86,35 @@ def loaded(
     return replaced(spec, made), made.version
 
 
-def same_as(spec: m.ModelSpec | None, request: m.AddModel) -> m.ModelVersion | None:
-    """Return the version that already is what somebody adds; None where it would be new.
+def same_as(spec: m.ModelSpec | None, version: str | None, checksum: str) -> m.ModelVersion | None:
+    """Return the version that already is what somebody brings; None where it would be new.
+
+    Args:
+        spec: The model, if there is one.
+        version: The name that it should have; None: any.
+        checksum: The SHA-256 of its bytes.
 
     Raises:
         Conflict: Its name is taken: by other bytes, or as an alias.
     """
     if spec is None:
         return None
-    if request.version is None:
-        same = [v for v in spec.versions if v.checksum == request.checksum]
+    if version is None:
+        same = [v for v in spec.versions if v.checksum == checksum]
         return same[-1] if same else None
-    for version in spec.versions:
-        if version.version != request.version:
+    for one in spec.versions:
+        if one.version != version:
             continue
-        if version.checksum == request.checksum:
-            return version
+        if one.checksum == checksum:
+            return one
         raise Conflict(
-            f"version {version.version!r} of {spec.id!r} has other bytes, and a version never "
+            f"version {version!r} of {spec.id!r} has other bytes, and a version never "
             f"changes its bytes; the next free number is {next_version(spec)}",
             field="version",
         )
-    if request.version in spec.aliases:
+    if version in spec.aliases:
         raise Conflict(
-            f"{request.version!r} is an alias of {spec.id!r}; the next free number is "
-            f"{next_version(spec)}",
+            f"{version!r} is an alias of {spec.id!r}; the next free number is {next_version(spec)}",
             field="version",
         )
     return None
@@ -117,7 +128,7 @@ def entered(
     Raises:
         Conflict: As `same_as`.
     """
-    same = same_as(spec, request)
+    same = same_as(spec, request.version, request.checksum)
     spec = described(spec or _new(request.id), request)
     if same is not None:
         again = msgspec.structs.replace(same, sound=made.sound, problem=made.problem)

@@ -239,17 +239,22 @@ class _Inspection:
         """Return why it did not come to its end, as words about the file; None if it did."""
         at = _WHILE[self.found.stage]
         said = self._said.decode(errors="replace")
-        memory = f"it took more than {request.memory_bytes // _MIB:,} MiB of memory {at}"
+        memory = (
+            f"it took more than {request.memory_bytes // _MIB:,} MiB of memory {at} "
+            "(validation_memory_mb)"
+        )
         if self._why == "memory" or self.found.out_of_memory or "std::bad_alloc" in said:
             return memory
         if self._why == "time":
-            return f"looking into it was not done after {wall_s:g} s, {at}"
+            return f"looking into it was not done after {wall_s:g} s, {at} (validation_wall_s)"
         if self._why == "output":
             return f"it made the process that validates say more than {_MAX_OUTPUT_BYTES:,} bytes"
         if self._status < 0:
             number = -self._status
             if number == signal.SIGXCPU:
-                return f"it took more than {request.cpu_s} s of processor time {at}"
+                return (
+                    f"it took more than {request.cpu_s} s of processor time {at} (validation_cpu_s)"
+                )
             if number == signal.SIGKILL:
                 return f"it was killed (SIGKILL) {at}, as a host does that runs out of memory"
             names = {known.value: known.name for known in signal.Signals}

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from services.cli.faces_parser import faces_app
 from services.cli.models_parser import jobs_app, models_app
 from services.cli.options import (
     CommandTimeout,
@@ -38,6 +39,7 @@ hosts_app = typer.Typer(help="Show hosts; drain one and take it back.")
 app.add_typer(hosts_app, name="hosts")
 
 app.add_typer(models_app, name="models")
+app.add_typer(faces_app, name="faces")
 app.add_typer(jobs_app, name="jobs")
 
 
@@ -423,7 +425,7 @@ def main() -> int:
 
 
 def _tell(error: Exception) -> int:
-    from bus.errors import BusError, NotAllowed, Unavailable
+    from bus.errors import BusError, NoSpace, NotAllowed, Unavailable
 
     if os.environ.get("BKG_DEBUG"):
         raise error
@@ -432,7 +434,8 @@ def _tell(error: Exception) -> int:
         sys.stderr.write(f"bkg: an unexpected error: {what} (BKG_DEBUG=1 shows where)\n")
         return 1
     sys.stderr.write(f"bkg: {error.message}\n")
-    if isinstance(error, Unavailable):
+    # Whoever has no room was reached.
+    if isinstance(error, Unavailable) and not isinstance(error, NoSpace):
         return 3
     return 4 if isinstance(error, NotAllowed) else 1
 

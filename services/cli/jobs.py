@@ -69,11 +69,11 @@ async def bring(
     async with connected(at.nats, at.data_dir) as client:
         job = await client.call(MODEL_IMPORT, ask)
         if not detach:
-            job = await _watched(client, job.job, at)
+            job = await watched(client, job.job, at)
     if detach and not at.as_json:
         out.print(f"job {job.job} brings {name}; `bkg jobs watch {job.job}` follows it")
         return
-    _end(job, at)
+    end(job, at)
 
 
 async def list_all(at: Platform, *, state: str | None) -> None:
@@ -114,8 +114,8 @@ async def watch(job_id: str, at: Platform) -> None:
         typer.Exit: It failed or was cancelled, or what it brought is not sound.
     """
     async with connected(at.nats, at.data_dir) as client:
-        job = await _watched(client, job_id, at)
-    _end(job, at)
+        job = await watched(client, job_id, at)
+    end(job, at)
 
 
 async def cancel(job_id: str, at: Platform) -> None:
@@ -171,7 +171,7 @@ async def told_of(client: Client, job_id: str) -> AsyncIterator[m.Job]:
                 yield last
 
 
-async def _watched(client: Client, job_id: str, at: Platform) -> m.Job:
+async def watched(client: Client, job_id: str, at: Platform) -> m.Job:
     """Show a job's progress until it ends; whoever stops watching leaves it running."""
     last: m.Job | None = None
     try:
@@ -195,7 +195,7 @@ async def _watched(client: Client, job_id: str, at: Platform) -> m.Job:
     return last
 
 
-def _end(job: m.Job, at: Platform) -> None:
+def end(job: m.Job, at: Platform) -> None:
     """Print what a job led to, and end with status 1 where it did not go well."""
     if at.as_json:
         show_json(job)

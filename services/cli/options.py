@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +48,26 @@ Labels = Annotated[
 ]
 Description = Annotated[str | None, typer.Option(help="What the model is.")]
 Licence = Annotated[str | None, typer.Option(help="Its licence, such as Apache-2.0.")]
+DatasetName = Annotated[str, typer.Argument(metavar="DATASET", help="The dataset.")]
+CreateDataset = Annotated[
+    bool, typer.Option("--create", help="Make the dataset if it is not there.")
+]
+Metadata = Annotated[
+    list[str] | None,
+    typer.Option("--metadata", metavar="KEY=VALUE", help="Kept with the entry; several times."),
+]
+Filter = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--filter", metavar="FIELD=VALUE",
+        help="Only entries whose metadata say so; several times, of one field: any of them.",
+    ),
+]  # fmt: skip
+Limit = Annotated[
+    int, typer.Option("--limit", "-n", min=1, max=10_000_000, help="How many at most.")
+]
+Force = Annotated[bool, typer.Option("--force", help="Write over a file.")]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 
 Command = TypeVar("Command", bound=Callable[..., None])
 
@@ -130,3 +151,16 @@ def pairs(texts: Sequence[str] | None, option: str) -> dict[str, str] | None:
             raise typer.BadParameter(f"{text!r} is no KEY=VALUE", param_hint=option)
         found[key] = value
     return found
+
+
+def values(texts: Sequence[str] | None, option: str) -> dict[str, Any] | None:
+    """Read `KEY=VALUE` as `pairs` does, with values that are JSON where they can be: `age=3`."""
+    found = pairs(texts, option)
+    return None if found is None else {key: _json_or_text(value) for key, value in found.items()}
+
+
+def _json_or_text(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text

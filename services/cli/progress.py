@@ -1,4 +1,4 @@
-"""How far bytes have come, said on stderr: so a program can read the answer on stdout."""
+"""How far work has come, said on stderr: so a program can read the answer on stdout."""
 
 import sys
 import time
@@ -10,28 +10,39 @@ from rich.filesize import decimal
 from rich.progress import (
     BarColumn,
     DownloadColumn,
+    MofNCompleteColumn,
     Progress,
+    ProgressColumn,
+    Task,
     TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+from rich.text import Text
 
 # Where lines do not change in their place, one is said so often.
 LINE_S: Final = 5.0
 
 
 class Meter:
-    """A bar with bytes, rate and time left; where stderr is no terminal, a line now and then.
+    """A bar with amount, rate and time left; where stderr is no terminal, a line now and then.
 
     Args:
         what: What is done, and to what: `pushing iris.onnx`.
-        total: How many bytes there will be, if that is known.
+        total: How much there will be, if that is known.
         quiet: Whether lines are left out; a bar is for people, and shown to them.
         sums_up: Whether a line at the end says what came of it.
+        count: What is counted, such as `photos`; bytes if absent.
     """
 
     def __init__(
-        self, what: str, total: int | None = None, *, quiet: bool = False, sums_up: bool = True
+        self,
+        what: str,
+        total: int | None = None,
+        *,
+        quiet: bool = False,
+        sums_up: bool = True,
+        count: str | None = None,
     ) -> None:
         console = Console(stderr=True, highlight=False)
         self._what = what
@@ -39,14 +50,15 @@ class Meter:
         self._done = self._before = 0
         self._quiet = quiet
         self._sums_up = sums_up
+        self._count = count
         self._began = self._said = time.monotonic()
         self._bar: Progress | None = None
         if console.is_terminal:
             self._bar = Progress(
                 TextColumn("{task.description}", markup=False),
                 BarColumn(),
-                DownloadColumn(),
-                TransferSpeedColumn(),
+                MofNCompleteColumn() if count else DownloadColumn(),
+                _CountSpeedColumn(count) if count else TransferSpeedColumn(),
                 TimeRemainingColumn(),
                 console=console,
             )
@@ -99,25 +111,49 @@ class Meter:
     def _say(self) -> None:
         if not self._quiet:
             spent_s = time.monotonic() - self._began
-            line = line_of(self._what, self._done, self._total, self._before, spent_s)
+            line = line_of(self._what, self._done, self._total, self._before, spent_s, self._count)
             sys.stderr.write(f"{line}\n")
             sys.stderr.flush()
 
 
-def line_of(what: str, done: int, total: int | None, before: int, spent_s: float) -> str:
-    """Return how far bytes have come as a line: how many of how many, how fast, how long yet.
+class _CountSpeedColumn(ProgressColumn):
+    """How many there are in a second."""
+
+    def __init__(self, count: str) -> None:
+        super().__init__()
+        self._count = count
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:.1f} {self._count}/s" if speed else "", "progress.data.speed")
+
+
+def line_of(
+    what: str,
+    done: int,
+    total: int | None,
+    before: int,
+    spent_s: float,
+    count: str | None = None,
+) -> str:
+    """Return how far work has come as a line: how much of how much, how fast, how long yet.
 
     Args:
         what: What is done.
-        done: Bytes that are there.
-        total: Bytes that there will be, if known.
-        before: Bytes that were there at the beginning.
+        done: Bytes that are there, or things.
+        total: How many there will be, if known.
+        before: How many were there at the beginning.
         spent_s: Seconds since then.
+        count: The things that are counted; bytes if absent.
     """
-    of = f" of {decimal(total)}" if total is not None else ""
     rate = (done - before) / spent_s if spent_s > 0 else 0.0
-    speed = f", {decimal(int(rate))}/s" if rate >= 1 else ""
+    if count:
+        amount = f"{done:,}" if total is None else f"{done:,} of {total:,}"
+        amount, speed = f"{amount} {count}", f", {rate:.1f}/s" if rate > 0 else ""
+    else:
+        amount = decimal(done) if total is None else f"{decimal(done)} of {decimal(total)}"
+        speed = f", {decimal(int(rate))}/s" if rate >= 1 else ""
     left = ""
     if speed and total is not None and done < total:
         left = f", {(total - done) / rate:.0f} s left"
-    return f"{what}: {decimal(done)}{of}{speed}{left}"
+    return f"{what}: {amount}{speed}{left}"

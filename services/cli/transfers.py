@@ -1,4 +1,4 @@
-"""The commands that move a model's bytes: push, pull."""
+"""Bytes on their way into a store and out of it; and the commands that move a model: push, pull."""
 
 import asyncio
 import contextlib
@@ -19,11 +19,13 @@ from rich.filesize import decimal
 
 from bus import codec
 from bus import messages as m
+from bus.artefacts import Artefacts
 from bus.client import Client
 from bus.errors import NotFound, Unprocessable
 from bus.subjects import MODEL_ADD, MODEL_LOAD
 from services.cli.console import out, show_json
-from services.cli.models import VALIDATE_S, end_unsound, look_up, show_loaded, show_report
+from services.cli.models import VALIDATE_S, end_unsound, look_up
+from services.cli.models_shown import show_loaded, show_report
 from services.cli.options import Platform, named
 from services.cli.plugins import connected
 from services.cli.progress import Meter
@@ -50,7 +52,7 @@ async def push(
     Raises:
         typer.Exit: It is not sound.
     """
-    file = _file(file)
+    file = readable(file, "a model's file")
     name, version = named(model or file.stem, version)
     more = {"version": version, "description": description, "labels": labels, "licence": licence}
     source = {"kind": "upload", "file_name": file.name, "by": "cli"}
@@ -59,10 +61,10 @@ async def push(
     # Whatever is wrong with the names is said before anything is sent.
     codec.convert(said | {"checksum": "0" * 64}, m.AddModel)
     before = file.stat()
-    digest = await _digest_of(file, before.st_size, quiet=at.as_json)
+    digest = await digest_of(file, before.st_size, quiet=at.as_json)
     ask = codec.convert(said | {"checksum": digest}, m.AddModel)
     async with connected(at.nats, at.data_dir) as client:
-        await _store(client, file, before, digest, quiet=at.as_json)
+        await store(client.store.artefacts, client.root, file, before, digest, quiet=at.as_json)
         added = await client.call(MODEL_ADD, ask, timeout_s=VALIDATE_S)
         loaded = None
         if load and added.report.sound:
@@ -97,18 +99,9 @@ async def pull(model: str, target: str | None, at: Platform, *, force: bool) -> 
         if target == "-":
             await _copy(client, spec, version, sys.stdout.buffer, quiet=True)
             return
-        path = _target(target, f"{spec.id}{Path(version.path).suffix.lower()}", force=force)
-        part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-        try:
-            with _opened(part) as file:
-                await _copy(client, spec, version, file, quiet=at.as_json)
-                file.flush()
-                os.fsync(file.fileno())
-            # Somebody else may have made it meanwhile.
-            _check_free(path, force=force)
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
+        path = target_of(target, f"{spec.id}{Path(version.path).suffix.lower()}", force=force)
+        with appearing(path, force=force) as file:
+            await _copy(client, spec, version, file, quiet=at.as_json)
     if at.as_json:
         pulled = {"id": spec.id, "version": version.version, "checksum": version.checksum}
         show_json(pulled | {"path": str(path), "size_bytes": path.stat().st_size})
@@ -120,31 +113,45 @@ async def pull(model: str, target: str | None, at: Platform, *, force: bool) -> 
 async def _copy(
     client: Client, spec: m.ModelSpec, version: m.ModelVersion, file: IO[bytes], *, quiet: bool
 ) -> None:
+    what = f"{spec.id}:{version.version}"
+    with Meter(f"pulling {what}", quiet=quiet) as meter:
+        await copy(client.store.artefacts, version.checksum, what, file, meter)
+
+
+async def copy(artefacts: Artefacts, digest: str, what: str, file: IO[bytes], meter: Meter) -> None:
+    """Write an artefact to an open file.
+
+    Args:
+        artefacts: Where it is stored.
+        digest: Its SHA-256.
+        what: What it is of, for the errors.
+        file: Where it goes.
+        meter: Shows how far it is.
+
+    Raises:
+        NotFound: It is not stored.
+        Unprocessable: What is stored has another digest.
+    """
     sha, done = hashlib.sha256(), 0
-    total = await client.store.artefacts.size(version.checksum)
+    total = await artefacts.size(digest)
     if total is None:
-        raise NotFound(
-            f"the artefact of {spec.id}:{version.version} is not stored any more; "
-            "push its file again"
-        )
-    with Meter(f"pulling {spec.id}:{version.version}", total, quiet=quiet) as meter:
-        async with contextlib.aclosing(
-            client.store.artefacts.read(version.checksum)  # type: ignore[type-var]
-        ) as blocks:
-            async for block in blocks:
-                await asyncio.to_thread(file.write, block)
-                sha.update(block)
-                done += len(block)
-                meter.to(done)
+        raise NotFound(f"the artefact of {what} is not stored any more; push its file again")
+    meter.to(0, total)
+    async with contextlib.aclosing(artefacts.read(digest)) as blocks:  # type: ignore[type-var]
+        async for block in blocks:
+            await asyncio.to_thread(file.write, block)
+            sha.update(block)
+            done += len(block)
+            meter.to(done)
     file.flush()
-    if sha.hexdigest() != version.checksum:
+    if sha.hexdigest() != digest:
         raise Unprocessable(
-            f"what is stored of {spec.id}:{version.version} is broken: it has the SHA-256 "
-            f"{sha.hexdigest()}, not {version.checksum}; push its file again"
+            f"what is stored of {what} is broken: it has the SHA-256 {sha.hexdigest()}, not "
+            f"{digest}; push its file again"
         )
 
 
-async def _digest_of(file: Path, size: int, *, quiet: bool) -> str:
+async def digest_of(file: Path, size: int, *, quiet: bool) -> str:
     """Return a file's SHA-256: what is stored already is not sent again, and what is sent fits."""
     sha, done = hashlib.sha256(), 0
     with Meter(f"reading {file.name}", size, quiet=quiet, sums_up=False) as meter:
@@ -155,14 +162,32 @@ async def _digest_of(file: Path, size: int, *, quiet: bool) -> str:
     return sha.hexdigest()
 
 
-async def _store(
-    client: Client, file: Path, before: os.stat_result, digest: str, *, quiet: bool
+async def store(
+    artefacts: Artefacts,
+    place: str,
+    file: Path,
+    before: os.stat_result,
+    digest: str,
+    *,
+    quiet: bool,
 ) -> None:
-    """Have a file in the object store; what was broken off is taken up where it was."""
-    artefacts, size = client.store.artefacts, before.st_size
+    """Have a file in an object store; what was broken off is taken up where it was.
+
+    Args:
+        artefacts: The store.
+        place: Names it, so that an upload into another one is not taken up.
+        file: What is stored.
+        before: How the file was when its digest was taken.
+        digest: Its SHA-256.
+        quiet: Whether progress is left out.
+
+    Raises:
+        Unprocessable: It was changed meanwhile.
+    """
+    size = before.st_size
     if await artefacts.size(digest) == size:
         return
-    with _remembered(f"{file}|{size}|{before.st_mtime_ns}|{client.root}") as memory:
+    with _remembered(f"{file}|{size}|{before.st_mtime_ns}|{place}") as memory:
         async with contextlib.AsyncExitStack() as stack:
             upload = None
             if memory.upload:
@@ -242,19 +267,19 @@ def _remembered(key: str) -> Iterator[_Memory]:
         yield _Memory(file.read(64).strip(), write, lambda: path.unlink(missing_ok=True))
 
 
-def _file(path: Path) -> Path:
-    """Return a file that can be read; raises BadParameter if it is none."""
+def readable(path: Path, what: str) -> Path:
+    """Return a file that can be read; raises BadParameter if it is none, and asks for `what`."""
     try:
         if not path.is_file():
-            what = "a folder" if path.is_dir() else "not there"
-            raise typer.BadParameter(f"{path} is {what}; give a model's file")
+            found = "a folder" if path.is_dir() else "not there"
+            raise typer.BadParameter(f"{path} is {found}; give {what}")
         with path.open("rb"):
             return path.resolve()
     except OSError as error:
         raise typer.BadParameter(f"{path} cannot be read: {error.strerror}") from None
 
 
-def _target(given: str | None, name: str, *, force: bool) -> Path:
+def target_of(given: str | None, name: str, *, force: bool) -> Path:
     """Return the file to write to: `name` here or in the folder that is given, or what is given."""
     path = Path(given or name)
     if path.is_dir():
@@ -267,6 +292,26 @@ def _check_free(path: Path, *, force: bool) -> None:
     if path.exists() and not (force and path.is_file()):
         how = "--force writes over it" if path.is_file() else "name a file with -o"
         raise typer.BadParameter(f"{path} is there already; {how}")
+
+
+@contextlib.contextmanager
+def appearing(path: Path, *, force: bool) -> Iterator[IO[bytes]]:
+    """Write a file while inside; it is there whole when that ended well, and else not at all.
+
+    Raises:
+        typer.BadParameter: Its folder cannot be written to, or it is there already.
+    """
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        with _opened(part) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        # Somebody else may have made it meanwhile.
+        _check_free(path, force=force)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -86,6 +86,7 @@ ROUTES: Final[tuple[tuple[str, str, Handler, Access], ...]] = (
     ("POST", "/api/models/{name}/validate", models.validate, ADMIN),
     ("POST", "/api/models/{name}/load", models.load, ADMIN),
     ("POST", "/api/models/{name}/unload", models.unload, ADMIN),
+    ("GET", "/api/models/{name}/versions", models.versions, READ),
     ("POST", "/api/models/{name}/versions", uploads.post, ADMIN),
     ("GET", "/api/models/{name}/versions/{version}", models.version, READ),
     ("PUT", "/api/models/{name}/versions/{version}", uploads.put, ADMIN),

@@ -8,7 +8,7 @@ from typing import Any, Final, Literal
 from bus import codec
 from bus import messages as m
 from bus.errors import InvalidRequest, TooLarge
-from services.rustyface.persons import Floats
+from services.rustyface.cosines import Floats
 
 # Searches give it back with every result, and an answer has to fit into one message.
 METADATA_MAX_BYTES: Final = 64 * 1024

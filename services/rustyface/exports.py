@@ -18,7 +18,7 @@ from bus.errors import BusError, Conflict, NotFound
 from bus.jobs import Told
 from bus.subjects import JOB
 from bus.tasks import to_its_end
-from services.rustyface.files import BATCH, Head, Row, writer
+from services.rustyface.files import BATCH, Head, Row, Writer, writer
 from services.rustyface.galleries import Galleries
 from services.rustyface.imports import Pace
 
@@ -64,9 +64,16 @@ class Export:
         path = self._folder / f"{job.job}.{secrets.token_hex(4)}.export"
         pace = Pace(told, "writing", len(ids))
         count = 0
+        opened: list[Writer] = []
+
+        def open_file() -> None:
+            # Cancelled while this goes on, the caller is given nothing that it could close.
+            opened.append(writer(path, kind, head, there.dimensions))
+
         try:
-            file = await to_its_end(writer, path, kind, head, there.dimensions)
             try:
+                await to_its_end(open_file)
+                [file] = opened
                 for first in range(0, len(ids), BATCH):
                     part = ids[first : first + BATCH]
                     entries = self._galleries.picked(dataset, part, embeddings=True)
@@ -75,7 +82,8 @@ class Export:
                     pace.to(first + len(part))
                 await to_its_end(file.finish)
             finally:
-                await to_its_end(file.abandon)
+                for file in opened:
+                    await to_its_end(file.abandon)
             digest, size = await to_its_end(_digest_of, path)
             self._stored[job.job] = digest
             await self._store.put(digest, path)

@@ -28,11 +28,11 @@ from services.rustyface.asked import (
     Query,
     check_metadata,
 )
+from services.rustyface.cosines import Floats
 from services.rustyface.enrolment import Plan, event_of, utc
 from services.rustyface.gallery import Gallery
 from services.rustyface.ledger import TRIES
 from services.rustyface.people import People, contended
-from services.rustyface.persons import Floats
 from services.rustyface.projection import LITTLE_ENDIAN
 
 __all__ = [
@@ -334,7 +334,7 @@ class Galleries(People):
             undone = msgspec.structs.replace(record, state="undone")
             with self._ledger.taking() as (message_id, dead):
                 try:
-                    revision = await self._append_import(there, undone, message_id)
+                    revision = await self._append_import(there, record, undone, message_id)
                 except Conflict:
                     continue
             for name in people:
@@ -352,22 +352,27 @@ class Galleries(People):
         for _ in range(TRIES):
             there = await self._ledger.known(gallery)
             self._check_import(there, record.id)
+            seen = there.imports.get(record.id)
             try:
-                return await self._append_import(there, record, None)
+                return await self._append_import(there, seen, record, None)
             except Conflict:
                 continue
         raise contended(f"the import {record.id!r}")
 
     async def _append_import(
-        self, there: Gallery, record: m.GalleryImport, message_id: str | None
+        self,
+        there: Gallery,
+        seen: m.GalleryImport | None,
+        record: m.GalleryImport,
+        message_id: str | None,
     ) -> int:
+        """Record an import if what it was decided by, `seen`, still is what is there."""
         subject = GALLERY_IMPORT.subject(self._root, gallery=there.head.id, imported=record.id)
         stored, expected = await self._ledger.last(subject, there)
-        if stored is not None:
-            # What was read has to be what is there, or an undoing could be written over.
-            newest = codec.decode(stored.body, m.GalleryImport)
-            if there.imports.get(record.id) != newest:
-                raise Conflict(f"the import {record.id!r} was changed at this moment")
+        newest = None if stored is None else codec.decode(stored.body, m.GalleryImport)
+        # Not what is known by now: an undoing that was read meanwhile would be written over.
+        if newest != seen:
+            raise Conflict(f"the import {record.id!r} was changed at this moment")
         return await self._ledger.append_after(
             there, subject, expected, record, message_id=message_id
         )

@@ -8,8 +8,9 @@ import msgspec
 import numpy as np
 
 from bus import messages as m
+from services.rustyface.cosines import Floats
 from services.rustyface.joined import Joined
-from services.rustyface.persons import Floats, Moves, Person, Rejection
+from services.rustyface.persons import Moves, Person, Rejection
 from services.rustyface.search import NOBODY, Matrix
 
 

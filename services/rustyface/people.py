@@ -14,9 +14,10 @@ from bus import codec
 from bus import messages as m
 from bus.errors import Conflict, InvalidRequest, NotFound
 from bus.subjects import GALLERY_REJECTION, GALLERY_SUBJECT
+from services.rustyface.cosines import Floats
 from services.rustyface.gallery import Gallery, Kept
 from services.rustyface.ledger import TRIES
-from services.rustyface.persons import MOVES_MAX_BYTES, Floats, Person, moved
+from services.rustyface.persons import MOVES_MAX_BYTES, Person, moved
 from services.rustyface.projection import LITTLE_ENDIAN, addressed
 from services.rustyface.questions import Questions
 
@@ -172,8 +173,12 @@ class People(Questions):
         for _ in range(TRIES):
             there = await self._ledger.known(gallery)
             person_of(there, name)
+            seen = there.moves.last(name)
             subject = GALLERY_SUBJECT.subject(self._root, gallery=gallery, subject=addressed(name))
             stored, expected = await self._ledger.last(subject, there)
+            if (0 if stored is None else stored.seq) != seen:
+                # They were moved since: it would be nobody who is moved now.
+                continue
             before = None if stored is None else codec.decode(stored.body, m.GallerySubject)
             event = moved(before, expected, name, into)
             if len(codec.encode(event)) > MOVES_MAX_BYTES:

@@ -4,13 +4,9 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Final
 
-import numpy as np
-import numpy.typing as npt
-
 from bus import messages as m
 from bus.errors import InvalidRequest
-
-Floats = npt.NDArray[np.float32]
+from services.rustyface.cosines import Floats
 
 # A name's event has to fit into one message; it takes some thousand moves to come here.
 MOVES_MAX_BYTES: Final = 256 * 1024
@@ -71,6 +67,11 @@ class Moves:
         if not moves or seqs != sorted(set(seqs)) or seqs[-1] != seq:
             raise InvalidRequest(f"its moves are at {seqs}; they have to rise up to {seq}, its own")
         self._of[event.id] = moves
+
+    def last(self, name: str) -> int:
+        """Return the event that moved a name last; 0 if none did."""
+        moves = self._of.get(name)
+        return moves[-1][0] if moves else 0
 
     def walk(self, name: str, since: int) -> tuple[str | None, int]:
         """Return what who bore a name since an event bears now, and since which event.

@@ -23,10 +23,11 @@ from bus import messages as m
 from bus.errors import BusError, InvalidRequest
 from bus.streams import Stored
 from bus.subjects import name_of, token
+from services.rustyface.cosines import units
 from services.rustyface.gallery import Gallery, Kept
 from services.rustyface.joined import Joined
 from services.rustyface.persons import Rejection
-from services.rustyface.search import Matrix, units
+from services.rustyface.search import Matrix
 
 LITTLE_ENDIAN: Final = np.dtype("<f4")
 DIMENSIONS_MAX: Final = 16_384

@@ -11,10 +11,10 @@ from bus.errors import InvalidRequest
 from bus.streams import Stream
 from services.rustyface import filters
 from services.rustyface.asked import Found, Match, Query
+from services.rustyface.cosines import Floats
 from services.rustyface.gallery import Gallery, Kept
 from services.rustyface.history import History
 from services.rustyface.ledger import ImagesGone, Ledger
-from services.rustyface.persons import Floats
 from services.rustyface.search import NOBODY, Search
 
 

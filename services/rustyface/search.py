@@ -7,17 +7,14 @@ is small beside what an entry's id and metadata take.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
 from bus.errors import InvalidRequest
+from services.rustyface.cosines import Floats, Ints, cosine_to_mean, exact, units
 from services.rustyface.filters import Columns, Wanted
-
-Floats = npt.NDArray[np.float32]
-Doubles = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
 
 NOBODY: Final = -1
 
@@ -27,9 +24,6 @@ _ROWS_FIRST: Final = 64
 # for 32 queries at once that is twice as fast as one product over a million rows.
 _STEP_FIRST: Final = 4_096
 _SCORES_AT_ONCE: Final = 1 << 19
-_EXACT_AT_ONCE: Final = 1 << 14
-# A template is a sum of whole numbers, so that it is the same whatever the order of the rows.
-_TEMPLATE_SCALE: Final = float(2**40)
 
 
 @dataclass(frozen=True)
@@ -311,12 +305,17 @@ class Snapshot:
                 bounds[i] = best[i].bound
             begin += len(rows)
             step = max(_STEP_FIRST, _SCORES_AT_ONCE // len(searches))
+        ranked = [
+            self._ranked(search, one.rows()) for search, one in zip(searches, best, strict=True)
+        ]
+        # One look at who each row shows, for all searches together.
+        persons = self._rows_of(set().union(*map(_asked_about, searches, ranked)))
         return [
             Result(
-                self._hits(search, one.rows()),
+                self._hits(search, rank, persons),
                 len(self._rows) if mask is None else int(np.count_nonzero(mask)),
             )
-            for search, one, mask in zip(searches, best, masks, strict=True)
+            for search, rank, mask in zip(searches, ranked, masks, strict=True)
         ]
 
     def matching(self, wanted: tuple[Wanted, ...], groups: frozenset[int] | None) -> list[str]:
@@ -341,8 +340,8 @@ class Snapshot:
             mask = fits if mask is None else mask & fits
         return mask
 
-    def _hits(self, search: Search, rows: Ints) -> list[Hit]:
-        """Return the best of some rows, by exact scores.
+    def _ranked(self, search: Search, rows: Ints) -> list[tuple[float, str, int]]:
+        """Return the best of some rows, best first: score, entry, person.
 
         What a product of matrices gives depends, in its last bits, on where a row stands and on
         who else asks; replicas have to agree. So the last word has a sum in float64, row by row.
@@ -354,53 +353,53 @@ class Snapshot:
             kth = np.partition(scores, len(scores) - search.k)[len(scores) - search.k]
             rows, scores = rows[scores >= kth], scores[scores >= kth]
         groups = self._groups[rows].tolist()
-        ranked = sorted(
+        negated = [
             (-score, self._ids[row], group)
             for score, row, group in zip(scores.tolist(), rows.tolist(), groups, strict=True)
-        )
+        ]
+        ranked = [(-score, entry, group) for score, entry, group in sorted(negated)]
         if search.by_group:
             ranked = _first_of_each(ranked)
-        ranked = ranked[: search.k]
-        persons = {group for _, _, group in ranked} - {NOBODY}
-        rejected = search.rejected or {}
-        told = self._persons(search, persons if search.by_group else persons & rejected.keys())
+        return ranked[: search.k]
+
+    def _hits(
+        self, search: Search, ranked: list[tuple[float, str, int]], persons: Mapping[int, Ints]
+    ) -> list[Hit]:
         hits = []
         for score, entry, group in ranked:
-            mean, nearest, count = told.get(group, (None, -score, None))
-            unlike = rejected.get(group)
+            own = persons.get(group)
+            told = own if search.by_group else None
+            unlike = (search.rejected or {}).get(group)
+            rejected = False
+            if unlike is not None and own is not None:
+                nearest = exact(self._rows, own, search.query).max()
+                away = exact(unlike, np.arange(len(unlike)), search.query).max()
+                rejected = bool(away >= nearest)
             hits.append(
                 Hit(
                     entry,
-                    -score,
+                    score,
                     group,
-                    mean if search.by_group else None,
-                    count if search.by_group else None,
-                    unlike is not None
-                    and bool(exact(unlike, np.arange(len(unlike)), search.query).max() >= nearest),
+                    None if told is None else cosine_to_mean(self._rows, told, search.query),
+                    None if told is None else len(told),
+                    rejected,
                 )
             )
         return hits
 
-    def _persons(
-        self, search: Search, groups: set[int]
-    ) -> dict[int, tuple[float | None, float, int | None]]:
-        """Return for each person the cosine to their mean, to their best row, and their rows."""
+    def _rows_of(self, groups: set[int]) -> dict[int, Ints]:
+        """Return the rows of persons."""
         if not groups:
             return {}
-        # One pass for all of them; the last place stands for nobody.
+        # The last place stands for nobody.
         member = np.zeros(int(self._groups.max()) + 2, np.bool_)
         member[list(groups)] = True
         rows = np.flatnonzero(member[self._groups])
         of_row = self._groups[rows]
         order = np.argsort(of_row, kind="stable")
         rows, of_row = rows[order], of_row[order]
-        told: dict[int, tuple[float | None, float, int | None]] = {}
         starts = np.flatnonzero(np.diff(of_row, prepend=NOBODY - 1))
-        for own in np.split(rows, starts[1:]):
-            best = float(exact(self._rows, own, search.query).max())
-            mean = _cosine_to_mean(self._rows, own, search.query)
-            told[int(self._groups[own[0]])] = (mean, best, len(own))
-        return told
+        return {int(self._groups[own[0]]): own for own in np.split(rows, starts[1:])}
 
 
 class _Best:
@@ -447,43 +446,10 @@ class _Best:
         return scores[order[first]]
 
 
-def units(vectors: npt.NDArray[np.floating[Any]]) -> tuple[Floats, npt.NDArray[np.bool_]]:
-    """Return vectors at length 1, shape ``[n, d]``, and which of them had a direction.
-
-    A row comes out the same whichever others are beside it: replicas get them in other batches.
-    """
-    wide = np.asarray(vectors, np.float64)
-    # Scaled by the largest value first: squares of what a float can hold may not fit in one.
-    largest = np.abs(wide).max(axis=1, keepdims=True, initial=0)
-    sound = np.isfinite(largest) & (largest > 0)
-    wide = wide / np.where(sound, largest, 1)
-    # Unsound rows may hold what overflows; they are given back with their mark all the same.
-    wide[~sound[:, 0]] = 0
-    lengths = np.sqrt((wide * wide).sum(axis=1, keepdims=True))
-    return np.asarray(wide / np.where(sound, lengths, 1), np.float32), sound[:, 0]
-
-
-def exact(rows: Floats, at: Ints, query: Floats) -> Doubles:
-    """Return cosines in float64; each is the same whatever else is computed with it."""
-    wide = query.astype(np.float64)
-    parts = [
-        (rows[at[i : i + _EXACT_AT_ONCE]].astype(np.float64) * wide).sum(axis=1)
-        for i in range(0, len(at), _EXACT_AT_ONCE)
-    ]
-    return np.concatenate(parts).clip(-1, 1) if parts else np.empty(0, np.float64)
-
-
-def _cosine_to_mean(rows: Floats, at: Ints, query: Floats) -> float:
-    total = np.zeros(rows.shape[1], np.int64)
-    for i in range(0, len(at), _EXACT_AT_ONCE):
-        scaled = rows[at[i : i + _EXACT_AT_ONCE]].astype(np.float64) * _TEMPLATE_SCALE
-        total += np.rint(scaled).astype(np.int64).sum(axis=0)
-    template = total.astype(np.float64)
-    length = float(np.sqrt((template * template).sum()))
-    # Two faces that are each other's opposite have no mean.
-    if length == 0:
-        return 0.0
-    return float(np.clip((template / length * query.astype(np.float64)).sum(), -1, 1))
+def _asked_about(search: Search, ranked: list[tuple[float, str, int]]) -> set[int]:
+    """Return the persons of which all rows have to be looked at."""
+    persons = {group for _, _, group in ranked} - {NOBODY}
+    return persons if search.by_group else persons & (search.rejected or {}).keys()
 
 
 def _first_of_each(ranked: list[tuple[float, str, int]]) -> list[tuple[float, str, int]]:

@@ -23,6 +23,7 @@ from tests.bench.processes import nothing_left
 from tests.bench.results import Results, describe_machine, now
 from tests.bench.roster import BKG, CACHE, IN_PROCESS, PEERS, Peer
 from tests.bench.running import ServerFailed
+from tests.bench.uploads import GROWTH_MAX_MIB, Grown, passages
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -182,6 +183,23 @@ def balance(
 
 
 @app.command()
+def uploads(
+    mib: Annotated[int, typer.Option(min=1, max=2_000, help="Size of the large file.")] = 1_024,
+    small: Annotated[int, typer.Option(min=1, max=2_000, help="Of the one beside it.")] = 64,
+) -> None:
+    """Send a small and a large file of zeros through bkg, and see what its processes take."""
+    with nothing_left():
+        found = passages(sorted({small, mib}), _say)
+    _keep("uploads", found)
+    for one in found:
+        _draw(
+            f"{one.mib:,} MiB {one.way} in {one.seconds:.1f} s; {one.said}",
+            ("process", "before, MiB", "peak, MiB", "growth", f"within {GROWTH_MAX_MIB:.0f} MiB"),
+            [_grown(process) for process in one.processes],
+        )
+
+
+@app.command()
 def faces(
     seconds: Seconds = 4,
     rounds: Annotated[int, typer.Option(min=1, help="How often each has its turn.")] = 3,
@@ -324,6 +342,12 @@ def _keep(part: str, what: object) -> None:
 def _trend(one: Trend) -> tuple[str, ...]:
     verdict = "yes" if one.flat else "NO"
     return (one.name, f"{one.first:.1f}", f"{one.last:.1f}", f"{one.slope:+.1f}", verdict)
+
+
+def _grown(one: Grown) -> tuple[str, ...]:
+    verdict = {True: "yes", False: "NO", None: ""}[one.bounded]
+    figures = (f"{one.before_mib:.1f}", f"{one.peak_mib:.1f}", f"{one.growth_mib:+.1f}")
+    return (one.name, *figures, verdict)
 
 
 def _shared(one: Shared) -> tuple[str, ...]:

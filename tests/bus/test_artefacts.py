@@ -19,6 +19,7 @@ from bus.errors import (
     BusError,
     Conflict,
     InvalidRequest,
+    NoSpace,
     NotFound,
     TooLarge,
     Unavailable,
@@ -291,9 +292,11 @@ async def test_what_never_fits_and_what_does_not_fit_now_is_refused_with_the_num
     await stored(store, some(500_000))
     left = await store.room()
     assert left < 500_000
-    with pytest.raises(Unavailable, match=f"600,000 bytes: {left:,} bytes are free"):
+    with pytest.raises(NoSpace, match=f"600,000 bytes: {left:,} bytes are free"):
         async with store.writing(600_000):
             pass
+    # What is there already needs no room.
+    await store.check_room(500_000, digest_of(some(500_000)))
     # What is said to have room has room.
     async with store.writing(left) as upload:
         await upload.write(some(left, 1))
@@ -303,10 +306,27 @@ async def test_what_never_fits_and_what_does_not_fit_now_is_refused_with_the_num
 async def test_a_store_that_is_full_in_the_middle_says_so_and_loses_nothing_else(client, store):
     await with_limit(client, 2_000_000)
     small = await stored(store, some(1000))
-    with pytest.raises(Unavailable, match=r"full: .*bytes are free"):
+    says = r"full after [\d,]+ bytes.*; [\d,]+ bytes are stored, [\d,]+ are free.*_MAX_BYTES"
+    with pytest.raises(NoSpace, match=says):
         await stored(store, some(40 * CHUNK_BYTES))
     assert await chunks_of(store) == 1
     assert await read(store, small) == some(1000)
+
+
+async def test_what_the_store_may_hold_is_what_the_environment_says_and_stays_so(
+    client, store, monkeypatch
+):
+    monkeypatch.setenv("BKG_ARTEFACTS_MAX_BYTES", "3000000")
+    await client.store.declare()
+    monkeypatch.delenv("BKG_ARTEFACTS_MAX_BYTES")
+    await client.store.declare()
+    assert 2_900_000 < await store.room() < 3_000_000
+    monkeypatch.setenv("BKG_ARTEFACTS_MAX_BYTES", str(200 * 1024**3))
+    await client.store.declare()
+    assert await store.room() > 199 * 1024**3
+    monkeypatch.setenv("BKG_ARTEFACTS_MAX_BYTES", "many")
+    with pytest.raises(InvalidRequest, match="BKG_ARTEFACTS_MAX_BYTES"):
+        await client.store.declare()
 
 
 async def test_an_upload_of_any_size_takes_little_memory(store):

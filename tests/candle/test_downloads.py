@@ -19,6 +19,7 @@ from yarl import URL
 
 from bus.errors import (
     InvalidRequest,
+    NoSpace,
     NotAllowed,
     NotFound,
     TooLarge,
@@ -214,10 +215,26 @@ async def test_a_file_that_grows_too_large_is_cut_off(source, fetch, tmp_path, m
     assert part(tmp_path).stat().st_size == 0
 
 
-async def test_a_full_disk_is_said_before_anything_is_written(fetch, monkeypatch):
+async def test_a_full_disk_is_said_before_anything_is_written(fetch, tmp_path, monkeypatch):
     monkeypatch.setattr(downloads, "ROOM_BYTES", 1 << 60)
-    with pytest.raises(Unavailable, match="bytes are missing"):
+    says = r"needs 6,000,000 bytes more .*; [\d,]+ bytes are free: .*BKG_DATA_DIR"
+    with pytest.raises(NoSpace, match=says):
         await fetch()
+    assert part(tmp_path).stat().st_size == 0
+
+
+async def test_what_could_not_be_kept_is_not_fetched(source, tmp_path):
+    asked = []
+
+    async def full(size_bytes: int, digest: str | None) -> None:
+        asked.append((size_bytes, digest))
+        raise NoSpace("the store is full")
+
+    downloading = Downloads(tmp_path / "parts", HOUSE, check_room=full)
+    with pytest.raises(NoSpace):
+        await downloading.fetch("job", Wanted(url=source.url, sha256=DIGEST), Limits())
+    assert asked == [(len(CONTENT), DIGEST)]
+    assert part(tmp_path).stat().st_size == 0
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from bus.testing import until
 from services.candle import folder as folder_module
 from services.candle.cache import Cache
 from services.candle.folder import FILES_MAX, Folder, scanned
+from services.candle.garbage import Garbage
 from services.candle.repository import Repository
 
 
@@ -123,6 +124,27 @@ async def test_the_same_bytes_are_not_entered_again(client, watching, dropped):
         await has(client, "copy")
         await asyncio.sleep(0.5)
     assert len(await versions(client, "m")) == 1
+
+
+async def test_what_is_removed_stays_away_until_its_file_is_put_there_anew(
+    client, watching, dropped, tmp_path
+):
+    """Also after a restart, when nobody remembers having looked at the file."""
+    (dropped / "m.json").write_text(content())
+    async with watching():
+        await has(client, "m")
+    repository = Repository(client.store, dropped, Cache(tmp_path / "another", 1 << 30))
+    await Garbage(repository).remove(m.RemoveModel(id="m"))
+    async with watching():
+        # Looked at behind the other one.
+        (dropped / "later.json").write_text(content((2, 2)))
+        await has(client, "later")
+        assert await versions(client, "m") == []
+        (dropped / "m.json").write_text(content((3, 3)))
+        await has(client, "m")
+        await Garbage(repository).remove(m.RemoveModel(id="m"))
+        (dropped / "m.json").write_text(content((3, 3)))
+        await has(client, "m")
 
 
 async def test_a_file_that_is_no_sound_model_is_kept_as_such(client, watching, dropped):

@@ -25,6 +25,9 @@ async def test_limits_of_loaded_models_change_without_a_restart(client, worker, 
             "memory_budget_mb",
             "telemetry_interval",
             "threads",
+            "validation_cpu_s",
+            "validation_memory_mb",
+            "validation_wall_s",
         ]
         await client.call(MODEL_LOAD, m.LoadModel(id="m", path=linear()))
         await set_to(max_batch_rows=1, max_waiting_rows=1)

@@ -31,6 +31,7 @@ def add(checksum: str, version: str | None = None) -> m.AddModel:
 
 WISHES = st.one_of(
     st.tuples(st.just("add"), BYTES, st.none() | NAMES),
+    st.tuples(st.just("load"), BYTES, st.none() | NAMES),
     st.tuples(st.just("want"), NAMES, st.none()),
     st.tuples(st.just("unwant"), NAMES, st.none()),
     st.tuples(st.just("alias"), st.sampled_from(["default", "stable"]), NAMES),
@@ -42,6 +43,9 @@ def follow(spec: m.ModelSpec | None, wish: tuple[str, str, str | None]) -> m.Mod
     what, first, second = wish
     if what == "add":
         return specs.entered(spec, add(first, second), made(first))[0]
+    if what == "load":
+        wish_of = m.LoadModel(id="m", path="x.json", version=second)
+        return specs.loaded(spec, wish_of, made(first))[0]
     if what == "want":
         version = specs.found_version(spec, "m", first)
         return specs.wanted_again(spec, version, None)

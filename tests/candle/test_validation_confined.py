@@ -114,7 +114,8 @@ def problem(report: m.ModelReport) -> str:
 
 async def test_a_model_that_never_ends_uses_up_its_processor_time(endless):
     report = await validate(endless, name="endless.onnx", limits=Limits(cpu_s=2, wall_s=100))
-    assert "endless.onnx: it took more than 2 s of processor time while it ran" in problem(report)
+    says = "endless.onnx: it took more than 2 s of processor time while it ran (validation_cpu_s)"
+    assert says in problem(report)
     # What was found before is not lost.
     assert report.format == "onnx"
     assert report.operators == {"Identity": 2, "Loop": 1}
@@ -128,7 +129,8 @@ async def test_a_model_that_never_ends_uses_up_its_time(endless):
 
 async def test_a_model_that_asks_for_more_memory_than_there_is_is_not_sound(greedy):
     report = await validate(greedy, name="greedy.onnx", limits=Limits(memory_bytes=256 * MIB))
-    assert "it took more than 256 MiB of memory while it ran" in problem(report)
+    says = "it took more than 256 MiB of memory while it ran (validation_memory_mb)"
+    assert says in problem(report)
 
 
 async def test_a_file_that_grows_when_it_is_read_is_not_sound(tmp_path):
@@ -291,6 +293,29 @@ async def test_a_worker_that_is_killed_takes_its_validation_with_it(endless):
     await until(
         lambda: not process.is_running() or process.status() == psutil.STATUS_ZOMBIE, timeout_s=60
     )
+
+
+async def test_what_looking_into_a_file_may_take_is_a_setting_that_is_taken_live(
+    client, worker, models_dir, greedy, endless, set_to
+):
+    for file in (greedy, endless):
+        (models_dir / file.name).write_bytes(file.read_bytes())
+
+    async def problem_of(file: Path) -> str:
+        with pytest.raises(Unprocessable) as refused:
+            await client.call(MODEL_LOAD, m.LoadModel(id="x", path=file.name), timeout_s=90)
+        return refused.value.message
+
+    await set_to()
+    async with worker(validation_memory_mb=100) as candle:
+        assert "more than 100 MiB of memory" in await problem_of(greedy)
+        await set_to(validation_memory_mb=200, validation_cpu_s=1)
+        await until(lambda: candle._settings.validation_cpu_s == 1)
+        assert "more than 200 MiB of memory" in await problem_of(greedy)
+        assert "more than 1 s of processor time" in await problem_of(endless)
+        await set_to(validation_wall_s=1.5)
+        await until(lambda: candle._settings.validation_wall_s == 1.5)
+        assert "not done after 1.5 s" in await problem_of(endless)
 
 
 async def test_a_worker_outlives_what_it_validates(client, worker, models_dir, greedy, linear):

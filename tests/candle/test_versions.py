@@ -56,6 +56,23 @@ async def state(client, version: str = "1", name: str = "m") -> str | None:
     return found.state if found else None
 
 
+async def test_a_version_that_is_loaded_by_path_never_changes_its_bytes(client, worker, linear):
+    async with worker():
+        await load(client, linear(), "7")
+        again = await load(client, linear(), "7", max_batch_rows=3)
+        assert (again.version, again.config.max_batch_rows) == ("7", 3)
+        await alias(client, "stable", "7")
+        other = linear("other.json", weights=[10, 10])
+        with pytest.raises(Conflict, match=r"'7' of 'm' has other bytes.*next free number is 8"):
+            await load(client, other, "7")
+        with pytest.raises(Conflict, match=r"'stable' is an alias"):
+            await load(client, other, "stable")
+        assert await infer(client) == (2, "7")
+        # Nothing of it was stored, and without a version it is the next one.
+        assert len(await client.store.artefacts.all()) == 1
+        assert (await load(client, other)).version == "8"
+
+
 async def test_versions_are_served_side_by_side_under_their_own_names(client, worker, linear):
     async with worker():
         await load(client, linear("a.json"), "1")

@@ -3,11 +3,12 @@
 import asyncio
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
 from asyncio.subprocess import Process
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,13 @@ from typing import Any
 
 import psutil
 import pytest
+import pytest_asyncio
+
+from bus.broker import Broker
+from bus.client import Client, connect
+from bus.messages import ManageDataset
+from bus.subjects import DATASET_MANAGE
+from bus.testing import until
 
 BKG = (sys.executable, "-m", "services.cli")
 CATALOGUE = [
@@ -152,3 +160,85 @@ def bkg(data_dir: Path, env: dict[str, str]) -> Callable[..., Awaitable[Ended]]:
 def all_gone() -> Callable[..., Awaitable[None]]:
     """Wait until processes have ended; fails when one has not in time."""
     return none_left
+
+
+@pytest.fixture(scope="module")
+def rustyface(
+    broker: Broker, tmp_path_factory: pytest.TempPathFactory
+) -> Generator[dict[str, str]]:
+    """Run a worker for all tests of a file; gives the environment that leads the commands to it.
+
+    No longer than that: what its streams may grow to is taken from the broker's room.
+    """
+    home = tmp_path_factory.mktemp("rustyface")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("BKG_")}
+    env = kept | {
+        "BKG_NATS_URL": broker.url,
+        "BKG_ROOT": f"t{secrets.token_hex(4)}",
+        "BKG_DATA_DIR": str(home / "data"),
+        "COLUMNS": "200",
+        "XDG_CACHE_HOME": str(home / "user-cache"),
+    }
+
+    async def declare() -> None:
+        async with connect(broker.url, name="test", root=env["BKG_ROOT"]) as client:
+            await client.store.declare()
+
+    async def answers() -> None:
+        async with connect(broker.url, name="test", root=env["BKG_ROOT"]) as client:
+
+            async def ready() -> bool:
+                assert process.poll() is None, log.read_text()
+                told = [entry.value for entry in await client.store.instances.all()]
+                return any(one and one.status == "running" for one in told)
+
+            await until(ready, 60)
+
+    async def forget() -> None:
+        async with connect(broker.url, name="test", root=env["BKG_ROOT"]) as client:
+            await client.store.delete_everything()
+
+    asyncio.run(declare())
+    log = home / "worker.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "services.rustyface"], env=env, stdout=output, stderr=output
+        )
+    try:
+        asyncio.run(answers())
+        yield env
+    finally:
+        process.terminate()
+        process.wait(20)
+        asyncio.run(forget())
+
+
+@pytest.fixture
+def faces(
+    rustyface: dict[str, str], bkg: Callable[..., Awaitable[Ended]], env: dict[str, str]
+) -> Callable[..., Awaitable[Ended]]:
+    """Run `bkg faces ...` to its end, which has to be well unless another status is awaited."""
+    env.update(rustyface)
+
+    async def run(*args: object, status: int = 0) -> Ended:
+        ended = await bkg("faces", *map(str, args))
+        assert ended.status == status, ended.err + ended.out
+        return ended
+
+    return run
+
+
+@pytest_asyncio.fixture
+async def worker(rustyface: dict[str, str]) -> AsyncIterator[Client]:
+    """A client that the worker for faces answers."""
+    where = rustyface["BKG_NATS_URL"]
+    async with connect(where, name="test", root=rustyface["BKG_ROOT"]) as client:
+        yield client
+
+
+@pytest_asyncio.fixture
+async def dataset(worker: Client) -> str:
+    """A dataset of this test alone."""
+    name = f"d{secrets.token_hex(4)}"
+    await worker.call(DATASET_MANAGE, ManageDataset(action="create", dataset=name))
+    return name

@@ -306,3 +306,10 @@ async def rustyface(
 async def faces(gate: Running, rustyface: Galleries) -> Running:
     """A gateway with a worker for faces behind it."""
     return gate
+
+
+@pytest_asyncio.fixture
+async def into(gate: Running, keeper: Keeper) -> Running:
+    """A gateway that knows an instance of candle."""
+    await until(gate.parts.models.instances)
+    return gate

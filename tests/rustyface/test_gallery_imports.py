@@ -10,6 +10,7 @@ from bus import messages as m
 from bus.errors import Conflict, InvalidRequest, NotFound
 from bus.subjects import GALLERY_IMPORT, gallery_events
 from services.rustyface.galleries import NewEntry, Outcome, Query
+from services.rustyface.ledger import Ledger
 
 EAST, NORTH = np.array([1, 0], np.float32), np.array([0, 1], np.float32)
 
@@ -126,7 +127,7 @@ async def test_an_import_that_ends_and_is_undone_at_the_same_moment_stays_undone
     galleries, replica, connected
 ):
     async with replica(await connected()) as other:
-        for i in range(10):
+        for i in range(30):
             name = f"i{i}"
             await galleries.begin_import("g", record(name))
             await asyncio.gather(
@@ -136,6 +137,23 @@ async def test_an_import_that_ends_and_is_undone_at_the_same_moment_stays_undone
             )
         imports = await galleries.imports("g")
         assert {one.state for one in imports} == {"undone"}
+
+
+async def test_an_import_that_was_undone_between_the_look_and_its_end_stays_undone(
+    galleries, monkeypatch
+):
+    await galleries.begin_import("g", record())
+    last = Ledger.last
+
+    async def late(self, *args: object):
+        monkeypatch.undo()
+        await galleries.undo_import("g", "i1")
+        return await last(self, *args)
+
+    monkeypatch.setattr(Ledger, "last", late)
+    with pytest.raises(Conflict, match="the import 'i1' was undone"):
+        await galleries.end_import("g", record(state="done"))
+    assert [one.state for one in await galleries.imports("g")] == ["undone"]
 
 
 async def test_an_import_taken_up_again_counts_what_it_had_brought_as_added(galleries):

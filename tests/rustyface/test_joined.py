@@ -11,8 +11,9 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 
 from bus.testing import until
+from services.rustyface.cosines import units
 from services.rustyface.joined import AT_ONCE_MAX, Joined
-from services.rustyface.search import NOBODY, Matrix, Search, units
+from services.rustyface.search import NOBODY, Matrix, Search
 
 RNG = np.random.default_rng(3)
 

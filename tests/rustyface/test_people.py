@@ -125,6 +125,21 @@ async def test_of_many_moves_at_the_same_moment_none_is_lost(people, replica, co
             assert await persons(replayed) == told
 
 
+async def test_of_two_who_move_somebody_at_the_same_moment_the_second_is_told(people, monkeypatch):
+    last = Ledger.last
+
+    async def late(self, *args: object):
+        monkeypatch.undo()
+        # Between the look and the move, and this replica has read it already.
+        await people.move_subjects("g", ["ann"], "anna")
+        return await last(self, *args)
+
+    monkeypatch.setattr(Ledger, "last", late)
+    with pytest.raises(NotFound, match="nobody called 'ann'"):
+        await people.move_subjects("g", ["ann"], "zoe")
+    assert "zoe" not in await persons(people)
+
+
 async def test_a_removed_person_is_gone_everywhere_at_once_and_from_the_stream(
     people, replica, connected, client
 ):

@@ -206,6 +206,50 @@ def test_whoever_was_there_and_whoever_replays_what_is_left_hold_the_same(
     assert held(log.replayed(batch), revisions=False) == held(log.live, revisions=False)
 
 
+def told(bears: dict[str, tuple], step: tuple, undone: set[str]) -> dict[str, tuple]:
+    """Return whom each entry shows after a step, and by which import: as one would say it."""
+    match step:
+        case ("entry", name, vector, subject, imported, _):
+            rest = {one: known for one, known in bears.items() if one != name}
+            counts = any(vector) and imported not in undone
+            return rest | {name: (subject, imported)} if counts else rest
+        case ("remove", name):
+            return {one: known for one, known in bears.items() if one != name}
+        case ("move", name, into):
+            moved = {
+                one: (into if known[0] == name else known[0], known[1])
+                for one, known in bears.items()
+            }
+            return {
+                one: known
+                for one, known in moved.items()
+                if into is not None or bears[one][0] != name
+            }
+        case ("undo", name):
+            undone.add(name)
+            return {one: known for one, known in bears.items() if known[1] != name}
+        case ("recreate", _):
+            undone.clear()
+            return {}
+    return bears
+
+
+@settings(max_examples=300)
+@given(st.lists(steps, max_size=40))
+def test_whom_an_entry_shows_is_what_one_would_say(changes: list[tuple]):
+    log, bears, undone = Log(), dict[str, tuple](), set[str]()
+    log.head(deleted=False)
+    for step in changes:
+        carry_out(log, step)
+        bears = told(bears, step, undone)
+        for projection in (log.live, log.replayed(50)):
+            entries = projection.galleries["g"].entries.values()
+            shown = {
+                one.id: (one.person.name if one.person else None, one.imported) for one in entries
+            }
+            assert shown == bears
+
+
 @settings(max_examples=150)
 @given(st.lists(steps, max_size=40), st.sampled_from([[1, 0], [2, 3]]), st.booleans())
 def test_both_find_the_same_to_the_last_bit(changes: list[tuple], query, by_group: bool):
@@ -252,6 +296,15 @@ def test_a_move_takes_all_that_bore_the_name_and_nothing_that_comes_later(log: L
     log.move("ann", None)
     assert persons(log) == {}
     assert not log.live.galleries["g"].entries
+
+
+def test_a_name_s_earlier_moves_are_not_for_those_who_come_to_it_later(log: Log):
+    log.entry("e1", [1, 0], subject="ann")
+    log.move("bob", "cat")
+    log.move("ann", "bob")
+    log.move("bob", "dan")
+    assert persons(log) == {"dan": ["e1"]}
+    assert held(log.replayed(9)) == held(log.live)
 
 
 def test_what_a_removal_took_away_is_named_so_that_it_can_be_cleared(log: Log):

@@ -87,6 +87,15 @@ async def get(request: web.Request) -> web.Response:
     return answer(await _described(request, _spec(at, request.match_info["name"])))
 
 
+async def versions(request: web.Request) -> web.Response:
+    """Return a model's versions, the oldest first. 404 no such model."""
+    at = request.app[PARTS]
+    spec = _spec(at, request.match_info["name"])
+    told = await _reports(at, spec)
+    found = [detail_of(at.models, spec, one, told[one.version]) for one in spec.versions]
+    return answer({"name": spec.id, "versions": found, "total": len(found)})
+
+
 async def version(request: web.Request) -> web.Response:
     """Return a version with its whole report. 404 no such model or version."""
     at = request.app[PARTS]
@@ -263,10 +272,15 @@ async def _report(at: Parts, found: ModelVersion) -> ModelReport | None:
     return entry.value if entry else None
 
 
+async def _reports(at: Parts, spec: ModelSpec) -> dict[str, ModelReport | None]:
+    """Return what validation found of each version."""
+    reports = await asyncio.gather(*(_report(at, one) for one in spec.versions))
+    return dict(zip((one.version for one in spec.versions), reports, strict=True))
+
+
 async def _described(request: web.Request, spec: ModelSpec) -> dict[str, Any]:
     at = request.app[PARTS]
-    reports = await asyncio.gather(*(_report(at, one) for one in spec.versions))
-    told = dict(zip((one.version for one in spec.versions), reports, strict=True))
+    told = await _reports(at, spec)
     default = version_of(spec)
     examples = default and _examples(request, spec, default, told[default.version], None)
     versions = [detail_of(at.models, spec, one, told[one.version]) for one in spec.versions]

@@ -14,6 +14,7 @@ from bus import codec
 from bus.errors import (
     BusError,
     InvalidRequest,
+    NoSpace,
     NotFound,
     Unavailable,
     Unprocessable,
@@ -202,16 +203,17 @@ async def _check_room(at: Parts, told: Told) -> None:
     """Refuse what the object store cannot take.
 
     Raises:
-        HTTPInsufficientStorage: It has no room for so many bytes.
+        NoSpace: It has no room for so many bytes.
     """
     if told.total_bytes is None:
         return
     wanted = told.total_bytes - told.offset
     room = await at.feeds.ask_store(at.client.store.artefacts.room(), "artefacts")
     if room is not None and wanted > room:
-        raise web.HTTPInsufficientStorage(
-            text=f"{wanted:,} bytes are to come, the object store has room for {room:,}; delete "
-            "models that nobody needs (DELETE /api/models/NAME, POST /api/models/gc)"
+        raise NoSpace(
+            f"{wanted:,} bytes are to come, the object store has room for {room:,}; delete models "
+            "that nobody needs (DELETE /api/models/NAME, POST /api/models/gc), or allow the store "
+            "more (BKG_ARTEFACTS_MAX_BYTES)"
         )
 
 
