@@ -13,8 +13,9 @@ from hypothesis.extra import numpy as hnp
 from services.rustyface import samples
 from tests.bench import faces, faces_accuracy, faces_encode, faces_search, report
 from tests.bench.faces import Found
-from tests.bench.faces_accuracy import Accuracy, Photo, all_pairs, labelled, lfw_pairs, rates
+from tests.bench.faces_accuracy import Accuracy, rates
 from tests.bench.faces_encode import Encoded, Steady, medians
+from tests.bench.faces_photos import Photo, all_pairs, labelled, lfw_pairs
 from tests.bench.faces_replay import Enrolled, Joined, Replayed
 from tests.bench.faces_search import Searched
 from tests.bench.memory import trend
