@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, Final
 
@@ -55,7 +55,7 @@ async def rustyface(broker: Broker, client: Client) -> AsyncIterator[Server]:
     Raises:
         ServerFailed: It ended, or did not answer in time.
     """
-    env = {
+    env = plugin_env() | {
         "BKG_NATS_URL": broker.url,
         "BKG_DATA_DIR": str(FOLDER / "worker"),
         "BKG_LOG_LEVEL": "warn",
@@ -74,17 +74,34 @@ async def rustyface(broker: Broker, client: Client) -> AsyncIterator[Server]:
         await asyncio.to_thread(server.stop)
 
 
-def ask_child(python: str, module: str, *arguments: object) -> Any:
+def ask_child(
+    python: str, module: str, *arguments: object, env: Mapping[str, str] | None = None
+) -> Any:
     """Run a module in a process of its own, and return the JSON in its last line.
+
+    Args:
+        python: The interpreter.
+        module: What it runs.
+        arguments: What that is told.
+        env: Added to `child_env`.
 
     Raises:
         ServerFailed: It failed; says why.
     """
     line = [python, "-m", module, *map(str, arguments)]
-    done = subprocess.run(line, check=False, capture_output=True, text=True, env=child_env())
+    done = subprocess.run(
+        line, check=False, capture_output=True, text=True, env=child_env() | dict(env or {})
+    )
     if done.returncode:
         raise ServerFailed(f"{module} failed: {done.stderr.strip()[-500:]}")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def plugin_env() -> dict[str, str]:
+    """Return the environment that a supervisor adds for rustyface."""
+    plugins = json.loads((REPOSITORY / "services" / "plugins.json").read_text())
+    [env] = [plugin["env"] for plugin in plugins if plugin["name"] == "rustyface"]
+    return dict(env)
 
 
 def child_env() -> dict[str, str]:

@@ -14,7 +14,7 @@ from bus.client import Client
 from bus.tasks import beside
 from services.rustyface.galleries import Galleries, NewEntry
 from tests.bench import faces_search
-from tests.bench.faces_platform import FOLDER, ask_child, empty_broker
+from tests.bench.faces_platform import FOLDER, ask_child, empty_broker, plugin_env
 from tests.bench.faces_search import DIMENSIONS, Floats
 
 CALLERS: Final = (1, 16, 64)
@@ -53,7 +53,7 @@ class Replayed(msgspec.Struct, frozen=True, kw_only=True):
         replay_s: Until it was caught up.
         replay_cpu_s: Processor time that it took for that.
         bytes_per_entry: What the replica's memory grew by, for each.
-        peak_bytes_per_entry: The same at its most.
+        peak_bytes_per_entry: The same at its most; None where it was not measured.
         searches: Of that replica.
     """
 
@@ -61,8 +61,8 @@ class Replayed(msgspec.Struct, frozen=True, kw_only=True):
     replay_s: float
     replay_cpu_s: float
     bytes_per_entry: float
-    peak_bytes_per_entry: float
     searches: list[Joined]
+    peak_bytes_per_entry: float | None = None
 
 
 class Enrolled(msgspec.Struct, frozen=True, kw_only=True):
@@ -112,7 +112,14 @@ async def _replay(
                 say(f"replay: {size - written:,} entries written in {_since(began):.0f} s")
                 written = size
             told = await asyncio.to_thread(
-                ask_child, sys.executable, _CHILD, broker.url, GALLERY, queries_file, seconds
+                ask_child,
+                sys.executable,
+                _CHILD,
+                broker.url,
+                GALLERY,
+                queries_file,
+                seconds,
+                env=plugin_env(),
             )
             found.append(msgspec.convert(told, Replayed))
             say(f"replay: {size:,} entries read in {found[-1].replay_s:.1f} s")
