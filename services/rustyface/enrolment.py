@@ -1,14 +1,13 @@
 """What enrolling entries comes to: which events, and how they are counted."""
 
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from typing import Any, Final
 
 from bus import messages as m
 from bus.errors import Conflict
 from services.rustyface.asked import NewEntry
 from services.rustyface.gallery import Gallery
-from services.rustyface.projection import LITTLE_ENDIAN
+from services.rustyface.projection import LITTLE_ENDIAN, utc
 
 NAMED_MAX: Final = 5
 
@@ -21,7 +20,6 @@ class Plan:
         added: How many are not there yet.
         replaced: How many take another's place.
         skipped: How many are left as they are.
-        images: Of the entries that are replaced.
 
     Raises:
         Conflict: Some are there already, and may not be.
@@ -29,7 +27,6 @@ class Plan:
 
     def __init__(self, there: Gallery, entries: Sequence[NewEntry], existing: str) -> None:
         self.added = self.replaced = self.skipped = 0
-        self.images: list[str] = []
         taken: dict[str, NewEntry] = {}
         refused: list[str] = []
         for entry in entries:
@@ -46,8 +43,6 @@ class Plan:
                 self.skipped += 1
             else:
                 refused.append(entry.id)
-            if before is not None and before.image and existing == "replace":
-                self.images.append(before.image)
         if refused:
             shown = ", ".join(repr(one) for one in refused[:NAMED_MAX])
             more = f" and {len(refused) - NAMED_MAX:,} more" if len(refused) > NAMED_MAX else ""
@@ -81,8 +76,3 @@ def event_of(entry: NewEntry, **changed: Any) -> m.GalleryEntry:
             **changed,
         }
     )
-
-
-def utc(at: datetime) -> datetime:
-    """Return a time with a zone; one without is in UTC."""
-    return at if at.tzinfo else at.replace(tzinfo=UTC)

@@ -7,6 +7,7 @@ subject has not; whoever comes second looks again, so that nobody's change is lo
 """
 
 import asyncio
+import contextlib
 from collections.abc import Sequence
 from datetime import datetime
 from typing import Final, Literal
@@ -29,11 +30,11 @@ from services.rustyface.asked import (
     check_metadata,
 )
 from services.rustyface.cosines import Floats
-from services.rustyface.enrolment import Plan, event_of, utc
+from services.rustyface.enrolment import Plan, event_of
 from services.rustyface.gallery import Gallery
 from services.rustyface.ledger import TRIES
 from services.rustyface.people import People, contended
-from services.rustyface.projection import LITTLE_ENDIAN
+from services.rustyface.projection import LITTLE_ENDIAN, utc
 
 __all__ = [
     "LITTLE_ENDIAN",
@@ -122,15 +123,15 @@ class Galleries(People):
             Conflict: Another replica deletes it at the same moment.
         """
         there = await self._ledger.known(gallery)
-        images = {one.image for one in there.entries.values() if one.image}
         head = msgspec.structs.replace(there.head, at=m.now(), deleted=True)
-        revision = await self._ledger.append_head(head, there.head_seq)
-        log.info("dataset.deleted", dataset=gallery, revision=revision, by=by)
-        await self.wait(revision)
+        with self._ledger.taking() as (message_id, dead):
+            revision = await self._ledger.append_head(head, there.head_seq, message_id)
+            log.info("dataset.deleted", dataset=gallery, revision=revision, by=by)
+            await self.wait(revision)
         # Killed in between, the next worker that starts does it.
         await self._ledger.all_told()
         await self._history.forget(gallery)
-        await self._ledger.clear_gallery(gallery, revision, images)
+        await self._ledger.clear(dead, below=(gallery, revision))
         return revision
 
     # --- Entries ----------------------------------------------------------------------------------
@@ -151,19 +152,17 @@ class Galleries(People):
         there = await self._ledger.known(gallery)
         self._check_embedder(there)
         self._check_import(there, entry.imported)
-        before = there.entries.get(entry.id)
+        action = "replaced" if entry.id in there.entries else "enrolled"
         revision = await self._ledger.append_entry(there, event_of(entry))
         self._tell(
             gallery,
-            "replaced" if before else "enrolled",
+            action,
             revision,
             by,
             entry=entry.id,
             subject=entry.subject,
             imported=entry.imported,
         )
-        if before is not None and before.image is not None:
-            self._ledger.drop_images_after(revision, [before.image])
         return revision
 
     async def enrol_many(
@@ -211,11 +210,10 @@ class Galleries(People):
                 count=len(revisions),
                 imported=imports.pop() if len(imports) == 1 else None,
             )
-        self._ledger.drop_images_after(revision, plan.images)
         return Outcome(plan.added, plan.replaced, plan.skipped, revision)
 
     async def remove(self, gallery: str, entry: str, *, by: str | None = None) -> int:
-        """Remove an entry, here and from the stream.
+        """Remove an entry, here and from the stream's files.
 
         Raises:
             NotFound: There is no such gallery or entry.
@@ -223,11 +221,10 @@ class Galleries(People):
         there = await self._ledger.known(gallery)
         kept = self._entry(there, entry)
         person = kept.person
-        revision = await self._ledger.append_entry(there, m.GalleryEntry(id=entry, at=m.now()))
-        await self.wait(revision)
-        if kept.image is not None:
-            await self._ledger.drop_images([kept.image])
-        await self._ledger.withdraw_orphans(there)
+        tombstone = m.GalleryEntry(id=entry, at=m.now())
+        with self._ledger.taking() as (message_id, dead):
+            revision = await self._ledger.append_entry(there, tombstone, message_id)
+            await self.wait(revision)
         self._tell(
             gallery,
             "remove-entry",
@@ -238,6 +235,7 @@ class Galleries(People):
         )
         if person is not None and not person.entries:
             await self._forget_history(there, person.name)
+        await self._ledger.settle(there, dead)
         return revision
 
     async def move_entry(
@@ -246,13 +244,13 @@ class Galleries(People):
         """Say whom an entry shows; None is nobody.
 
         Raises:
-            NotFound: There is no such gallery or entry.
+            NotFound: There is no such gallery or entry, or one of them was removed at this moment.
         """
         for _ in range(TRIES):
             there = await self._ledger.known(gallery)
             kept = self._entry(there, entry)
             vector = there.matrix.vector(entry)
-            before = kept.person.name if kept.person else None
+            before, since = kept.person.name if kept.person else None, kept.since
             if before == subject or vector is None:
                 return there.revision
             event = m.GalleryEntry(
@@ -282,12 +280,20 @@ class Galleries(People):
                 raise NotFound(
                     f"the dataset {gallery!r} was deleted at this moment", field="dataset"
                 )
+            if before is not None and there.moves.walk(before, since, revision)[0] is None:
+                # Whom it showed was removed meanwhile, and all their faces with them. What was
+                # enrolled in its place since is another.
+                await self._bury(there, entry, revision)
+                raise NotFound(
+                    f"{before!r}, whom the entry {entry!r} showed, was removed at this moment",
+                    field="entry_id",
+                )
             # One for each of them: what one person's ring says goes with that person alone.
             if before is not None:
                 self._tell(gallery, "move-entry", revision, by, entry=entry, subject=before)
             if subject is not None:
                 self._tell(gallery, "move-entry", revision, by, entry=entry, subject=subject)
-            await self._ledger.withdraw_orphans(there)
+            await self._ledger.settle(there, [])
             return revision
         raise contended(f"the entry {entry!r}")
 
@@ -341,8 +347,7 @@ class Galleries(People):
                 if there.named(name) is None:
                     await self._forget_history(there, name)
             self._tell(gallery, "undo-import", revision, by, count=len(dead), imported=imported)
-            await self._ledger.withdraw_orphans(there)
-            await self._ledger.clear(dead)
+            await self._ledger.settle(there, dead)
             return len(dead), revision
         raise contended(f"the import {imported!r}")
 
@@ -376,6 +381,21 @@ class Galleries(People):
         return await self._ledger.append_after(
             there, subject, expected, record, message_id=message_id
         )
+
+    async def _bury(self, there: Gallery, entry: str, seq: int) -> None:
+        """Remove an entry that still is as one event has left it."""
+        tombstone = m.GalleryEntry(id=entry, at=m.now())
+        subject = self._ledger.entry_subject(there, entry)
+        with self._ledger.taking() as (message_id, dead), contextlib.suppress(Conflict):
+            await self._ledger.append_after(
+                there,
+                subject,
+                seq,
+                tombstone,
+                content_type=codec.MSGPACK,
+                message_id=message_id,
+            )
+        await self._ledger.settle(there, dead)
 
     async def _append_all(self, there: Gallery, events: Sequence[m.GalleryEntry]) -> list[int]:
         """Append entries, many at a time; ends when each one of them was stored or refused."""

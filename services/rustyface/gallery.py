@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
 
 import msgspec
 import numpy as np
@@ -56,7 +56,8 @@ class Gallery:
         moves: Of all names.
         settings: As they are set.
         revision: The last event that concerned it.
-        updated_at: The latest time that an event gives; entries may come with times of their own.
+        stored_at: When the broker stored that, in nanoseconds since 1970.
+        images: How many entries name an image.
     """
 
     head: m.GalleryHead
@@ -64,7 +65,8 @@ class Gallery:
     matrix: Matrix
     joined: Joined
     revision: int
-    updated_at: datetime
+    stored_at: int
+    images: int = 0
     entries: dict[str, Kept] = field(default_factory=dict)
     persons: dict[str, Person] = field(default_factory=dict)
     rejections: dict[str, Rejection] = field(default_factory=dict)
@@ -76,9 +78,10 @@ class Gallery:
     _names: list[str] | None = None
     _rejected: dict[int, Floats] | None = None
 
-    def seen(self, at: datetime) -> None:
-        """Take note of an event's time."""
-        self.updated_at = max(self.updated_at, at)
+    @property
+    def updated_at(self) -> datetime:
+        """When its newest event was stored: entries may come with times of their own."""
+        return datetime.fromtimestamp(self.stored_at / 1e9, UTC)
 
     def person(self, name: str) -> Person:
         """Return who bears a name now; somebody new if nobody does."""
@@ -121,8 +124,10 @@ class Gallery:
         before = [self.entries.get(one.id) for one in kept]
         if None in before:
             self._ordered = None
+        self.images -= sum(one is not None and one.image is not None for one in before)
         for one in kept:
             self.entries[one.id] = one
+            self.images += one.image is not None
             if one.person is not None:
                 if not one.person.entries:
                     self._names = None
@@ -137,6 +142,7 @@ class Gallery:
         gone = [kept for one in ids if (kept := self.entries.pop(one, None)) is not None]
         if gone:
             self._ordered = None
+        self.images -= sum(kept.image is not None for kept in gone)
         self.matrix.delete_many([kept.id for kept in gone])
         for kept in gone:
             self._part(kept)

@@ -36,12 +36,16 @@ class History:
         self._stream = stream
         self._root = root
 
-    async def tell(self, change: m.GalleryChange) -> None:
-        """Store a change, in the ring of the person that it is about."""
+    async def tell(self, change: m.GalleryChange) -> int | None:
+        """Store a change, in the ring of the person that it is about.
+
+        Returns:
+            Its number; None if it could not be stored.
+        """
         if self._stream is None:
-            return
+            return None
         try:
-            await self._stream.append(
+            return await self._stream.append(
                 self._subject(change.dataset, change.subject), codec.encode(change)
             )
         except BusError as error:
@@ -51,6 +55,12 @@ class History:
                 action=change.action,
                 cause=error.message,
             )
+            return None
+
+    async def take_back(self, seq: int) -> None:
+        """Delete one change; raises Unavailable where that is not possible now."""
+        if self._stream is not None:
+            await self._stream.remove(seq)
 
     async def forget(self, gallery: str, persons: Iterable[str] | None = None) -> None:
         """Delete the rings of persons, or all of a gallery."""

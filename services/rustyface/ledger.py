@@ -1,19 +1,20 @@
 """The events of all galleries: appended under a condition, followed, cleared away.
 
-The stream keeps the last message of each subject. A gallery's own subject says that it was created
-or deleted, an entry's subject carries its vector, or says that it was removed; so a removed vector
-leaves the stream the moment its tombstone is stored. What a process holds is a projection: every
-replica reads the same events in the same order, this one's own included.
+Of each subject the last message counts. A gallery's own subject says that it was created or
+deleted, an entry's subject carries its vector, or says that it was removed. What a process holds is
+a projection: every replica reads the same events in the same order, this one's own included.
 
-Some events take away what others told of: a gallery's end, a person's removal, an import undone.
-They count at once, everywhere. What they have taken away is then deleted from the stream, and by
-the next worker that starts, if that was cut short.
+Many events take away what others told of: an entry removed, replaced or moved, a gallery's end, a
+person's removal, an import undone. They count at once, everywhere. Only then the process that has
+made them erases what they have taken away, and the next worker that starts, if that was cut short:
+the other order would leave a face with the replicas that are there, and not with those that start.
 """
 
 import asyncio
 import contextlib
+import itertools
 import secrets
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
@@ -30,6 +31,7 @@ from bus.subjects import (
     gallery_events,
 )
 from bus.tasks import beside
+from services.rustyface.clearing import Clearing, ImagesGone, soon
 from services.rustyface.gallery import Gallery
 from services.rustyface.history import History
 from services.rustyface.projection import MESSAGE_ID, Dead, Projection, addressed
@@ -38,14 +40,10 @@ WAIT_S: Final = 5.0
 # An event comes round within a few milliseconds. After this long it may be one that somebody
 # deleted from the stream by hand, and that will never come.
 PATIENCE_S: Final = 0.5
-# What has to be deleted besides goes on behind an answer that would have to wait longer.
-PATIENT_S: Final = 5.0
-CHORES_MAX: Final = 10_000
-CLEARED_AT_ONCE: Final = 64
+CHANGES_MAX: Final = 10_000
+TOLD_AT_ONCE: Final = 100
 TRIES: Final = 16
 
-ImagesGone = Callable[[set[str]], Awaitable[None]]
-Chore = Callable[[], Awaitable[None]]
 
 log = structlog.get_logger("rustyface.galleries")
 
@@ -74,16 +72,18 @@ class Ledger:
         self._stream = stream
         self._root = root
         self._history = history
-        self._images_gone = images_gone
+        self._clearing = Clearing(stream, root, self.projection.images, images_gone)
         self._moved = asyncio.Condition()
         self._replaced = asyncio.Event()
         # What was found in the stream at the start and need not be there any more.
         self._left: list[Dead] = []
-        # By message id, what this process's own events have taken away.
+        # Its own events are known by the beginning of their message ids.
+        self._mine = f"{secrets.token_hex(8)}-"
+        self._numbers = itertools.count()
+        # By message id, what those have taken away for whose answer somebody waits.
         self._taken: dict[str, list[Dead]] = {}
-        self._chores: asyncio.Queue[Chore] = asyncio.Queue(CHORES_MAX)
         # Of its own: where changes cannot be told, deletions go on all the same.
-        self._changes: asyncio.Queue[m.GalleryChange] = asyncio.Queue(CHORES_MAX)
+        self._changes: asyncio.Queue[m.GalleryChange] = asyncio.Queue(CHANGES_MAX)
 
     async def run(self) -> None:
         """Read the events, from the first one on, until cancelled.
@@ -92,7 +92,9 @@ class Ledger:
             Unavailable: The stream is not the one that was read so far.
         """
         try:
-            async with beside(self._end_when_replaced(), self._do_chores(), self._tell_changes()):
+            async with beside(
+                self._end_when_replaced(), self._clearing.run(), self._tell_changes()
+            ):
                 async for batch in self._stream.follow(gallery_events(self._root)):
                     self._sort(self.projection.apply(batch.messages))
                     if batch.caught_up and not self.caught_up.is_set():
@@ -199,7 +201,7 @@ class Ledger:
             return await self._stream.append(
                 subject,
                 codec.encode(event, content_type),
-                headers=_headers(content_type, message_id),
+                headers=self._headers(content_type, message_id),
                 expect=(head, there.head_seq),
             )
         except Conflict:
@@ -224,7 +226,7 @@ class Ledger:
         revision = await self._stream.append(
             subject,
             codec.encode(event, content_type),
-            headers=_headers(content_type, message_id),
+            headers=self._headers(content_type, message_id),
             expect=(subject, seq),
         )
         await self.wait(revision)
@@ -232,19 +234,32 @@ class Ledger:
         # One condition is all that a message can have. Nothing of a dead gallery may stay; but what
         # has come into one that was made anew meanwhile everybody has read, and it does.
         if now is None or revision < now.head_seq:
-            await self._stream.remove(revision)
+            await self._stream.remove(revision, erase=True)
             raise _deleted(there)
         return revision
 
-    async def append_head(self, head: m.GalleryHead, predecessor: int) -> int:
+    async def append_head(
+        self, head: m.GalleryHead, predecessor: int, message_id: str | None = None
+    ) -> int:
         """Store a gallery's own event; raises Conflict unless the one before is `predecessor`."""
         subject = GALLERY_HEAD.subject(self._root, gallery=head.id)
-        return await self._stream.append(subject, codec.encode(head), expect=(subject, predecessor))
+        return await self._stream.append(
+            subject,
+            codec.encode(head),
+            headers=self._headers(codec.JSON, message_id),
+            expect=(subject, predecessor),
+        )
 
-    async def append_entry(self, there: Gallery, entry: m.GalleryEntry) -> int:
+    async def append_entry(
+        self, there: Gallery, entry: m.GalleryEntry, message_id: str | None = None
+    ) -> int:
         """Store an entry's event; raises as `append` does."""
         return await self.append(
-            there, self.entry_subject(there, entry.id), entry, content_type=codec.MSGPACK
+            there,
+            self.entry_subject(there, entry.id),
+            entry,
+            content_type=codec.MSGPACK,
+            message_id=message_id,
         )
 
     def entry_subject(self, there: Gallery, entry: str) -> str:
@@ -256,60 +271,47 @@ class Ledger:
     @contextlib.contextmanager
     def taking(self) -> Iterator[tuple[str, list[Dead]]]:
         """Give a message id for an event, and collect what that event takes away."""
-        message_id = secrets.token_hex(12)
+        message_id = self._message_id()
         taken = self._taken[message_id] = []
         try:
             yield message_id, taken
         finally:
             del self._taken[message_id]
 
-    async def clear(self, dead: list[Dead]) -> None:
-        """Delete what was taken away from the stream, and its images; wait for it, but not long."""
-        done = asyncio.Event()
+    async def clear(self, dead: Sequence[Dead], *, below: tuple[str, int] | None = None) -> None:
+        """Erase what was taken away, and its images; see `Clearing.clear`."""
+        await self._clearing.clear(dead, below=below)
 
-        async def chore() -> None:
-            try:
-                await self._clear(dead)
-            finally:
-                done.set()
+    async def settle(self, there: Gallery, dead: Sequence[Dead]) -> None:
+        """Clear what was taken away, and the rejections that are pointless without it."""
+        # Read first, so that what they take away is erased before this is.
+        await self.wait(await self.withdraw_orphans(there))
+        await self.clear(dead)
 
-        await self._chores.put(chore)
-        await _soon(done.wait())
-
-    async def clear_gallery(self, gallery: str, seq: int, images: Iterable[str]) -> None:
-        """Delete all events of a gallery below its own last one from the stream, and its images."""
-        await self.drop_images(images)
-        await self._stream.purge(gallery_events(self._root, gallery), keep_from=seq)
-
-    async def drop_images(self, images: Iterable[str]) -> None:
-        """Say of images that no entry names them any more, if that is so."""
-        gone = {one for one in images if self.projection.images[one] <= 0}
-        if not gone or self._images_gone is None:
-            return
-        try:
-            await self._images_gone(gone)
-        except BusError as error:
-            log.warning("images.not_deleted", images=len(gone), cause=error.message)
-
-    async def withdraw(self, there: Gallery, rejection: str) -> int:
-        """Store that a rejection counts no more, and with that delete its face."""
+    async def withdraw(self, there: Gallery, rejection: str, message_id: str | None = None) -> int:
+        """Store that a rejection counts no more."""
         # Without the name: that of somebody who was removed does not come back with it.
         event = m.GalleryRejection(id=rejection, at=m.now(), subject="")
         subject = GALLERY_REJECTION.subject(self._root, gallery=there.head.id, rejection=rejection)
-        return await self.append(there, subject, event)
+        return await self.append(there, subject, event, message_id=message_id)
 
-    async def withdraw_orphans(self, there: Gallery) -> None:
+    async def withdraw_orphans(self, there: Gallery) -> int:
         """Withdraw rejections whose face was removed, or whose person has no entry any more.
 
         Does not wait until that is read: the reader itself calls this.
+
+        Returns:
+            The last revision; 0 if there was nothing to withdraw.
         """
+        revision = 0
         for one in list(there.rejections.values()):
             if one.person.entries and (one.entry is None or one.entry in there.entries):
                 continue
             try:
-                await self.withdraw(there, one.id)
+                revision = await self.withdraw(there, one.id)
             except BusError as error:
                 log.warning("rejection.not_withdrawn", rejection=one.id, cause=error.message)
+        return revision
 
     def tell(self, change: m.GalleryChange) -> None:
         """Have a change told in the history, behind the answer."""
@@ -320,102 +322,109 @@ class Ledger:
                 "history.not_kept",
                 dataset=change.dataset,
                 action=change.action,
-                cause=f"{CHORES_MAX:,} changes wait already",
+                cause=f"{CHANGES_MAX:,} changes wait already",
             )
 
     async def all_told(self) -> None:
         """Wait until every change was told, but not long."""
-        await _soon(self._changes.join())
-
-    def drop_images_after(self, revision: int, images: list[str]) -> None:
-        """Once an event is read, drop the images that it has left, behind the answer."""
-
-        async def drop() -> None:
-            await self.wait(revision)
-            await self.drop_images(images)
-
-        if not images:
-            return
-        try:
-            self._chores.put_nowait(drop)
-        except asyncio.QueueFull:
-            log.warning("images.not_deleted", images=len(images), cause="too much waits already")
+        await soon(self._changes.join())
 
     async def chores_done(self) -> None:
         """Wait until nothing is left to be cleared away, but not long."""
-        await _soon(self._chores.join())
+        await soon(self._clearing.done())
 
-    async def _do_chores(self) -> None:
-        while True:
-            chore = await self._chores.get()
-            try:
-                await chore()
-            except BusError as error:
-                log.warning("galleries.chore_failed", cause=error.message)
-            finally:
-                self._chores.task_done()
+    def _message_id(self) -> str:
+        return f"{self._mine}{next(self._numbers)}"
+
+    def _headers(self, content_type: str, message_id: str | None) -> dict[str, str]:
+        headers = {MESSAGE_ID: message_id or self._message_id()}
+        return (
+            headers if content_type == codec.JSON else headers | {codec.CONTENT_TYPE: content_type}
+        )
 
     async def _tell_changes(self) -> None:
+        told: list[tuple[m.GalleryChange, int]] = []
         while True:
-            change = await self._changes.get()
+            changes = [await self._changes.get()]
+            while len(changes) < TOLD_AT_ONCE and not self._changes.empty():
+                changes.append(self._changes.get_nowait())
             try:
-                await self._history.tell(change)
+                seqs = [await self._history.tell(change) for change in changes]
+                pairs = zip(changes, seqs, strict=True)
+                told += [(change, seq) for change, seq in pairs if seq is not None]
+                told = await self._take_back(told)
             finally:
-                self._changes.task_done()
+                for _ in changes:
+                    self._changes.task_done()
+
+    async def _take_back(
+        self, told: list[tuple[m.GalleryChange, int]]
+    ) -> list[tuple[m.GalleryChange, int]]:
+        """Delete told changes of whom, or of what, was removed before they were told.
+
+        Whoever removed has deleted the history by then. So it has to be looked for afterwards, and
+        the removal is in the stream if these came too late.
+
+        Returns:
+            Those that could not be looked at.
+        """
+        try:
+            await self.wait(await self.newest())
+            for change, seq in told:
+                if self._is_over(change):
+                    await self._history.take_back(seq)
+        except BusError as error:
+            log.warning("history.not_looked_at", changes=len(told), cause=error.message)
+            return told[-CHANGES_MAX:]
+        return []
+
+    def _is_over(self, change: m.GalleryChange) -> bool:
+        """Tell whether a change is about somebody, or a gallery, that was removed after it."""
+        if change.dataset in self.projection.unreadable:
+            return False
+        revision = change.revision or 0
+        if revision < self.projection.heads.get(change.dataset, 0):
+            return True
+        there = self.projection.galleries.get(change.dataset)
+        if there is None or change.subject is None:
+            return False
+        # From just before it: a renaming is told by the name that was left with it.
+        return there.moves.walk(change.subject, revision - 1)[0] is None
 
     def _sort(self, dead: list[Dead]) -> None:
         """Keep what this process has to clear away: the other replicas' own is theirs."""
         if not self.caught_up.is_set():
             self._left += dead
             return
+        self.projection.left_behind.clear()
+        behind: list[Dead] = []
         for one in dead:
-            if one.cause in self._taken:
-                self._taken[one.cause].append(one)
-
-    async def _clear(self, dead: Iterable[Dead]) -> None:
-        dead = list(dead)
-        await self.drop_images(one.image for one in dead if one.image)
-        left = iter(dead)
-
-        async def remove() -> None:
-            for one in left:
-                await self._stream.remove(one.seq)
-
-        results = await asyncio.gather(
-            *(remove() for _ in range(min(CLEARED_AT_ONCE, len(dead)))), return_exceptions=True
-        )
-        for result in results:
-            if isinstance(result, BaseException):
-                raise result
+            if one.cause is not None and one.cause.startswith(self._mine):
+                self._taken.get(one.cause, behind).append(one)
+        if behind:
+            self._clearing.put(behind)
 
     async def _clear_away(self) -> None:
-        """Delete from the stream what a deletion that was cut short has left there."""
+        """Clear what deletions that were cut short have left."""
         projection = self.projection
         left = projection.left_behind
-        for gallery in left.keys() & projection.heads.keys() - projection.unreadable.keys():
-            try:
-                if gallery not in projection.galleries:
-                    await self._history.forget(gallery)
-                await self.clear_gallery(gallery, projection.heads[gallery], left[gallery])
-            except BusError as error:
-                log.warning("dataset.not_cleared", dataset=gallery, cause=error.message)
-            else:
-                log.info("dataset.cleared", dataset=gallery)
-        left.clear()
         if self._left:
             for gallery, person in {(one.gallery, one.person) for one in self._left}:
                 there = projection.galleries.get(gallery)
                 if there is not None and person is not None:
                     await self._history.forget(gallery, there.moves.names_of(person))
-            try:
-                await self._clear(self._left)
-            except BusError as error:
-                log.warning("entries.not_cleared", events=len(self._left), cause=error.message)
-            else:
-                log.info("entries.cleared", events=len(self._left))
+            log.info("entries.left_behind", events=len(self._left))
+            self._clearing.put(self._left)
             self._left = []
+        for gallery in left.keys() & projection.heads.keys() - projection.unreadable.keys():
+            if gallery not in projection.galleries:
+                await self._history.forget(gallery)
+            log.info("dataset.left_behind", dataset=gallery)
+            self._clearing.put(left[gallery], below=(gallery, projection.heads[gallery]))
+        left.clear()
         for there in list(projection.galleries.values()):
             await self.withdraw_orphans(there)
+        await self.chores_done()
 
     async def _comes_to(self, revision: int) -> bool:
         """Return whether an event is read soon."""
@@ -436,17 +445,6 @@ class Ledger:
     async def _end_when_replaced(self) -> None:
         await self._replaced.wait()
         raise Unavailable("the stream of the galleries was replaced; they are read anew")
-
-
-async def _soon(event: Awaitable[object]) -> None:
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(PATIENT_S):
-            await event
-
-
-def _headers(content_type: str, message_id: str | None) -> dict[str, str]:
-    headers = {} if content_type == codec.JSON else {codec.CONTENT_TYPE: content_type}
-    return headers if message_id is None else headers | {MESSAGE_ID: message_id}
 
 
 def _deleted(there: Gallery) -> NotFound:

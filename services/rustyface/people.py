@@ -99,8 +99,7 @@ class People(Questions):
         await self._forget_history(there, subject)
         gone = sum(one.entry is not None for one in dead)
         self._tell(gallery, "remove-subject", revision, by, count=gone)
-        await self._ledger.withdraw_orphans(there)
-        await self._ledger.clear(dead)
+        await self._ledger.settle(there, dead)
         return gone, revision
 
     async def reject(
@@ -163,9 +162,11 @@ class People(Questions):
                 f"the dataset {gallery!r} has no rejection {rejection!r}", field="rejection"
             )
         subject = known.person.name
-        revision = await self._ledger.withdraw(there, rejection)
-        await self.wait(revision)
+        with self._ledger.taking() as (message_id, dead):
+            revision = await self._ledger.withdraw(there, rejection, message_id)
+            await self.wait(revision)
         self._tell(gallery, "withdraw-rejection", revision, by, subject=subject)
+        await self._ledger.clear(dead)
         return revision
 
     async def _move(self, gallery: str, name: str, into: str | None, message_id: str | None) -> int:

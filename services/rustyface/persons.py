@@ -73,14 +73,19 @@ class Moves:
         moves = self._of.get(name)
         return moves[-1][0] if moves else 0
 
-    def walk(self, name: str, since: int) -> tuple[str | None, int]:
+    def walk(self, name: str, since: int, before: int | None = None) -> tuple[str | None, int]:
         """Return what who bore a name since an event bears now, and since which event.
 
         None when they were removed. Ends, because each step leads to a later event.
+
+        Args:
+            name: What they were called.
+            since: The event.
+            before: Bear just before this event, instead of now.
         """
         while True:
             step = next((one for one in self._of.get(name, ()) if one[0] > since), None)
-            if step is None:
+            if step is None or (before is not None and step[0] >= before):
                 return name, since
             since, into = step
             if into is None:

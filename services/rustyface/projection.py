@@ -1,9 +1,10 @@
 """The galleries as the events so far say: events in, state out, nothing asked of anybody.
 
-The stream keeps the last message of each subject, so a replica that replays sees less than one
-that was there. Both hold the same, because all that counts follows from the last message of each
-subject and its sequence: an entry's event carries the whole entry, a name's event all moves of
-that name, an import's whether it was undone. A gallery's own last event cuts off everything below.
+Of each subject the last message alone is sure to be in the stream, so a replica that replays may
+see less than one that was there. Both hold the same, because all that counts follows from the last
+message of each subject and its sequence: an entry's event carries the whole entry, a name's event
+all moves of that name, an import's whether it was undone. A gallery's own last event cuts off
+everything below.
 """
 
 import hashlib
@@ -51,9 +52,12 @@ E = TypeVar(
 log = structlog.get_logger("rustyface.galleries")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Dead:
-    """An event that still is in the stream, though what it told of was taken away by another.
+    """An event with a face that still is in the stream, though another one has taken it away.
+
+    That one says that the entry was removed, replaced or moved, the rejection withdrawn, the person
+    or the whole gallery removed, the import undone.
 
     Attributes:
         gallery: Where.
@@ -84,8 +88,8 @@ class Projection:
         heads: Sequence of each gallery's own last event, of deleted ones too: a new gallery of
             that name follows it.
         unreadable: Those that cannot be used, because of an event that cannot be read; which.
-        left_behind: Those that are gone, of which there are events in the stream all the same,
-            with the images that these name.
+        left_behind: Those that are gone, of which there are events in the stream all the same, with
+            those of them that carry a face. Whoever has looked at it clears it.
         images: How many entries name an image.
     """
 
@@ -94,19 +98,19 @@ class Projection:
         self.galleries: dict[str, Gallery] = {}
         self.heads: dict[str, int] = {}
         self.unreadable: dict[str, int] = {}
-        self.left_behind: dict[str, set[str]] = {}
+        self.left_behind: dict[str, list[Dead]] = {}
         self.images: Counter[str] = Counter()
         self._threads = threads
         self._dead: list[Dead] = []
         # Entries of the batch at hand whose vectors are not in their matrix yet.
-        self._arrived: dict[str, list[tuple[Kept, bytes]]] = {}
+        self._arrived: dict[str, list[tuple[Kept, bytes, str | None]]] = {}
 
     def apply(self, events: Iterable[Stored]) -> list[Dead]:
         """Take events in; return those that need not be in the stream any more.
 
         One that cannot be read is passed over. Whatever it says, the event before it on its
-        subject has left the stream. So that leaves the projection as well, and a replica that
-        replays knows the same as one that was there.
+        subject need not be in the stream any more. So that leaves the projection as well, and a
+        replica that replays knows the same as one that was there.
         """
         for stored in events:
             self.revision = stored.seq
@@ -127,31 +131,30 @@ class Projection:
             return
         there = self.galleries.get(gallery)
         if there is None:
-            left = self.left_behind.setdefault(gallery, set())
-            if kind == "entry" and (image := _image_of(stored)):
-                left.add(image)
+            left = self.left_behind.setdefault(gallery, [])
+            if kind in {"entry", "rejection"}:
+                image = _image_of(stored) if kind == "entry" else None
+                left.append(Dead(gallery, stored.seq, image=image))
             return
         if kind != "entry":
             self._settle(gallery)
-        there.revision = stored.seq
+        there.revision, there.stored_at = stored.seq, stored.at
         match kind:
             case "entry":
                 self._apply_entry(gallery, there, address, stored)
             case "settings":
                 there.settings = m.DatasetSettings()
-                set_to = _event(stored, m.GallerySettings)
-                there.settings = set_to.settings
-                there.seen(set_to.at)
+                there.settings = _event(stored, m.GallerySettings).settings
             case "subject":
                 self._apply_subject(gallery, there, address, stored)
             case "rejection":
-                self._apply_rejection(there, address, stored)
+                self._apply_rejection(gallery, there, address, stored)
             case "import":
                 self._apply_import(gallery, there, address, stored)
 
     def _apply_head(self, gallery: str, stored: Stored) -> None:
         if (before := self.galleries.pop(gallery, None)) is not None:
-            self.images.subtract(one.image for one in before.entries.values() if one.image)
+            self._count_out(before.entries.values())
         self.heads[gallery] = stored.seq
         self.unreadable[gallery] = stored.seq
         head = _event(stored, m.GalleryHead)
@@ -161,10 +164,16 @@ class Projection:
                 f"{gallery!r} and 1 to {DIMENSIONS_MAX}"
             )
         del self.unreadable[gallery]
+        if before is not None:
+            # Of one whose event cannot be read nothing is: it may be a newer version's.
+            self.left_behind.setdefault(gallery, [])
+            entries, rejections = before.entries.values(), before.rejections.values()
+            self._bury_entries(stored, gallery, entries)
+            self._bury(stored, gallery, [(one.seq, None, None) for one in rejections])
         if not head.deleted:
             matrix = Matrix(head.dimensions)
             self.galleries[gallery] = Gallery(
-                head, stored.seq, matrix, Joined(matrix, self._threads), stored.seq, head.at
+                head, stored.seq, matrix, Joined(matrix, self._threads), stored.seq, stored.at
             )
 
     def _apply_entry(self, gallery: str, there: Gallery, address: str, stored: Stored) -> None:
@@ -180,13 +189,13 @@ class Projection:
                 )
         except BusError:
             self._settle(gallery)
-            self._forget(there, [e for e in there.entries if token(addressed(e)) == address])
+            lost = [e for e in there.entries if token(addressed(e)) == address]
+            self._bury_entries(stored, gallery, self._forget(there, lost))
             raise
-        there.seen(at := _utc(entry.at))
         undone = entry.imported is not None and _undone(there, entry.imported)
         if vector is None or undone:
             self._settle(gallery)
-            self._forget(there, [entry.id])
+            self._bury_entries(stored, gallery, self._forget(there, [entry.id]))
             if vector is not None:
                 self._bury(stored, gallery, [(stored.seq, entry.id, entry.image)])
             return
@@ -195,14 +204,15 @@ class Projection:
             entry.id,
             stored.seq,
             stored.seq,
-            at,
+            utc(entry.at),
             b"" if metadata in _NO_METADATA else metadata,
             there.person(entry.subject) if entry.subject else None,
             entry.image,
             bytes(entry.quality),
             entry.imported,
         )
-        self._arrived.setdefault(gallery, []).append((kept, vector))
+        by = stored.headers.get(MESSAGE_ID)
+        self._arrived.setdefault(gallery, []).append((kept, vector, by))
 
     def _settle(self, gallery: str) -> None:
         """Put the entries that have arrived into their gallery, all vectors at once."""
@@ -210,9 +220,9 @@ class Projection:
         if arrived is None:
             return
         there = self.galleries[gallery]
-        values = np.frombuffer(b"".join(vector for _, vector in arrived), LITTLE_ENDIAN)
+        values = np.frombuffer(b"".join(vector for _, vector, _ in arrived), LITTLE_ENDIAN)
         rows, sound = units(values.reshape(len(arrived), -1))
-        for (kept, _), fine in zip(arrived, sound.tolist(), strict=True):
+        for (kept, _, _), fine in zip(arrived, sound.tolist(), strict=True):
             if not fine:
                 log.warning(
                     "event.unreadable",
@@ -220,19 +230,26 @@ class Projection:
                     cause="its embedding has no direction",
                 )
         # In their order: of two events of one entry the later one counts, readable or not.
-        last = {kept.id: i for i, (kept, _) in enumerate(arrived)}
+        last: dict[str, int] = {}
+        replaced: list[Kept] = []
+        for i, (kept, _, by) in enumerate(arrived):
+            before = there.entries.get(kept.id)
+            if (earlier := last.get(kept.id)) is not None:
+                before = arrived[earlier][0]
+            elif before is not None:
+                replaced.append(before)
+            if before is not None:
+                self._dead.append(Dead(gallery, before.seq, before.id, None, before.image, by))
+            last[kept.id] = i
         good = [i for i in last.values() if sound[i]]
-        self.images.subtract(
-            before.image
-            for one in last
-            if (before := there.entries.get(one)) is not None and before.image
-        )
+        # In this order, or an image that both have would be gone in between.
         self.images.update(image for i in good if (image := arrived[i][0].image))
+        self._count_out(replaced)
         bad = [one for one, i in last.items() if not sound[i]]
         there.forget(bad)
         if good:
             there.add([arrived[i][0] for i in good], rows[good])
-        for kept, _ in arrived:
+        for kept, _, _ in arrived:
             if kept.person is not None:
                 there.leave(kept.person)
 
@@ -242,7 +259,6 @@ class Projection:
             if token(addressed(event.id)) != address:
                 raise InvalidRequest("it is about another person than its subject says")
             there.moves.learn(event, stored.seq)
-            there.seen(event.at)
         except BusError:
             # Without the moves that it has replaced, people would be called by names that they
             # have no more, or be there again though they were removed.
@@ -265,12 +281,12 @@ class Projection:
         self._count_out(there.entries.values())
         self.unreadable[gallery] = seq
 
-    def _apply_rejection(self, there: Gallery, address: str, stored: Stored) -> None:
-        there.withdraw(name_of(address))
+    def _apply_rejection(self, gallery: str, there: Gallery, address: str, stored: Stored) -> None:
+        if (gone := there.withdraw(name_of(address))) is not None:
+            self._bury(stored, gallery, [(gone.seq, None, None)])
         event = _event(stored, m.GalleryRejection)
         if token(event.id) != address:
             raise InvalidRequest("it is about another rejection than its subject says")
-        there.seen(event.at)
         if event.embedding is None:
             return
         if len(event.embedding) != there.matrix.dimensions * LITTLE_ENDIAN.itemsize:
@@ -287,11 +303,9 @@ class Projection:
         if token(event.id) != address:
             raise InvalidRequest("it is about another import than its subject says")
         there.imports[event.id] = event
-        there.seen(event.at)
         if event.state == "undone":
             brought = [one.id for one in there.entries.values() if one.imported == event.id]
-            gone = self._forget(there, brought)
-            self._bury(stored, gallery, [(one.seq, one.id, one.image) for one in gone])
+            self._bury_entries(stored, gallery, self._forget(there, brought))
 
     def _bury(
         self,
@@ -303,13 +317,22 @@ class Projection:
         by = cause.headers.get(MESSAGE_ID)
         self._dead += [Dead(gallery, seq, entry, person, image, by) for seq, entry, image in events]
 
+    def _bury_entries(self, cause: Stored, gallery: str, gone: Iterable[Kept]) -> None:
+        self._bury(cause, gallery, [(one.seq, one.id, one.image) for one in gone])
+
     def _forget(self, there: Gallery, ids: Iterable[str]) -> list[Kept]:
         gone = there.forget(ids)
         self._count_out(gone)
         return gone
 
     def _count_out(self, gone: Iterable[Kept]) -> None:
-        self.images.subtract(one.image for one in gone if one.image)
+        for one in gone:
+            if one.image is None:
+                continue
+            self.images[one.image] -= 1
+            # A million photos that came and went would leave as many names.
+            if not self.images[one.image]:
+                del self.images[one.image]
 
 
 class _Entry(msgspec.Struct, frozen=True):
@@ -365,11 +388,11 @@ def _event(stored: Stored, kind: type[E]) -> E:
         event = codec.decode(stored.body, kind, stored.headers.get(codec.CONTENT_TYPE))
     except OverflowError:
         raise InvalidRequest("its time is beyond the year 9999") from None
-    at = _utc(event.at)
+    at = utc(event.at)
     return event if at is event.at else msgspec.structs.replace(event, at=at)
 
 
-def _utc(at: datetime) -> datetime:
+def utc(at: datetime) -> datetime:
     """Return a time with a zone; one without is in UTC."""
     return at if at.tzinfo else at.replace(tzinfo=UTC)
 

@@ -80,7 +80,7 @@ class Questions:
     @property
     def images(self) -> set[str]:
         """Every kept image that an entry names, by SHA-256."""
-        return {image for image, n in self._ledger.projection.images.items() if n > 0}
+        return set(self._ledger.projection.images)
 
     def __contains__(self, gallery: str) -> bool:
         return gallery in self._galleries
@@ -133,7 +133,7 @@ class Questions:
             entries=info.entries,
             subjects=info.subjects,
             unnamed=info.entries - sum(len(one.entries) for one in there.persons.values()),
-            images=sum(one.image is not None for one in there.entries.values()),
+            images=there.images,
             rejections=len(there.rejections),
             memory_bytes=there.matrix.nbytes,
             revision=there.revision,
@@ -168,12 +168,13 @@ class Questions:
             InvalidRequest: The filter cannot be understood.
         """
         there = await self._ledger.known(gallery)
-        ids: Sequence[str] = there.ordered()
-        if subject is not None:
-            person = there.named(subject)
-            ids = sorted(person.entries) if person else []
+        person = None if subject is None else there.named(subject)
+        of_them = there.entries.keys() if subject is None else person.entries if person else set()
+        ids: Sequence[str]
         if entry is not None:
-            ids = [entry] if entry in ids else []
+            ids = [entry] if entry in of_them else []
+        else:
+            ids = there.ordered() if subject is None else sorted(of_them)
         if filter:
             wanted, groups = _compiled(there, filter)
             fitting = set(await there.joined.read(lambda rows: rows.matching(wanted, groups)))

@@ -322,7 +322,7 @@ def test_an_entry_that_an_import_brings_after_it_was_undone_does_not_count(log: 
     log.imported("i1", "undone")
     log.entry("e3", [1, 0], imported="i1")
     assert list(log.live.galleries["g"].entries) == ["e2"]
-    assert [one.entry for one in log.dead] == ["e1", "e3"]
+    assert [one.entry for one in log.dead] == ["e2", "e1", "e3"]
 
 
 def test_somebody_whose_entries_change_places_in_one_batch_stays_the_same_person(log: Log):
