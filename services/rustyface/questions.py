@@ -11,10 +11,11 @@ from bus.errors import InvalidRequest
 from bus.streams import Stream
 from services.rustyface import filters
 from services.rustyface.asked import Found, Match, Query
+from services.rustyface.clearing import ImagesGone
 from services.rustyface.cosines import Floats
 from services.rustyface.gallery import Gallery, Kept
 from services.rustyface.history import History
-from services.rustyface.ledger import ImagesGone, Ledger
+from services.rustyface.ledger import Ledger
 from services.rustyface.search import NOBODY, Search
 
 
@@ -226,6 +227,15 @@ class Questions:
         """Return a gallery's imports, the newest first; raises NotFound without a gallery."""
         there = await self._ledger.known(gallery)
         return sorted(there.imports.values(), key=lambda one: (one.at, one.id), reverse=True)
+
+    async def rejections(self, gallery: str) -> list[tuple[str, str | None]]:
+        """Return who was rejected for which entry, or for a face that is none.
+
+        Raises:
+            NotFound: There is no such gallery.
+        """
+        there = await self._ledger.known(gallery)
+        return [(one.person.name, one.entry) for one in there.rejections.values()]
 
     async def history(
         self, gallery: str, *, limit: int, after: int | None = None

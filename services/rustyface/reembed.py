@@ -9,6 +9,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from bus import codec
 from bus import messages as m
 from bus.artefacts import Artefacts
 from bus.errors import BusError, Conflict, InvalidRequest, NotFound, Unavailable
@@ -63,8 +64,9 @@ class Reembed:
     async def carry(self, job: m.Job, work: m.GalleryWork, told: Told) -> m.GalleryWorkDone:
         """Embed every kept image; what an earlier try has enrolled is gone on from.
 
-        Ids, persons, metadata and times are those of the old entries. What has no image, and what
-        the embedder finds no face in, is left out and named.
+        Ids, persons, metadata and times are those of the old entries at the end, whatever was
+        changed in between; rejections of entries come with them. What has no image, and what the
+        embedder finds no face in, is left out and named.
 
         Raises:
             NotFound: There is no such dataset.
@@ -76,31 +78,27 @@ class Reembed:
             raise InvalidRequest("reembed needs the new dataset, into", field="into")
         await self._galleries.wait(await self._galleries.newest())
         record = await self._begun(job, work, into)
+        pace = Pace(told, "embedding", len(self._galleries.ids(source)))
+        done = 0
+        # By id, as they were when that was said.
+        failed: dict[str, tuple[m.EntryInfo, str]] = {}
+        # Hours may pass: then what has changed meanwhile is embedded, and so on until nothing has.
+        while left := await self._differing(source, into, record.id, failed, work.by):
+            for first in range(0, len(left), STEP):
+                part = self._galleries.picked(source, left[first : first + STEP])
+                await self._carry_over(part, into, record.id, failed, work.by)
+                done += len(part)
+                pace.to(min(done, len(self._galleries.ids(source))))
+        await self._reject_again(source, into, work.by)
         ids = self._galleries.ids(source)
-        pace = Pace(told, "embedding", len(ids))
-        added = skipped = 0
-        failed: list[str] = []
-        for first in range(0, len(ids), STEP):
-            part = ids[first : first + STEP]
-            have = {one.id for one in self._galleries.picked(into, part)}
-            entries = self._galleries.picked(source, part)
-            embedded = await asyncio.gather(
-                *(self._embedded(e, record.id) for e in entries if e.id not in have)
-            )
-            fresh = [one for one in embedded if isinstance(one, NewEntry)]
-            said = [one for one in embedded if isinstance(one, str)]
-            if fresh:
-                await self._galleries.enrol_many(into, fresh, existing="skip", by=work.by)
-            added += len(fresh) + len(have)
-            skipped += len(said)
-            failed += said[: TOLD_MAX - len(failed)]
-            pace.to(first + len(part))
-        added -= await self._without_deleted(source, into, record.id, work.by)
-        end = msgspec.structs.replace(record, state="done", added=added, skipped=skipped)
+        said = [failed[one][1] for one in ids if one in failed]
+        added = sum(one.imported == record.id for one in self._galleries.picked(into, ids))
+        end = msgspec.structs.replace(record, state="done", added=added, skipped=len(said))
         revision = await self._galleries.end_import(into, end)
         return m.GalleryWorkDone(
-            entries=len(ids), added=added, skipped=skipped, failed=failed, revision=revision
-        )
+            entries=len(ids), added=added, skipped=len(said), failed=said[:TOLD_MAX],
+            revision=revision,
+        )  # fmt: skip
 
     async def closed(self, job: m.Job, work: m.GalleryWork) -> None:
         """Say of a new dataset whose making was given up that it is not whole."""
@@ -148,21 +146,85 @@ class Reembed:
                 return f"{entry.id}: {error.message}"
         if not vector.any():
             return f"{entry.id}: its image is all black, it has no vector"
-        return NewEntry(
-            id=entry.id,
-            vector=vector,
-            metadata=entry.metadata,
-            subject=entry.subject,
-            image=entry.image,
-            quality=entry.quality,
-            imported=imported,
-            at=entry.last_seen,
-        )
+        return _with(entry, vector, imported)
 
-    async def _without_deleted(self, source: str, into: str, imported: str, by: str | None) -> int:
-        """Remove from the new dataset what was removed from the old one meanwhile; say how much."""
+    async def _differing(
+        self,
+        source: str,
+        into: str,
+        imported: str,
+        failed: dict[str, tuple[m.EntryInfo, str]],
+        by: str | None,
+    ) -> list[str]:
+        """Return the entries that the new dataset does not have as the old one has them now.
+
+        What was removed from the old one meanwhile is removed from the new one. What somebody has
+        put into the new dataset under such an id stays theirs.
+        """
+        await self._without_deleted(source, into, imported, by)
+        ids = self._galleries.ids(source)
+        found = []
+        for first in range(0, len(ids), BATCH):
+            part = ids[first : first + BATCH]
+            made = {one.id: one for one in self._galleries.picked(into, part)}
+            for entry in self._galleries.picked(source, part):
+                new = made.get(entry.id)
+                if new is None:
+                    known = failed.get(entry.id)
+                    if known is None or known[0].image != entry.image:
+                        found.append(entry.id)
+                elif new.imported == imported and not _alike(entry, new):
+                    found.append(entry.id)
+        return found
+
+    async def _carry_over(
+        self,
+        entries: list[m.EntryInfo],
+        into: str,
+        imported: str,
+        failed: dict[str, tuple[m.EntryInfo, str]],
+        by: str | None,
+    ) -> None:
+        """Enrol entries with their new vectors; what has the same image has its vector already."""
+        ids = [one.id for one in entries]
+        made = {one.id: one for one in self._galleries.picked(into, ids, embeddings=True)}
+        fresh = [one for one in entries if one.id not in made or made[one.id].image != one.image]
+        known = [
+            _with(one, there.embedding, imported)
+            for one in entries
+            if (there := made.get(one.id)) is not None
+            and there.image == one.image
+            and there.embedding is not None
+        ]
+        embedded = await asyncio.gather(*(self._embedded(one, imported) for one in fresh))
+        new = [one for one in embedded if isinstance(one, NewEntry)]
+        for entry, said in zip(fresh, embedded, strict=True):
+            failed.pop(entry.id, None)
+            if isinstance(said, str):
+                failed[entry.id] = entry, said
+                if entry.id in made:
+                    # The face that it had is the old photo's.
+                    with contextlib.suppress(NotFound):
+                        await self._galleries.remove(into, entry.id, by=by)
+        if enrolled := [*known, *new]:
+            await self._galleries.enrol_many(into, enrolled, existing="replace", by=by)
+
+    async def _reject_again(self, source: str, into: str, by: str | None) -> None:
+        """Say in the new dataset, too, of entries that they are not somebody.
+
+        A rejected face that is no entry has only its old vector, and is left behind.
+        """
+        there = set(await self._galleries.rejections(into))
+        for subject, entry in await self._galleries.rejections(source):
+            if entry is None or (subject, entry) in there:
+                continue
+            # Whoever or whatever was left out, or is somebody else by now.
+            with contextlib.suppress(NotFound, Conflict):
+                await self._galleries.reject(into, subject, entry=entry, by=by)
+
+    async def _without_deleted(self, source: str, into: str, imported: str, by: str | None) -> None:
+        """Remove from the new dataset what was removed from the old one meanwhile."""
         await self._galleries.wait(await self._galleries.newest())
-        gone = 0
         ids = self._galleries.ids(into)
         for first in range(0, len(ids), BATCH):
             part = ids[first : first + BATCH]
@@ -172,5 +234,27 @@ class Reembed:
                     continue
                 with contextlib.suppress(NotFound):
                     await self._galleries.remove(into, entry.id, by=by)
-                    gone += 1
-        return gone
+
+
+def _alike(old: m.EntryInfo, new: m.EntryInfo) -> bool:
+    # As bytes: in metadata there may be a number that is none, and such a one never equals itself.
+    before, now = (
+        codec.encode(
+            [one.subject, one.metadata, one.quality, one.image, one.last_seen], codec.MSGPACK
+        )
+        for one in (old, new)
+    )
+    return before == now
+
+
+def _with(entry: m.EntryInfo, vector: npt.ArrayLike, imported: str) -> NewEntry:
+    return NewEntry(
+        id=entry.id,
+        vector=np.asarray(vector, np.float32),
+        metadata=entry.metadata,
+        subject=entry.subject,
+        image=entry.image,
+        quality=entry.quality,
+        imported=imported,
+        at=entry.last_seen,
+    )

@@ -239,6 +239,23 @@ async def test_a_time_that_python_cannot_tell_is_passed_over(client):
         assert known(galleries) == {"g": {"a": [1, 0]}}
 
 
+async def test_one_entry_is_looked_up_without_putting_all_in_order(client):
+    async with replica(client) as galleries:
+        await galleries.create("g")
+        await enrol(galleries, "g", "a", EAST, None, subject="ann")
+        await enrol(galleries, "g", "b", NORTH, None)
+        for subject, entry, expected in (
+            (None, "a", ["a"]), ("ann", "a", ["a"]), ("ann", "b", []), ("eve", "a", []),
+            (None, "c", []),
+        ):  # fmt: skip
+            shown, following, total = await galleries.entries(
+                "g", limit=1, entry=entry, subject=subject
+            )
+            assert [one.id for one in shown] == expected
+            assert (following, total) == (None, len(expected))
+        assert galleries._galleries["g"]._ordered is None
+
+
 async def test_a_time_without_a_zone_is_in_utc(client):
     then = datetime(2020, 1, 2, 3, 4)  # noqa: DTZ001 - the point of it
     async with replica(client) as galleries:

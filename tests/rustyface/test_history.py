@@ -1,5 +1,7 @@
 """The history of galleries: who did what, without a face in it, and gone with the person."""
 
+import asyncio
+
 import numpy as np
 import pytest
 
@@ -93,6 +95,46 @@ async def test_with_their_last_entry_somebody_s_history_goes_too(galleries):
     assert await told(galleries) == [
         ("create", None, None, None),
         ("remove-entry", "a", None, None),
+    ]
+
+
+@pytest.mark.parametrize("removal", ["person", "renamed person", "dataset"])
+async def test_what_another_replica_tells_late_of_whom_or_what_was_removed_does_not_stay(
+    galleries, replica, client, connected, monkeypatch, removal
+):
+    tell, held = history.History.tell, asyncio.Event()
+
+    async def late(self, change):
+        if change.action == "enrolled":
+            await held.wait()
+        return await tell(self, change)
+
+    monkeypatch.setattr(history.History, "tell", late)
+    async with replica(await connected()) as other:
+        await galleries.wait(await other.enrol("g", new("a", subject="ann")))
+        if removal == "dataset":
+            await galleries.delete("g")
+            await galleries.create("g")
+        else:
+            if removal == "renamed person":
+                await galleries.move_subjects("g", ["ann"], "anna")
+            await galleries.remove_subject("g", "ann" if removal == "person" else "anna")
+        held.set()
+        await other._ledger.all_told()
+    bodies = [stored.body async for stored in client.store.changes.read(f"{client.root}.>")]
+    assert b"ann" not in b"".join(bodies)
+
+
+async def test_what_is_told_late_of_those_who_are_there_stays(galleries):
+    await galleries.enrol("g", new("a", subject="ann"))
+    await galleries.remove_subject("g", "ann")
+    await galleries.enrol("g", new("a", subject="ann"))
+    await galleries.move_subjects("g", ["ann"], "anna")
+    assert [one[:3] for one in await told(galleries)] == [
+        ("create", None, None),
+        ("remove-subject", None, None),
+        ("enrolled", "ann", None),
+        ("merge-subjects", "ann", "anna"),
     ]
 
 

@@ -242,8 +242,47 @@ async def test_nothing_is_left_of_a_change_whose_gallery_is_deleted_meanwhile(
     assert set(await vectors_of(client)) <= set(before)
 
 
+@pytest.mark.parametrize("name", ["ann", "anna"])
+async def test_a_face_that_is_moved_while_its_person_is_removed_is_removed_too(
+    people, replica, connected, monkeypatch, client, name
+):
+    """The other replica has read neither renaming nor removal when it decides."""
+    async with replica(await connected()) as other:
+        append = Ledger.append_after
+
+        async def late(self, *args: object, **kwargs):
+            monkeypatch.undo()
+            if name == "anna":
+                await people.move_subjects("g", ["ann"], "anna")
+            await people.remove_subject("g", name)
+            # The removal has cleared the entry away; a worker that was killed would not have.
+            subject = GALLERY_ENTRY.subject(client.root, gallery="g", entry="a0")
+            assert await client.store.galleries.last(subject) is None
+            return await append(self, args[0], args[1], 0, *args[3:], **kwargs)
+
+        monkeypatch.setattr(Ledger, "append_after", late)
+        with pytest.raises(NotFound, match="'ann', whom the entry 'a0' showed, was removed"):
+            await other.move_entry("g", "a0", "bob")
+        assert await persons(people, other) == {"bob": ["b"]}
+        assert await vectors_of(client) == ["b"]
+
+
+async def test_a_face_that_was_moved_stays_when_the_person_is_removed_after_it(people, monkeypatch):
+    append = Ledger.append_after
+
+    async def before(self, *args: object, **kwargs):
+        monkeypatch.undo()
+        revision = await append(self, *args, **kwargs)
+        await people.remove_subject("g", "ann")
+        return revision
+
+    monkeypatch.setattr(Ledger, "append_after", before)
+    await people.move_entry("g", "a0", "bob")
+    assert await persons(people) == {"bob": ["a0", "b"]}
+
+
 async def test_a_face_that_is_moved_does_not_come_into_a_gallery_that_took_the_name(
-    people, monkeypatch, client
+    people, replica, monkeypatch, client
 ):
     """Deleted and made anew between the look and the move, before the old entries were cleared."""
     append = Ledger.append_after
@@ -261,7 +300,11 @@ async def test_a_face_that_is_moved_does_not_come_into_a_gallery_that_took_the_n
     with pytest.raises(NotFound, match="'g' was deleted at this moment"):
         await people.move_entry("g", "a0", "bob")
     assert await persons(people) == {}
-    assert "a0" not in await vectors_of(client)
+    # Those of before are the other replica's to clear away, or the next one's.
+    assert await vectors_of(client) == ["a0", "a1", "a2", "b"]
+    async with replica() as replayed:
+        assert await persons(replayed) == {}
+        assert await vectors_of(client) == []
 
 
 async def test_who_was_rejected_for_a_face_is_not_named_for_it_again(people, replica):

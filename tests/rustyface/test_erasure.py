@@ -1,0 +1,228 @@
+"""What was deleted is in no file of the broker: looked for byte by byte, where it was before."""
+
+import asyncio
+import contextlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bus import codec
+from bus import messages as m
+from bus.broker import running_broker
+from bus.client import connect
+from bus.errors import Unavailable
+from bus.streams import Stream
+from bus.subjects import GALLERY_ENTRY, gallery_events
+from bus.testing import until
+from services.rustyface import clearing
+from services.rustyface.galleries import Galleries, NewEntry
+from services.rustyface.projection import LITTLE_ENDIAN
+
+D = 16
+# Of length 1 already, so that a moved entry and a rejection have the very same bytes.
+FACE = np.eye(D, dtype=np.float32)[3] * np.float32(0.6) - np.eye(D, dtype=np.float32)[7] * 0.8
+OTHER = np.eye(D, dtype=np.float32)[5]
+
+
+def face(name: str, **more) -> NewEntry:
+    return NewEntry(id=name, vector=FACE, **more)
+
+
+@contextlib.asynccontextmanager
+async def reading(client):
+    galleries = Galleries(client.store.galleries, client.root, "test", D)
+    following = asyncio.create_task(galleries.run())
+    try:
+        await until(lambda: galleries.caught_up.is_set() or following.done())
+        yield galleries
+    finally:
+        following.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await following
+
+
+@pytest.fixture
+async def client(tmp_path):
+    """Over a broker whose files lie in ``tmp_path``."""
+    async with (
+        running_broker(tmp_path) as broker,
+        connect(broker.url, name="test", root="r") as one,
+    ):
+        await one.store.declare()
+        yield one
+
+
+@pytest.fixture
+async def galleries(client):
+    async with reading(client) as one:
+        await one.create("g")
+        yield one
+
+
+@pytest.fixture
+def copies(tmp_path):
+    """Counts the face in all files of the broker."""
+
+    def count() -> int:
+        needle = FACE.astype(LITTLE_ENDIAN).tobytes()
+        files = [path for path in Path(tmp_path).rglob("*") if path.is_file()]
+        return sum(path.read_bytes().count(needle) for path in files)
+
+    return count
+
+
+@pytest.fixture
+def fail_thrice(monkeypatch):
+    """Makes the next three deletions of messages fail; nobody waits long for them."""
+
+    def begin() -> None:
+        remove, failures = Stream.remove, iter([Unavailable("the broker is away")] * 3)
+
+        async def failing(self, seq, *, erase=False):
+            for failure in failures:
+                raise failure
+            await remove(self, seq, erase=erase)
+
+        monkeypatch.setattr(clearing, "PATIENT_S", 0.01)
+        monkeypatch.setattr(clearing, "PAUSE_S", 0.01)
+        monkeypatch.setattr(Stream, "remove", failing)
+
+    return begin
+
+
+async def removed(galleries) -> None:
+    await galleries.enrol("g", face("a", subject="ann"))
+    await galleries.remove("g", "a")
+
+
+async def removed_with_the_person(galleries) -> None:
+    await galleries.enrol("g", face("a", subject="ann"))
+    await galleries.enrol("g", face("b", subject="ann"))
+    await galleries.remove_subject("g", "ann")
+
+
+async def removed_after_it_was_moved(galleries) -> None:
+    await galleries.enrol("g", face("a", subject="ann"))
+    for name in ("bob", "cat", "dan"):
+        await galleries.move_entry("g", "a", name)
+    await galleries.remove_subject("g", "dan")
+
+
+async def replaced(galleries) -> None:
+    await galleries.enrol("g", face("a"))
+    await galleries.enrol("g", NewEntry(id="a", vector=OTHER))
+
+
+async def replaced_in_one_batch(galleries) -> None:
+    await galleries.enrol_many("g", [face("a"), face("b")], existing="skip")
+    new = [NewEntry(id=name, vector=OTHER) for name in "ab"]
+    await galleries.enrol_many("g", new, existing="replace")
+
+
+async def gone_with_the_dataset(galleries) -> None:
+    await galleries.enrol("g", face("a", subject="ann"))
+    await galleries.enrol("g", NewEntry(id="b", vector=OTHER, subject="bob"))
+    await galleries.reject("g", "bob", entry="a")
+    await galleries.delete("g")
+
+
+async def gone_with_the_import(galleries) -> None:
+    record = m.GalleryImport(id="i1", at=m.now(), source="f", format="json")
+    await galleries.begin_import("g", record)
+    await galleries.enrol_many("g", [face("a", imported="i1")], existing="skip")
+    await galleries.undo_import("g", "i1")
+
+
+async def a_rejection_withdrawn(galleries) -> None:
+    await galleries.enrol("g", NewEntry(id="b", vector=OTHER, subject="bob"))
+    rejection, _ = await galleries.reject("g", "bob", vector=FACE)
+    await galleries.withdraw("g", rejection)
+
+
+async def a_rejection_without_its_face(galleries) -> None:
+    await galleries.enrol("g", NewEntry(id="b", vector=OTHER, subject="bob"))
+    await galleries.enrol("g", face("a"))
+    await galleries.reject("g", "bob", entry="a")
+    await galleries.remove("g", "a")
+
+
+@pytest.mark.parametrize(
+    "deletion",
+    [
+        removed,
+        removed_with_the_person,
+        removed_after_it_was_moved,
+        gone_with_the_dataset,
+        gone_with_the_import,
+        a_rejection_withdrawn,
+        a_rejection_without_its_face,
+    ],
+)
+async def test_a_deleted_face_is_in_no_file_when_the_answer_comes(galleries, copies, deletion):
+    # Beside it in the same block, so that no file goes away as a whole.
+    await galleries.enrol("g", NewEntry(id="stays", vector=OTHER))
+    await galleries.create("other")
+    await galleries.enrol("other", NewEntry(id="stays", vector=OTHER))
+    await galleries.enrol("other", face("probe"))
+    assert copies() == 1
+    await galleries.remove("other", "probe")
+    await deletion(galleries)
+    assert copies() == 0
+
+
+@pytest.mark.parametrize("replacement", [replaced, replaced_in_one_batch])
+async def test_a_replaced_face_is_in_no_file_soon_after(galleries, copies, replacement):
+    await replacement(galleries)
+    await until(lambda: copies() == 0)
+
+
+async def test_what_was_cut_short_before_it_was_erased_the_next_worker_erases(client, copies):
+    async with reading(client) as galleries:
+        await galleries.create("g")
+        await galleries.enrol("g", face("a"))
+    tombstone = codec.encode(m.GalleryEntry(id="a", at=m.now()))
+    subject = GALLERY_ENTRY.subject(client.root, gallery="g", entry="a")
+    await client.store.galleries.append(subject, tombstone)
+    assert copies() == 1
+    async with reading(client):
+        assert copies() == 0
+
+
+async def test_what_one_replica_replaces_the_others_leave_to_it(client, copies, monkeypatch):
+    async with reading(client) as one, reading(client) as other:
+        await one.create("g")
+        asked = []
+        remove = Stream.remove
+
+        async def counted(self, seq, *, erase=False):
+            asked.append(seq)
+            await remove(self, seq, erase=erase)
+
+        monkeypatch.setattr(Stream, "remove", counted)
+        first = await one.enrol("g", face("a"))
+        await other.wait(await one.enrol("g", NewEntry(id="a", vector=OTHER)))
+        await until(lambda: copies() == 0)
+        assert asked == [first]
+
+
+async def test_what_could_not_be_erased_is_tried_again(galleries, client, copies, fail_thrice):
+    fail_thrice()
+    await removed_with_the_person(galleries)
+    assert galleries.ids("g") == []
+    await until(lambda: copies() == 0)
+    left = [one.subject async for one in client.store.galleries.read(gallery_events(client.root))]
+    assert not [one for one in left if ".entry." in one]
+
+
+async def test_what_the_first_try_at_the_start_has_left_is_erased_later(
+    client, copies, fail_thrice
+):
+    async with reading(client) as galleries:
+        await galleries.create("g")
+        await galleries.enrol("g", face("a"))
+    subject = GALLERY_ENTRY.subject(client.root, gallery="g", entry="a")
+    await client.store.galleries.append(subject, codec.encode(m.GalleryEntry(id="a", at=m.now())))
+    fail_thrice()
+    async with reading(client):
+        await until(lambda: copies() == 0)
