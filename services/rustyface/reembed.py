@@ -206,8 +206,12 @@ class Reembed:
                     # The face that it had is the old photo's.
                     with contextlib.suppress(NotFound):
                         await self._galleries.remove(into, entry.id, by=by)
-        if enrolled := [*known, *new]:
-            await self._galleries.enrol_many(into, enrolled, existing="replace", by=by)
+        enrolled = [*known, *new]
+        # Not over what somebody has put there since it was looked at.
+        if added := [one for one in enrolled if one.id not in made]:
+            await self._galleries.enrol_many(into, added, existing="skip", by=by)
+        if changed := [one for one in enrolled if one.id in made]:
+            await self._galleries.enrol_many(into, changed, existing="replace", by=by)
 
     async def _reject_again(self, source: str, into: str, by: str | None) -> None:
         """Say in the new dataset, too, of entries that they are not somebody.

@@ -1,0 +1,156 @@
+"""A dataset embedded anew while it is changed: the new one is as the old one is at the end."""
+
+import asyncio
+import contextlib
+import dataclasses
+import hashlib
+import threading
+
+import cv2
+import numpy as np
+import pytest
+
+from bus import messages as m
+from bus.testing import until
+from services.rustyface.embedding import Pixel32
+from services.rustyface.galleries import NewEntry, Query
+from services.rustyface.images import decode
+from services.rustyface.reembed import Reembed
+
+EAST = np.array([1, 0], np.float32)
+WORK = m.GalleryWork(action="reembed", dataset="old", into="new", by="me")
+JOB = m.Job(job="j1", gallery=WORK, kind="gallery", created_at=m.now(), updated_at=m.now())
+
+
+class Pixels:
+    """Embeds whole pictures, really; can be held up before the first one."""
+
+    name, digest, dimensions = "pixel32", Pixel32.digest, 1024
+
+    def __init__(self) -> None:
+        self.began, self.let_go = threading.Event(), threading.Event()
+        self.embedded: list[str] = []
+
+    def encode(self, data: bytes):
+        self.embedded.append(hashlib.sha256(data).hexdigest())
+        self.began.set()
+        assert self.let_go.wait(30)
+        return Pixel32().embed([decode(data)])[0], []
+
+
+@pytest.fixture
+async def images(client, photo, tmp_path) -> list[str]:
+    """Digests of ten pieces of a photo, which are stored."""
+    digests = []
+    for i in range(10):
+        path = tmp_path / f"{i}.png"
+        piece = photo("astronaut")[40 * i : 40 * i + 64, 100:164]
+        path.write_bytes(cv2.imencode(".png", piece)[1].tobytes())
+        digests.append(hashlib.sha256(path.read_bytes()).hexdigest())
+        await client.store.faces.put(digests[-1], path)
+    return digests
+
+
+@pytest.fixture
+async def old(replica, images):
+    """A dataset of an embedder of before: four entries of ann, four of bob."""
+    async with replica() as before:
+        await before.create("old", settings=m.DatasetSettings(scoring="best", threshold=0.7))
+        entries = [
+            NewEntry(id=f"{name}{i}", vector=EAST, subject=name, image=images[i + start])
+            for name, start in (("ann", 0), ("bob", 4))
+            for i in range(4)
+        ]
+        await before.enrol_many("old", entries, existing="fail")
+        yield before
+
+
+@contextlib.asynccontextmanager
+async def embedding(client, galleries, pixels):
+    """Inside, the job has begun and waits."""
+    job = Reembed(client.store.faces, galleries, pixels)
+    carried = asyncio.create_task(job.carry(JOB, WORK, lambda *_: None))
+    try:
+        await until(lambda: pixels.began.is_set() or carried.done())
+        yield carried
+    finally:
+        pixels.let_go.set()
+        await asyncio.gather(carried, return_exceptions=True)
+
+
+@pytest.fixture
+async def today(replica):
+    async with replica(embedder="pixel32", dimensions=1024, digest=Pixel32.digest) as galleries:
+        yield galleries
+
+
+def told(galleries, dataset: str) -> dict[str, tuple[str | None, str | None]]:
+    entries = galleries.picked(dataset, galleries.ids(dataset))
+    return {one.id: (one.subject, one.image) for one in entries}
+
+
+async def test_what_is_changed_meanwhile_is_in_the_new_dataset_as_it_is_at_the_end(
+    client, old, today, images
+):
+    pixels = Pixels()
+    async with embedding(client, today, pixels) as carried:
+        await old.move_subjects("old", ["ann"], "anna", fresh=True)
+        await old.move_entry("old", "bob0", "anna")
+        await old.enrol("old", NewEntry(id="bob1", vector=EAST, subject="bob", image=images[8]))
+        await old.enrol("old", NewEntry(id="late", vector=EAST, subject="eve", image=images[9]))
+        await old.enrol("old", NewEntry(id="bob2", vector=EAST, subject="bob"))
+        await old.remove("old", "bob3")
+        pixels.let_go.set()
+        done = await carried
+    await today.wait(await today.newest())
+    expected = told(old, "old")
+    # Its new photo was not kept, and its old one is not it any more.
+    assert expected.pop("bob2") == ("bob", None)
+    assert told(today, "new") == expected
+    assert (done.entries, done.added, done.skipped) == (8, 7, 1)
+    assert done.failed == ["bob2: its image was not kept"]
+    # Nothing was embedded twice: a name needs no new vector.
+    assert len(pixels.embedded) == len(set(pixels.embedded)) == 10
+    data = b"".join([block async for block in client.store.faces.read(images[8])])
+    found = await today.search(
+        "new",
+        Query(vector=Pixel32().embed([decode(data)])[0], k=1, threshold=0.999, revision=None),
+    )
+    assert [one.entry.id for one in found.matches] == ["bob1"]
+
+
+async def test_metadata_with_a_number_that_is_none_do_not_keep_it_from_ending(
+    client, old, today, images
+):
+    odd = NewEntry(id="odd", vector=EAST, image=images[9], metadata={"n": float("nan")})
+    await old.enrol("old", odd)
+    async with embedding(client, today, pixels := Pixels()) as carried:
+        pixels.let_go.set()
+        assert (await carried).added == 9
+
+
+async def test_settings_and_rejected_entries_come_along_but_no_threshold(client, old, today):
+    await old.reject("old", "ann", entry="bob0")
+    await old.reject("old", "bob", vector=EAST)
+    for _ in range(2):
+        # Taken up again after its last step, it says nothing twice.
+        async with embedding(client, today, pixels := Pixels()) as carried:
+            pixels.let_go.set()
+            await carried
+    assert await today.rejections("new") == [("ann", "bob0")]
+    settings = await today.settings("new")
+    assert settings == m.DatasetSettings(scoring="best", threshold=None)
+
+
+async def test_what_somebody_has_put_into_the_new_dataset_stays_theirs(client, old, today):
+    pixels = Pixels()
+    mine = NewEntry(id="ann0", vector=np.ones(1024, np.float32), subject="me")
+    async with embedding(client, today, pixels) as carried:
+        await today.enrol("new", mine)
+        await today.enrol("new", dataclasses.replace(mine, id="own"))
+        pixels.let_go.set()
+        await carried
+    await today.wait(await today.newest())
+    shown = told(today, "new")
+    assert shown["own"] == shown["ann0"] == ("me", None)
+    assert shown.keys() == {*told(old, "old"), "own"}
