@@ -1,8 +1,6 @@
-"""Jobs of datasets: in and out whole, whoever dies; what was deleted lies nowhere any more."""
+"""Jobs of datasets: in and out whole, whoever dies."""
 
 import asyncio
-import contextlib
-import hashlib
 import json
 import os
 import signal
@@ -13,166 +11,43 @@ import msgspec
 import numpy as np
 import pytest
 
-from bus import job_rules
-from bus import jobs as jobs_module
 from bus import messages as m
-from bus.client import connect
 from bus.errors import Conflict, InvalidRequest, NotFound
-from bus.instance import join
 from bus.subjects import DATASET_JOB_CANCEL, DATASET_JOB_RETRY
-from bus.tasks import beside
 from bus.testing import until
-from services.rustyface import exports as exports_module
-from services.rustyface import leftovers as leftovers_module
-from services.rustyface.embedding import Pixel32
-from services.rustyface.files import Head, Row, writer
-from services.rustyface.galleries import Galleries, NewEntry, Query
-from services.rustyface.images import decode
-from services.rustyface.manage import Manage
-from services.rustyface.transfer import GalleryJobs, take_in
-
-REPOSITORY = Path(__file__).parents[2]
-D = 8
-LARGE = 8_000
-FORMATS = ("json", "npz", "parquet")
-
-
-class Tiny:
-    """Names vectors of eight values; asked for none."""
-
-    name, digest, dimensions = "tiny", "t1", D
-
-    def encode(self, data: bytes):
-        raise AssertionError(data)
-
-
-class Pixels:
-    """Embeds whole pictures, really."""
-
-    name, digest, dimensions = "pixel32", Pixel32.digest, 1024
-
-    def encode(self, data: bytes):
-        return Pixel32().embed([decode(data)])[0], []
-
-
-class Worker:
-    def __init__(self, client, galleries, jobs) -> None:
-        self.client, self.galleries, self.jobs = client, galleries, jobs
-
-    async def do(self, action, dataset, state="done", **more) -> m.Job:
-        """Have a job done, and return it when it has ended."""
-        job = await self.jobs.enter(m.GalleryWork(action=action, dataset=dataset, **more))
-        return await ended_as(self.client, job, state)
+from services.rustyface.files import Head
+from services.rustyface.galleries import NewEntry
+from services.rustyface.transfer import take_in
+from tests.rustyface.transfers import (
+    FORMATS,
+    LARGE,
+    REPOSITORY,
+    D,
+    answers,
+    as_file,
+    ended_as,
+    hurry,
+    in_stream,
+    now_of,
+    rows_of,
+    starting,
+    stored,
+    uploaded,
+    vector,
+    writing,
+)
 
 
 @pytest.fixture
 def worker(client, settings, tmp_path):
     """Start what does jobs of datasets in a rustyface."""
-
-    @contextlib.asynccontextmanager
-    async def start(slot=0, encoder=None, at_once=1):
-        here = msgspec.structs.replace(settings, slot=slot)
-        encoder = encoder or Tiny()
-        async with (
-            connect(here.nats_url, name="rustyface", root=here.root) as own,
-            join(own, here, plugin="rustyface", description="a test") as instance,
-        ):
-            store = own.store
-            galleries = Galleries(
-                store.galleries,
-                own.root,
-                encoder.name,
-                encoder.dimensions,
-                digest=encoder.digest,
-                changes=store.changes,
-            )
-            folder = tmp_path / f"transfers-{slot}"
-            jobs = GalleryJobs(own, instance, galleries, encoder, folder, lambda: at_once)
-            async with beside(galleries.run()):
-                await galleries.caught_up.wait()
-                async with jobs.serving():
-                    yield Worker(own, galleries, jobs)
-
-    return start
+    return starting(settings, tmp_path)
 
 
 @pytest.fixture
 def hurried(monkeypatch):
     """Leases are short, and news are told often."""
-    monkeypatch.setattr(job_rules, "LEASE_S", 1.5)
-    monkeypatch.setattr(jobs_module, "RENEW_S", 0.3)
-    monkeypatch.setattr(jobs_module, "TELL_S", 0.05)
-
-
-async def now_of(client, job: m.Job) -> m.Job:
-    return (await client.store.jobs.get(job.job)).value
-
-
-async def ended_as(client, job: m.Job, state: str, timeout_s: float = 60) -> m.Job:
-    async def has_ended() -> bool:
-        return (await now_of(client, job)).state in ("done", "failed", "cancelled")
-
-    await until(has_ended, timeout_s)
-    found = await now_of(client, job)
-    assert found.state == state, found
-    return found
-
-
-async def writing(client, job: m.Job) -> m.Job:
-    async def is_writing() -> bool:
-        now = await now_of(client, job)
-        return now.stage == "writing" and now.entries > 0
-
-    await until(is_writing, 60)
-    return await now_of(client, job)
-
-
-def vector(*values: float) -> np.ndarray:
-    wide = np.zeros(D)
-    wide[: len(values)] = values
-    return np.asarray(wide / np.linalg.norm(wide), np.float32)
-
-
-def rows_of(count: int) -> list[Row]:
-    random = np.random.default_rng(11)
-    made = random.normal(size=(count, D))
-    made /= np.linalg.norm(made, axis=1, keepdims=True)
-    return [Row(f"e{i}", made[i].astype(np.float32), {"n": i}) for i in range(count)]
-
-
-def as_file(path: Path, rows, kind="npz", head=None) -> Path:
-    file = writer(path, kind, head or Head(), D)
-    file.add(rows)
-    file.finish()
-    return path
-
-
-async def uploaded(client, path: Path) -> str:
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()  # noqa: ASYNC240
-    await client.store.faces.put(digest, path)
-    return digest
-
-
-async def stored(client) -> set[str]:
-    return {one.digest for one in await client.store.faces.all()}
-
-
-async def in_stream(client, galleries, dataset: str) -> list[str]:
-    """Return the ids of a dataset as a replica that begins anew reads them from the stream."""
-    anew = Galleries(client.store.galleries, client.root, "tiny", D)
-    async with beside(anew.run()):
-        await anew.caught_up.wait()
-        assert anew.ids(dataset) == galleries.ids(dataset)
-        return anew.ids(dataset)
-
-
-async def answers(galleries, dataset, query):
-    found = await galleries.search(dataset, Query(vector=query, k=5, threshold=-1, revision=None))
-    return [
-        (one.entry.id, round(one.score, 6), one.entry.subject, one.entry.metadata,
-         one.entry.last_seen, one.entry.quality)
-        for one in found.matches
-    ]  # fmt: skip
+    hurry(monkeypatch)
 
 
 # --- There and back -------------------------------------------------------------------------------
@@ -432,151 +307,6 @@ async def test_jobs_of_models_are_left_to_others(client, worker):
         await at.galleries.create("d")
         await at.do("export", "d")
     assert await now_of(client, model) == model
-
-
-# --- What must not stay ---------------------------------------------------------------------------
-
-
-async def test_an_export_goes_when_somebody_is_deleted(client, worker):
-    async with worker() as at:
-        for name in ("d", "other"):
-            await at.galleries.create(name)
-            await at.galleries.enrol(name, NewEntry(id="a", vector=vector(1), subject="Ada"))
-        gone = (await at.do("export", "d")).gallery_result.artefact
-        kept = (await at.do("export", "other")).gallery_result.artefact
-        assert {gone, kept} <= await stored(client)
-        manage = Manage(at.galleries, at.jobs, lambda _: (0.4, 0.4), lambda *_: None)
-        asked = m.ManageDataset(action="remove-subject", dataset="d", subject="Ada")
-        assert (await manage.answer(asked)).affected == 1
-        assert await stored(client) == {kept}
-
-
-async def test_an_export_that_runs_while_somebody_is_deleted_ends_without_a_file(
-    client, worker, hurried
-):
-    async with worker() as at:
-        await at.galleries.create("d")
-        entries = [NewEntry(id=r.id, vector=r.vector) for r in rows_of(LARGE)]
-        await at.galleries.enrol_many("d", entries, existing="skip")
-        job = await at.jobs.enter(m.GalleryWork(action="export", dataset="d"))
-
-        async def is_running() -> bool:
-            return (await now_of(client, job)).state == "running"
-
-        await until(is_running)
-        await at.jobs.drop_exports("d")
-        ended = await ended_as(client, job, "cancelled")
-        assert "somebody was deleted" in ended.error
-
-        async def nothing_is_stored() -> bool:
-            return await stored(client) == set()
-
-        await until(nothing_is_stored)
-
-
-async def test_an_export_has_an_hour(client, worker, monkeypatch):
-    async with worker() as at:
-        await at.galleries.create("d")
-        job = await at.do("export", "d")
-        exports = at.jobs._work.exports
-        await exports.drop_old()
-        assert await stored(client) == {job.gallery_result.artefact}
-        monkeypatch.setattr(exports_module, "KEPT", exports_module.KEPT * 0)
-        await exports.drop_old()
-        assert await stored(client) == set()
-
-
-async def test_leftovers_are_deleted_and_what_is_needed_stays(
-    client, worker, tmp_path, monkeypatch
-):
-    paths = {name: tmp_path / name for name in ("unused", "waiting", "image")}
-    for name, path in paths.items():
-        path.write_bytes(name.encode())
-    digests = {name: await uploaded(client, path) for name, path in paths.items()}
-    async with worker(at_once=0) as at:
-        await at.galleries.create("d")
-        entry = NewEntry(id="a", vector=vector(1), image=digests["image"])
-        await at.galleries.enrol("d", entry)
-        work = m.GalleryWork(action="import", dataset="d", artefact=digests["waiting"])
-        job = await at.jobs.enter(work)
-        clear = at.jobs._leftovers.clear
-        await clear()
-        assert await stored(client) == set(digests.values())
-        monkeypatch.setattr(leftovers_module, "YOUNG", leftovers_module.YOUNG * 0)
-        await clear()
-        assert await stored(client) == {digests["waiting"], digests["image"]}
-        # A job that was given up may be tried again, for a day.
-        await client.call(DATASET_JOB_CANCEL, m.NameJob(job=job.job))
-        await clear()
-        assert await stored(client) == {digests["waiting"], digests["image"]}
-        monkeypatch.setattr(leftovers_module, "RETRIED", leftovers_module.RETRIED * 0)
-        await clear()
-        assert await stored(client) == {digests["image"]}
-
-
-async def test_what_a_worker_left_that_died_before_it_could_take_it_out_is_taken_out(
-    client, worker, monkeypatch
-):
-    monkeypatch.setattr(leftovers_module, "CLOSED", leftovers_module.CLOSED * 0)
-    async with worker(at_once=0) as at:
-        await at.galleries.create("d")
-        work = m.GalleryWork(action="import", dataset="d", artefact="ab" * 32)
-        job = job_rules.ended(job_rules.new(work, m.now(), only=None), "cancelled", m.now())
-        record = m.GalleryImport(id=job.job, at=m.now(), source="x", format="npz")
-        await at.galleries.begin_import("d", record)
-        half = [NewEntry(id="e0", vector=vector(1), imported=job.job)]
-        await at.galleries.enrol_many("d", half, existing="skip")
-        await client.store.jobs.put(job, job.job)
-        await at.jobs._leftovers.clear()
-        assert at.galleries.ids("d") == []
-        assert [one.state for one in await at.galleries.imports("d")] == ["undone"]
-
-
-async def test_one_replica_clears_for_all(worker):
-    async with worker() as first, worker(slot=1) as second:
-        assert await first.jobs._leftovers._leads()
-
-        async def only_the_first() -> bool:
-            return not await second.jobs._leftovers._leads()
-
-        await until(only_the_first)
-
-
-# --- Embedded anew --------------------------------------------------------------------------------
-
-
-async def test_a_dataset_is_embedded_anew_from_its_images(client, worker, samples_dir, tmp_path):
-    digests = {}
-    for name in ("astronaut", "cameraman"):
-        digests[name] = await uploaded(client, samples_dir / f"{name}.jpg")
-    (tmp_path / "text").write_text("no image")
-    digests["text"] = await uploaded(client, tmp_path / "text")
-    async with worker() as at:
-        kept = m.DatasetSettings(keep_images=True, threshold=0.5)
-        await at.galleries.create("old", settings=kept)
-        entries = [
-            NewEntry(id=name, vector=vector(1, i), image=digest, subject=name, metadata={"n": i})
-            for i, (name, digest) in enumerate(digests.items())
-        ]
-        entries.append(NewEntry(id="bare", vector=vector(0, 0, 1)))
-        await at.galleries.enrol_many("old", entries, existing="skip")
-    async with worker(encoder=Pixels()) as at:
-        done = (await at.do("reembed", "old", into="new")).gallery_result
-        assert (done.entries, done.added, done.skipped) == (4, 2, 2)
-        assert [one.partition(":")[0] for one in sorted(done.failed)] == ["bare", "text"]
-        assert at.galleries.ids("new") == ["astronaut", "cameraman"]
-        settings = await at.galleries.settings("new")
-        assert (settings.keep_images, settings.threshold) == (True, None)
-        query, _ = Pixels().encode((samples_dir / "cameraman.jpg").read_bytes())
-        found = await at.galleries.search(
-            "new", Query(vector=query, k=1, threshold=0.99, revision=None, by_embedder=True)
-        )
-        [match] = found.matches
-        assert (match.entry.id, match.entry.subject, match.entry.image) == (
-            "cameraman", "cameraman", digests["cameraman"],
-        )  # fmt: skip
-        failed = await at.do("reembed", "old", "failed", into="new")
-        assert "there is a dataset 'new' already" in failed.error
 
 
 # --- The folder -----------------------------------------------------------------------------------

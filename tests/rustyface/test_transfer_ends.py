@@ -1,0 +1,181 @@
+"""What jobs of datasets leave: a new dataset, and nothing of what was deleted or given up."""
+
+import pytest
+
+from bus import job_rules
+from bus import messages as m
+from bus.subjects import DATASET_JOB_CANCEL
+from bus.testing import until
+from services.rustyface import exports as exports_module
+from services.rustyface import leftovers as leftovers_module
+from services.rustyface.galleries import NewEntry, Query
+from services.rustyface.manage import Manage
+from tests.rustyface.transfers import (
+    LARGE,
+    Pixels,
+    ended_as,
+    hurry,
+    now_of,
+    rows_of,
+    starting,
+    stored,
+    uploaded,
+    vector,
+)
+
+
+@pytest.fixture
+def worker(client, settings, tmp_path):
+    """Start what does jobs of datasets in a rustyface."""
+    return starting(settings, tmp_path)
+
+
+@pytest.fixture
+def hurried(monkeypatch):
+    """Leases are short, and news are told often."""
+    hurry(monkeypatch)
+
+
+# --- What must not stay ---------------------------------------------------------------------------
+
+
+async def test_an_export_goes_when_somebody_is_deleted(client, worker):
+    async with worker() as at:
+        for name in ("d", "other"):
+            await at.galleries.create(name)
+            await at.galleries.enrol(name, NewEntry(id="a", vector=vector(1), subject="Ada"))
+        gone = (await at.do("export", "d")).gallery_result.artefact
+        kept = (await at.do("export", "other")).gallery_result.artefact
+        assert {gone, kept} <= await stored(client)
+        manage = Manage(at.galleries, at.jobs, lambda _: (0.4, 0.4), lambda *_: None)
+        asked = m.ManageDataset(action="remove-subject", dataset="d", subject="Ada")
+        assert (await manage.answer(asked)).affected == 1
+        assert await stored(client) == {kept}
+
+
+async def test_an_export_that_runs_while_somebody_is_deleted_ends_without_a_file(
+    client, worker, hurried
+):
+    async with worker() as at:
+        await at.galleries.create("d")
+        entries = [NewEntry(id=r.id, vector=r.vector) for r in rows_of(LARGE)]
+        await at.galleries.enrol_many("d", entries, existing="skip")
+        job = await at.jobs.enter(m.GalleryWork(action="export", dataset="d"))
+
+        async def is_running() -> bool:
+            return (await now_of(client, job)).state == "running"
+
+        await until(is_running)
+        await at.jobs.drop_exports("d")
+        ended = await ended_as(client, job, "cancelled")
+        assert "somebody was deleted" in ended.error
+
+        async def nothing_is_stored() -> bool:
+            return await stored(client) == set()
+
+        await until(nothing_is_stored)
+
+
+async def test_an_export_has_an_hour(client, worker, monkeypatch):
+    async with worker() as at:
+        await at.galleries.create("d")
+        job = await at.do("export", "d")
+        exports = at.jobs._work.exports
+        await exports.drop_old()
+        assert await stored(client) == {job.gallery_result.artefact}
+        monkeypatch.setattr(exports_module, "KEPT", exports_module.KEPT * 0)
+        await exports.drop_old()
+        assert await stored(client) == set()
+
+
+async def test_leftovers_are_deleted_and_what_is_needed_stays(
+    client, worker, tmp_path, monkeypatch
+):
+    paths = {name: tmp_path / name for name in ("unused", "waiting", "image")}
+    for name, path in paths.items():
+        path.write_bytes(name.encode())
+    digests = {name: await uploaded(client, path) for name, path in paths.items()}
+    async with worker(at_once=0) as at:
+        await at.galleries.create("d")
+        entry = NewEntry(id="a", vector=vector(1), image=digests["image"])
+        await at.galleries.enrol("d", entry)
+        work = m.GalleryWork(action="import", dataset="d", artefact=digests["waiting"])
+        job = await at.jobs.enter(work)
+        clear = at.jobs._leftovers.clear
+        await clear()
+        assert await stored(client) == set(digests.values())
+        monkeypatch.setattr(leftovers_module, "YOUNG", leftovers_module.YOUNG * 0)
+        await clear()
+        assert await stored(client) == {digests["waiting"], digests["image"]}
+        # A job that was given up may be tried again, for a day.
+        await client.call(DATASET_JOB_CANCEL, m.NameJob(job=job.job))
+        await clear()
+        assert await stored(client) == {digests["waiting"], digests["image"]}
+        monkeypatch.setattr(leftovers_module, "RETRIED", leftovers_module.RETRIED * 0)
+        await clear()
+        assert await stored(client) == {digests["image"]}
+
+
+async def test_what_a_worker_left_that_died_before_it_could_take_it_out_is_taken_out(
+    client, worker, monkeypatch
+):
+    monkeypatch.setattr(leftovers_module, "CLOSED", leftovers_module.CLOSED * 0)
+    async with worker(at_once=0) as at:
+        await at.galleries.create("d")
+        work = m.GalleryWork(action="import", dataset="d", artefact="ab" * 32)
+        job = job_rules.ended(job_rules.new(work, m.now(), only=None), "cancelled", m.now())
+        record = m.GalleryImport(id=job.job, at=m.now(), source="x", format="npz")
+        await at.galleries.begin_import("d", record)
+        half = [NewEntry(id="e0", vector=vector(1), imported=job.job)]
+        await at.galleries.enrol_many("d", half, existing="skip")
+        await client.store.jobs.put(job, job.job)
+        await at.jobs._leftovers.clear()
+        assert at.galleries.ids("d") == []
+        assert [one.state for one in await at.galleries.imports("d")] == ["undone"]
+
+
+async def test_one_replica_clears_for_all(worker):
+    async with worker() as first, worker(slot=1) as second:
+        assert await first.jobs._leftovers._leads()
+
+        async def only_the_first() -> bool:
+            return not await second.jobs._leftovers._leads()
+
+        await until(only_the_first)
+
+
+# --- Embedded anew --------------------------------------------------------------------------------
+
+
+async def test_a_dataset_is_embedded_anew_from_its_images(client, worker, samples_dir, tmp_path):
+    digests = {}
+    for name in ("astronaut", "cameraman"):
+        digests[name] = await uploaded(client, samples_dir / f"{name}.jpg")
+    (tmp_path / "text").write_text("no image")
+    digests["text"] = await uploaded(client, tmp_path / "text")
+    async with worker() as at:
+        kept = m.DatasetSettings(keep_images=True, threshold=0.5)
+        await at.galleries.create("old", settings=kept)
+        entries = [
+            NewEntry(id=name, vector=vector(1, i), image=digest, subject=name, metadata={"n": i})
+            for i, (name, digest) in enumerate(digests.items())
+        ]
+        entries.append(NewEntry(id="bare", vector=vector(0, 0, 1)))
+        await at.galleries.enrol_many("old", entries, existing="skip")
+    async with worker(encoder=Pixels()) as at:
+        done = (await at.do("reembed", "old", into="new")).gallery_result
+        assert (done.entries, done.added, done.skipped) == (4, 2, 2)
+        assert [one.partition(":")[0] for one in sorted(done.failed)] == ["bare", "text"]
+        assert at.galleries.ids("new") == ["astronaut", "cameraman"]
+        settings = await at.galleries.settings("new")
+        assert (settings.keep_images, settings.threshold) == (True, None)
+        query, _ = Pixels().encode((samples_dir / "cameraman.jpg").read_bytes())
+        found = await at.galleries.search(
+            "new", Query(vector=query, k=1, threshold=0.99, revision=None, by_embedder=True)
+        )
+        [match] = found.matches
+        assert (match.entry.id, match.entry.subject, match.entry.image) == (
+            "cameraman", "cameraman", digests["cameraman"],
+        )  # fmt: skip
+        failed = await at.do("reembed", "old", "failed", into="new")
+        assert "there is a dataset 'new' already" in failed.error
