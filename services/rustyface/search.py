@@ -150,10 +150,6 @@ class Matrix:
             )
         return np.asarray(row, np.float32)
 
-    def put(self, entry_id: str, vector: npt.ArrayLike, group: int = NOBODY) -> None:
-        """Add an entry, or give it another vector; raises as `unit` does."""
-        self.put_many([entry_id], self.unit(vector)[None], [group], [b""])
-
     def put_many(
         self,
         ids: Sequence[str],
@@ -218,17 +214,6 @@ class Matrix:
             return snapshot.find(searches)
         finally:
             self.release()
-
-    def top_k(self, query: npt.ArrayLike, k: int = 5, threshold: float = 0.0) -> list[Hit]:
-        """Return the `k` entries nearest to a query, best first, without those below `threshold`.
-
-        Raises:
-            InvalidRequest: `k` is below 1, or as `unit` does.
-        """
-        if k < 1:
-            raise InvalidRequest(f"top_k is {k}, it has to be at least 1", field="top_k")
-        [found] = self.search(Search(query=self.unit(query), k=k, threshold=threshold))
-        return found.hits
 
     def _make_room(self, n: int) -> None:
         size = len(self._rows)

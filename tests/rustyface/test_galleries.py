@@ -239,6 +239,14 @@ async def test_a_time_that_python_cannot_tell_is_passed_over(client):
         assert known(galleries) == {"g": {"a": [1, 0]}}
 
 
+async def test_at_least_one_result_has_to_be_asked_for(client):
+    async with replica(client) as galleries:
+        await galleries.create("g")
+        with pytest.raises(InvalidRequest, match="top_k is 0") as refused:
+            await galleries.search("g", looking(EAST, k=0))
+        assert refused.value.field == "top_k"
+
+
 async def test_one_entry_is_looked_up_without_putting_all_in_order(client):
     async with replica(client) as galleries:
         await galleries.create("g")

@@ -14,6 +14,7 @@ from bus.testing import until
 from services.rustyface.cosines import units
 from services.rustyface.joined import AT_ONCE_MAX, Joined
 from services.rustyface.search import NOBODY, Matrix, Search
+from tests.rustyface.matrices import put
 
 RNG = np.random.default_rng(3)
 
@@ -79,7 +80,7 @@ async def test_where_a_row_stands_makes_no_difference():
     matrix, other = filled(300, 128), Matrix(128)
     for name in sorted(matrix.ids(), reverse=True):
         row = matrix._row_of[name]
-        other.put("gone", RNG.standard_normal(128))
+        put(other, "gone", RNG.standard_normal(128))
         other.put_many([name], matrix._rows[row][None], [int(matrix._groups[row])], [b""])
         other.delete("gone")
     for by_group in (False, True):
@@ -101,8 +102,8 @@ async def test_changes_go_on_while_the_rows_are_read_and_are_not_seen_by_the_rea
     reading = asyncio.create_task(joined.read(look))
     await asyncio.sleep(0)
     old = matrix.vector("e000001")
-    matrix.put("new", np.ones(16))
-    matrix.put("e000001", np.ones(16))
+    put(matrix, "new", np.ones(16))
+    put(matrix, "e000001", np.ones(16))
     matrix.delete("e000002")
     assert len(matrix) == 100
     assert matrix.vector("e000001") == pytest.approx(0.25)

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from bus.errors import InvalidRequest
 from services.rustyface.search import Hit, Matrix, Search, Snapshot
+from tests.rustyface.matrices import nearest, put
 
 # Small whole numbers, so that equal scores are common.
 vectors = st.lists(st.integers(-3, 3), min_size=3, max_size=3).filter(any)
@@ -28,14 +29,14 @@ def test_after_any_changes_it_finds_what_a_plain_search_finds(
     for step, number, vector in steps:
         name = f"e{number:03}"
         if step == "put":
-            matrix.put(name, vector)
+            put(matrix, name, vector)
             plain[name] = vector
         else:
             assert matrix.delete(name) == (plain.pop(name, None) is not None)
     assert sorted(matrix.ids()) == sorted(plain)
     assert len(matrix) == len(plain)
     every = sorted((cosine(query, v) for v in plain.values()), reverse=True)
-    hits = matrix.top_k(query, k, threshold - 1e-6)
+    hits = nearest(matrix, query, k, threshold - 1e-6)
     assert [h.score for h in hits] == pytest.approx(
         [s for s in every[:k] if s >= threshold - 1e-6], abs=1e-6
     )
@@ -62,7 +63,7 @@ def test_a_reader_sees_what_was_there_when_it_began_whatever_changes_meanwhile(
     for step, number, vector in [*steps, ("done", 0, [1])]:
         name = f"e{number:02}"
         if step == "put":
-            matrix.put(name, vector, number % 3)
+            put(matrix, name, vector, number % 3)
             plain[name] = (vector, number % 3)
         elif step == "delete":
             matrix.delete(name)
@@ -90,14 +91,14 @@ def test_a_reader_sees_what_was_there_when_it_began_whatever_changes_meanwhile(
 def test_of_equal_scores_the_smaller_id_comes_first():
     matrix = Matrix(2)
     for name in "dbca":
-        matrix.put(name, [0, 2])
-    assert matrix.top_k([0, 1], 3) == [Hit("a", 1.0), Hit("b", 1.0), Hit("c", 1.0)]
+        put(matrix, name, [0, 2])
+    assert nearest(matrix, [0, 1], 3) == [Hit("a", 1.0), Hit("b", 1.0), Hit("c", 1.0)]
 
 
 def test_a_second_vector_replaces_the_first():
     matrix = Matrix(2)
-    matrix.put("a", [1, 0])
-    matrix.put("a", [0, 5])
+    put(matrix, "a", [1, 0])
+    put(matrix, "a", [0, 5])
     assert len(matrix) == 1
     assert "a" in matrix
     assert matrix.vector("a") == pytest.approx([0, 1])
@@ -108,14 +109,14 @@ def test_memory_grows_by_doubling_and_rows_stay_one_block():
     matrix = Matrix(4)
     sizes = set()
     for i in range(1_000):
-        matrix.put(str(i), [i, 1, 0, 0])
+        put(matrix, str(i), [i, 1, 0, 0])
         sizes.add(matrix.nbytes)
     assert sorted(sizes) == [64 * 16 * 2**i for i in range(5)]
-    assert matrix.top_k([1, 1, 0, 0], 1) == [Hit("1", pytest.approx(1))]
+    assert nearest(matrix, [1, 1, 0, 0], 1) == [Hit("1", pytest.approx(1))]
 
 
 def test_nothing_is_found_in_an_empty_gallery():
-    assert Matrix(2).top_k([1, 0]) == []
+    assert nearest(Matrix(2), [1, 0]) == []
 
 
 @pytest.mark.parametrize(
@@ -133,7 +134,7 @@ def test_nothing_is_found_in_an_empty_gallery():
 )
 def test_vectors_that_do_not_fit_are_refused_with_both_sides_named(vector: list[float], said: str):
     matrix = Matrix(2)
-    for use in (lambda: matrix.put("a", vector), lambda: matrix.top_k(vector)):
+    for use in (lambda: put(matrix, "a", vector), lambda: nearest(matrix, vector)):
         with pytest.raises(InvalidRequest, match=said) as refused:
             use()
         assert refused.value.field == "embedding"
@@ -142,12 +143,6 @@ def test_vectors_that_do_not_fit_are_refused_with_both_sides_named(vector: list[
 
 def test_very_large_and_very_small_vectors_have_a_direction_too():
     matrix = Matrix(2)
-    matrix.put("large", [1e300, 1e300])
-    matrix.put("small", [1e-300, -1e-300])
-    assert matrix.top_k([1, 1], 1) == [Hit("large", pytest.approx(1))]
-
-
-def test_at_least_one_result_has_to_be_asked_for():
-    with pytest.raises(InvalidRequest, match="top_k is 0") as refused:
-        Matrix(2).top_k([1, 0], 0)
-    assert refused.value.field == "top_k"
+    put(matrix, "large", [1e300, 1e300])
+    put(matrix, "small", [1e-300, -1e-300])
+    assert nearest(matrix, [1, 1], 1) == [Hit("large", pytest.approx(1))]
