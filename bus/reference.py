@@ -21,8 +21,9 @@ from msgspec import inspect as types
 
 from bus import codec
 from bus import messages as m
+from bus.assets import declared
 from bus.errors import ErrorBody
-from bus.state import Bucket, Store, _assets
+from bus.state import Bucket, Store
 from bus.streams import MIB, NS
 from bus.subjects import DEFAULT_ROOT, ENDPOINTS, FEEDS, RAW_ENDPOINTS, Endpoint, Feed, RawEndpoint
 
@@ -160,7 +161,7 @@ is left out has its default.
 
 def render(root: str = DEFAULT_ROOT) -> str:
     """Return the page."""
-    assets = _assets(root)
+    assets = declared(root)
     kinds = _Kinds()
     parts = [
         _HEAD.format(root=root),
