@@ -22,7 +22,7 @@ from aiohttp.typedefs import Handler
 
 from bus import codec
 from bus.client import Answer, new_traceparent, trace
-from bus.errors import BusError, DeadlineExceeded, InvalidRequest, TooLarge
+from bus.errors import NEVER, BusError, DeadlineExceeded, InvalidRequest, TooLarge
 from bus.instance import Instance
 
 PROBLEM: Final = "application/problem+json"
@@ -215,7 +215,7 @@ def problem(
 def problem_of(error: BusError, *, kserve: bool = False) -> web.Response:
     """Return what a `BusError` is in HTTP; clients of the inference protocol look for `error`."""
     headers: dict[str, str] = {}
-    if error.number in {429, 503}:
+    if error.number in {429, 503, 507} and error.retry_after_s != NEVER:
         headers[hdrs.RETRY_AFTER] = str(max(1, math.ceil(error.retry_after_s or 1)))
     sentence = _sentence(error.message)
     return problem(
