@@ -93,7 +93,7 @@ _WIDTH: Final = 96
 _HEAD: Final = """\
 # What travels on the bus
 
-Made from `bus/subjects.py`, `bus/messages/` and `bus/state.py` by `make docs`; a change by hand \
+Made from `bus/subjects.py`, `bus/messages/` and `bus/assets.py` by `make docs`; a change by hand \
 is lost. How a worker uses all this, byte for byte, is in [worker-protocol.md](worker-protocol.md).
 
 Subjects begin with a root token, `{root}` unless `BKG_ROOT` names another. A token that stands \
