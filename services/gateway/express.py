@@ -146,12 +146,7 @@ class Express(web.RequestHandler):
             self._gathering.cancel()
         data, size, head = bytes(self._gathered), self._to_gather, self._head_read
         self._gathered, self._to_gather, self._gathering = bytearray(), 0, None
-        if (
-            head
-            and head.infer
-            and len(data) >= size
-            and self._may_ask(head.infer, head.body_size)
-        ):
+        if head and head.infer and len(data) >= size and self._may_ask(head.infer, head.body_size):
             self._take_later(data[size:])
             self._ask(head.infer, data[:size], data[head.size : size])
         else:
