@@ -104,12 +104,7 @@ class Express(web.RequestHandler):
 
     def _begin(self, data: bytes) -> None:
         """Take a request from its beginning."""
-        if self._head and data.startswith(self._head):
-            head = self._head_read
-        else:
-            head = read_head(data)
-            self._head = data[: head.size] if head else b""
-            self._head_read = head
+        head = self._look(data)
         if head is None:
             self._left = -1
             self._pass(data)
@@ -125,6 +120,13 @@ class Express(web.RequestHandler):
         else:
             self._take_later(data[size:])
             self._ask(infer, data[:size], data[head.size : size])
+
+    def _look(self, data: bytes | bytearray) -> Head | None:
+        """Return the head that data begins with, if it is whole and plain."""
+        if not self._head or not data.startswith(self._head):
+            head = self._head_read = read_head(bytes(data[:HEAD_MAX_BYTES]))
+            self._head = bytes(data[: head.size]) if head else b""
+        return self._head_read
 
     def _may_ask(self, infer: Infer, size: int) -> bool:
         """Tell whether a request can go the short way."""
@@ -181,8 +183,8 @@ class Express(web.RequestHandler):
         later = self._later
         while later and not (self._asking or self._to_gather):
             # Only the next request is taken out: many small ones are not copied over and over.
-            known = bool(self._head) and later.startswith(self._head)
-            head = self._head_read if known else read_head(bytes(later[:HEAD_MAX_BYTES]))
+            # aiohttp would do so itself with what it keeps for later, and is given all at once.
+            head = None if self._theirs else self._look(later)
             size = head.size + head.body_size if head else len(later)
             data = bytes(later[:size])
             del later[:size]
