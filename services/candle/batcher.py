@@ -45,7 +45,7 @@ MAX_RETRY_S: Final = 60
 LAST_RUN: Final = 0.2
 # A run that fails may be over long before one that does not would be, so it tells nothing of how
 # quick a model is, unless it held everybody up for so long itself.
-FAILED_SLOW_NS: Final = 20_000_000
+FAILED_SLOW_NS: Final = 5_000_000
 
 log = structlog.get_logger("candle.batcher")
 
