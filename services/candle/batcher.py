@@ -41,6 +41,9 @@ STOP_S: Final = 3.0
 MAX_RETRY_S: Final = 60
 # Weight of the last run in the measured time of a row.
 LAST_RUN: Final = 0.2
+# A run that fails may be over long before one that does not would be, so it tells nothing of how
+# quick a model is, unless it held everybody up for so long itself.
+FAILED_SLOW_NS: Final = 5_000_000
 
 log = structlog.get_logger("candle.batcher")
 
@@ -377,7 +380,8 @@ class Batcher:
     def _conclude(self, batch: _Batch, outcome: Outcome) -> None:
         """Give each asker of a batch their rows or their error."""
         took_ns = outcome.ended_ns - outcome.began_ns
-        self._pace.ran(batch.elements, outcome.computed_ns, took_ns)
+        if outcome.shares is not None or took_ns > FAILED_SLOW_NS:
+            self._pace.ran(batch.elements, outcome.computed_ns, took_ns)
         row_ns = took_ns / batch.rows
         self._row_ns += LAST_RUN * (row_ns - self._row_ns) if self._row_ns else row_ns
         if outcome.shares is not None:

@@ -39,6 +39,10 @@ BODY_PATIENCE_S: Final = 60.0
 # A relayed answer beyond this waits for the client to take it, as aiohttp's responses do.
 WHOLE_MAX_BYTES: Final = 64 * 1024
 
+# What became of a request that was asked before aiohttp got to see it (`services.gateway.express`):
+# an `Answer` or a `BusError`; and the trace it was asked with.
+OUTCOME: Final = web.RequestKey("outcome", object)
+TRACED: Final = web.RequestKey("traced", str)
 _ID_GIVEN: Final = web.RequestKey("id", str)
 
 log = structlog.get_logger("services.gateway")
@@ -240,9 +244,11 @@ def translated(instance: Instance, handler: Handler) -> Handler:
     counts.setdefault("http_errors", 0)
 
     async def handle(request: web.Request) -> web.StreamResponse:
-        counts["http_requests"] += 1
+        # Counted already when it was asked.
+        if OUTCOME not in request:
+            counts["http_requests"] += 1
         request[_ID_GIVEN] = _request_id(request)
-        trace.set(_traceparent(request))
+        trace.set(request.get(TRACED) or _traceparent(request))
         response: web.StreamResponse
         try:
             response = await handler(request)
@@ -294,6 +300,8 @@ class Relayed(web.Response):
             or request.version != HttpVersion11
             or request.method == hdrs.METH_HEAD
             or self.compression
+            # The client takes it slowly: wait for it, as aiohttp's responses do.
+            or request.protocol.writing_paused
         ):
             return await super().prepare(request)
         answer = whole(body, headers, request[_ID_GIVEN])

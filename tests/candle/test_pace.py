@@ -176,3 +176,22 @@ async def test_a_model_that_becomes_slow_goes_back_to_its_thread(noting):
     noting.takes_s = 0.0
     await double(noting, 1)
     assert noting.here[-2:] == [True, False]
+
+
+async def test_runs_that_fail_at_once_make_no_model_quick(noting):
+    for _ in range(5):
+        with pytest.raises(Unprocessable):
+            await double(noting, -1)
+    await double(noting, 1)
+    assert noting.here == [False] * 6
+
+
+async def test_a_failed_run_that_held_everybody_up_sends_the_model_back_to_its_thread(noting):
+    for value in range(4):
+        await double(noting, value)
+    noting.takes_s = 0.6
+    with pytest.raises(Unprocessable):
+        await double(noting, -1)
+    noting.takes_s = 0.0
+    await double(noting, 1)
+    assert noting.here[-2:] == [True, False]
