@@ -26,15 +26,15 @@ FIELD_MAX_BYTES: Final = 1024
 FORM_MAX_BYTES: Final = 64 * 1024
 JOB_MAX_CHARS: Final = 40
 
-_FIELDS: Final = ("format", "existing", "sha256")
+_FIELDS: Final = ("format", "existing", "sha256", "file_name")
 
 
 async def take(request: web.Request) -> web.Response:
     """Take a dataset file: a raw body of any length, or a form with the part `file`.
 
     `format` (found out if absent) and `existing` (`skip`, `replace` or `fail`) stand in the query
-    or in the form; a digest in the usual headers, or as the field `sha256`. A dataset that is not
-    there is made. 202 with `Location`: the job that reads it; the same `Idempotency-Key` again
+    or in the form; a digest in the usual headers, or as the field `sha256`. What the file is called
+    says the form, `Content-Disposition`, or `file_name`. A dataset that is not there is made. 202 with `Location`: the job that reads it; the same `Idempotency-Key` again
     gives the same job. 400 a value that there cannot be; 413; 422 another digest; 429 too many
     jobs or uploads; 503 no rustyface; 504 nothing came for a minute; 507 no room.
     """
@@ -43,6 +43,7 @@ async def take(request: web.Request) -> web.Response:
     if told.offset or not told.is_last:
         raise InvalidRequest("an import is sent in one piece", field=OFFSET)
     given = _given(dict(request.query))
+    given = _named_by(request.content_disposition_filename(), given)
     is_form = (request.content_type or "").startswith("multipart/")
     most = at.uploads.max_bytes
     if told.total_bytes is not None and told.total_bytes > most + is_form * FORM_MAX_BYTES:
