@@ -1,0 +1,59 @@
+"""One question to elsewhere, asked once for all who wait for its answer together."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from contextvars import Context
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class Asking(Generic[T]):
+    """Asks one question, one at a time, and gives each answer to everybody who waited for it.
+
+    Whoever comes while a question is under way waits for the next one: an answer is never older
+    than the call that gets it.
+
+    Args:
+        ask: Asks it once.
+    """
+
+    def __init__(self, ask: Callable[[], Awaitable[T]]) -> None:
+        self.asked = 0
+        self._ask = ask
+        self._now: asyncio.Task[T] | None = None
+        self._next: asyncio.Task[T] | None = None
+
+    async def answer(self) -> T:
+        """Return the answer to a question that was not asked before this call.
+
+        Raises whatever asking raises.
+        """
+        if self._next is None:
+            # Without what belongs to the caller, a trace or a deadline: others wait for it, too.
+            self._next = asyncio.create_task(self._asked_after(self._now), context=Context())
+            self._next.add_done_callback(_look_at)
+        # Whoever asked first may be cancelled, but not the others with it.
+        return await asyncio.shield(self._next)
+
+    async def close(self) -> None:
+        """Ask no more."""
+        for task in (self._next, self._now):
+            if task is not None:
+                task.cancel()
+                with suppress(asyncio.CancelledError, Exception):
+                    await task
+
+    async def _asked_after(self, before: asyncio.Task[T] | None) -> T:
+        if before is not None:
+            await asyncio.wait([before])
+        self._now, self._next = self._next, None
+        self.asked += 1
+        return await self._ask()
+
+
+def _look_at(task: asyncio.Task[T]) -> None:
+    """Look at an error that nobody waits for any more, so that it is not reported as lost."""
+    if not task.cancelled():
+        task.exception()
