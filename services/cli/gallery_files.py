@@ -52,8 +52,8 @@ async def bring_in(
             "import",
             dataset=dataset,
             artefact=digest,
-            # As long as a name may be.
-            file_name=file.name[-NAME_MAX:],
+            # On disk a name may be bytes that are no text.
+            file_name=file.name.encode(errors="replace").decode()[-NAME_MAX:],
             format=kind,
             existing=existing,
         )

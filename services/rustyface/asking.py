@@ -6,6 +6,8 @@ from contextlib import suppress
 from contextvars import Context
 from typing import Generic, TypeVar
 
+from bus.errors import Unavailable
+
 T = TypeVar("T")
 
 
@@ -17,6 +19,9 @@ class Asking(Generic[T]):
 
     Args:
         ask: Asks it once.
+
+    Attributes:
+        asked: How often that was.
     """
 
     def __init__(self, ask: Callable[[], Awaitable[T]]) -> None:
@@ -24,21 +29,35 @@ class Asking(Generic[T]):
         self._ask = ask
         self._now: asyncio.Task[T] | None = None
         self._next: asyncio.Task[T] | None = None
+        self._closed = False
 
     async def answer(self) -> T:
         """Return the answer to a question that was not asked before this call.
 
         Raises whatever asking raises.
+
+        Raises:
+            Unavailable: No more is asked.
         """
+        if self._closed:
+            raise _closed()
         if self._next is None:
             # Without what belongs to the caller, a trace or a deadline: others wait for it, too.
             self._next = asyncio.create_task(self._asked_after(self._now), context=Context())
             self._next.add_done_callback(_look_at)
-        # Whoever asked first may be cancelled, but not the others with it.
-        return await asyncio.shield(self._next)
+        task = self._next
+        try:
+            # Whoever asked first may be cancelled, but not the others with it.
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            me = asyncio.current_task()
+            if task.cancelled() and not (me and me.cancelling()):
+                raise _closed() from None
+            raise
 
     async def close(self) -> None:
-        """Ask no more."""
+        """Ask no more; whoever waits is told so."""
+        self._closed = True
         for task in (self._next, self._now):
             if task is not None:
                 task.cancel()
@@ -51,6 +70,10 @@ class Asking(Generic[T]):
         self._now, self._next = self._next, None
         self.asked += 1
         return await self._ask()
+
+
+def _closed() -> Unavailable:
+    return Unavailable("this worker ends, and asks no more", retry_after_s=1)
 
 
 def _look_at(task: asyncio.Task[T]) -> None:

@@ -331,7 +331,7 @@ async def test_what_is_exported_is_imported_elsewhere_and_undone(
         (r["id"], r["subject"], r["metadata"]) for r in before
     ]
     [record] = (await faces("imports", copy, "--json")).json
-    assert (record["state"], record["added"]) == ("done", 3)
+    assert (record["source"], record["state"], record["added"]) == (file.name, "done", 3)
     assert "3 entries" in (await faces("undo", copy, record["id"], "--dry-run")).out
     await faces("undo", copy, record["id"], "--yes")
     assert (await faces("show", copy, "--json")).json["entries"] == 0
