@@ -2,6 +2,7 @@
 
 import asyncio
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -10,6 +11,7 @@ from bus.errors import Conflict, InvalidRequest
 from bus.subjects import DATASET_MANAGE, FACES_SEARCH
 from services.rustyface.encoder import PixelEncoder
 from services.rustyface.galleries import NewEntry, Query
+from services.rustyface.ledger import Ledger
 
 THRESHOLD = 0.45
 
@@ -182,6 +184,20 @@ async def test_two_changes_at_the_same_moment_are_both_kept(people, client):
         scoring="best",
         quality=m.QualityBounds(below="reject", yaw_max=40.0),
     )
+
+
+async def test_a_change_that_comes_in_between_is_built_upon(people, client, monkeypatch):
+    append = Ledger.append_after
+
+    async def late(self, *args: object, **kwargs):
+        monkeypatch.undo()
+        await people.configure("g", lambda now: msgspec.structs.replace(now, threshold=0.6))
+        return await append(self, *args, **kwargs)
+
+    monkeypatch.setattr(Ledger, "append_after", late)
+    await people.configure("g", lambda now: msgspec.structs.replace(now, scoring="best"))
+    settings = (await manage(client, "stats")).dataset.settings
+    assert settings == m.DatasetSettings(threshold=0.6, scoring="best")
 
 
 async def test_settings_are_not_changed_over_a_change_that_was_not_seen(people, client):
