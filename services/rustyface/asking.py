@@ -4,18 +4,22 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from contextvars import Context
-from typing import Generic, TypeVar
+from typing import Final, Generic, TypeVar
 
 from bus.errors import Unavailable
 
 T = TypeVar("T")
 
 
-class Asking(Generic[T]):
-    """Asks one question, one at a time, and gives each answer to everybody who waited for it.
+# One alone would make all who ask wait for each other in step.
+AT_ONCE: Final = 4
 
-    Whoever comes while a question is under way waits for the next one: an answer is never older
-    than the call that gets it.
+
+class Asking(Generic[T]):
+    """Asks one question, and gives each answer to everybody who waited when it was asked.
+
+    Whoever comes later waits for another one: an answer is never older than the call that gets it.
+    A few may be under way; beyond these, all who come share the next one.
 
     Args:
         ask: Asks it once.
@@ -27,7 +31,7 @@ class Asking(Generic[T]):
     def __init__(self, ask: Callable[[], Awaitable[T]]) -> None:
         self.asked = 0
         self._ask = ask
-        self._now: asyncio.Task[T] | None = None
+        self._under_way: set[asyncio.Task[T]] = set()
         self._next: asyncio.Task[T] | None = None
         self._closed = False
 
@@ -43,7 +47,7 @@ class Asking(Generic[T]):
             raise _closed()
         if self._next is None:
             # Without what belongs to the caller, a trace or a deadline: others wait for it, too.
-            self._next = asyncio.create_task(self._asked_after(self._now), context=Context())
+            self._next = asyncio.create_task(self._asked_in_turn(), context=Context())
             self._next.add_done_callback(_look_at)
         task = self._next
         try:
@@ -58,16 +62,20 @@ class Asking(Generic[T]):
     async def close(self) -> None:
         """Ask no more; whoever waits is told so."""
         self._closed = True
-        for task in (self._next, self._now):
+        for task in (self._next, *self._under_way):
             if task is not None:
                 task.cancel()
                 with suppress(asyncio.CancelledError, Exception):
                     await task
 
-    async def _asked_after(self, before: asyncio.Task[T] | None) -> T:
-        if before is not None:
-            await asyncio.wait([before])
-        self._now, self._next = self._next, None
+    async def _asked_in_turn(self) -> T:
+        if len(self._under_way) >= AT_ONCE:
+            await asyncio.wait(self._under_way, return_when=asyncio.FIRST_COMPLETED)
+        task = self._next
+        if task is not None:
+            self._under_way.add(task)
+            task.add_done_callback(self._under_way.discard)
+        self._next = None
         self.asked += 1
         return await self._ask()
 

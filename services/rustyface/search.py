@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bus.errors import InvalidRequest
-from services.rustyface.cosines import Floats, Ints, cosine_to_mean, exact, units
+from services.rustyface.cosines import Floats, Ints, cosines_to_means, exact, units
 from services.rustyface.filters import Columns, Wanted
 
 NOBODY: Final = -1
@@ -382,10 +382,12 @@ class Snapshot:
     def _hits(
         self, search: Search, ranked: list[tuple[float, str, int]], persons: Mapping[int, Ints]
     ) -> list[Hit]:
+        shown = [group for _, _, group in ranked if group in persons] if search.by_group else []
+        means = cosines_to_means(self._rows, [persons[group] for group in shown], search.query)
+        mean_of = dict(zip(shown, means.tolist(), strict=True))
         hits = []
         for score, entry, group in ranked:
             own = persons.get(group)
-            told = own if search.by_group else None
             unlike = (search.rejected or {}).get(group)
             rejected = False
             if unlike is not None and own is not None:
@@ -397,8 +399,8 @@ class Snapshot:
                     entry,
                     score,
                     group,
-                    None if told is None else cosine_to_mean(self._rows, told, search.query),
-                    None if told is None else len(told),
+                    mean_of.get(group),
+                    len(persons[group]) if group in mean_of else None,
                     rejected,
                 )
             )

@@ -6,7 +6,7 @@ import pytest
 
 from bus.errors import Unavailable
 from bus.testing import until
-from services.rustyface.asking import Asking
+from services.rustyface.asking import AT_ONCE, Asking
 
 
 class Asked:
@@ -52,6 +52,21 @@ async def test_an_answer_is_never_older_than_the_call(asking, asked):
     assert await first == 1
     asked.go.release()
     assert await asyncio.gather(*later) == [2] * 50
+
+
+async def test_beyond_a_few_under_way_all_share_the_next_one(asking, asked):
+    before = []
+    for i in range(AT_ONCE):
+        before.append(asyncio.create_task(asking.answer()))
+        await until(lambda wanted=i + 1: asked.begun == wanted)
+    later = [asyncio.create_task(asking.answer()) for _ in range(50)]
+    await asyncio.sleep(0)
+    asked.go.release()
+    await until(lambda: asked.begun == AT_ONCE + 1)
+    for _ in range(AT_ONCE):
+        asked.go.release()
+    assert sorted(await asyncio.gather(*before)) == list(range(1, AT_ONCE + 1))
+    assert await asyncio.gather(*later) == [AT_ONCE + 1] * 50
 
 
 async def test_whoever_gives_up_takes_no_answer_from_the_others(asking, asked):
