@@ -47,6 +47,9 @@ _ID_GIVEN: Final = web.RequestKey("id", str)
 
 log = structlog.get_logger("services.gateway")
 
+# What encoding raises for values that an encoding has no form for.
+_NOT_CARRIED: Final = (OverflowError, TypeError, ValueError, RecursionError)
+
 T = TypeVar("T")
 
 
@@ -93,6 +96,31 @@ def asked(kind: type[T], given: Mapping[str, Any]) -> T:
         InvalidRequest: It does not fit the type; names the field.
     """
     return codec.convert({key: value for key, value in given.items() if value is not None}, kind)
+
+
+def encoded(message: msgspec.Struct, content_type: str = codec.JSON) -> bytes:
+    """Return a caller's message as bytes for the bus.
+
+    A field that may be anything may hold what the one encoding can carry and the other cannot, such
+    as a number of more than 64 bits.
+
+    Raises:
+        InvalidRequest: There is such a field; names it.
+    """
+    try:
+        return codec.encode(message, content_type)
+    except _NOT_CARRIED:
+        raise _not_carried(message, content_type) from None
+
+
+def _not_carried(message: msgspec.Struct, content_type: str) -> InvalidRequest:
+    for name in message.__struct_fields__:
+        try:
+            codec.encode(getattr(message, name), content_type)
+        except _NOT_CARRIED as error:
+            why = f"{name}: it cannot be sent on: {error}; numbers have 64 bits at most"
+            return InvalidRequest(why, field=name)
+    return InvalidRequest(f"the request cannot be sent on as {content_type}")
 
 
 async def read_body(request: web.Request, max_bytes: int) -> bytes:
