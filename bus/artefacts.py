@@ -275,6 +275,11 @@ class Artefacts:
                 return info.size
         raise Conflict(f"others keep storing the artefact {digest}; try again")
 
+    async def holds(self, digest: str) -> bool:
+        """Tell whether an artefact is stored whole, and have it count as just brought."""
+        info = await self._info(digest)
+        return info is not None and await self._whole(info) and await self.touch(digest) is not None
+
     async def put(self, digest: str, path: Path) -> None:
         """Store a file under its digest; one that is there already, and whole, stays.
 
@@ -284,8 +289,7 @@ class Artefacts:
             Unavailable: The broker did not take it; says why.
             Unprocessable: The file has another digest.
         """
-        info = await self._info(digest)
-        if info is not None and await self._whole(info) and await self.touch(digest) is not None:
+        if await self.holds(digest):
             return
         size = (await asyncio.to_thread(path.stat)).st_size
         async with self.writing(size) as upload:

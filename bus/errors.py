@@ -19,10 +19,14 @@ A handler raises one of these; the far side of the bus raises the same one again
 that a handler raises becomes `Internal` without its text, and the text goes to the log.
 """
 
+import math
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 import msgspec
+
+# As `retry_after_s`; JSON has no such number, and there it becomes "not known".
+NEVER: Final = math.inf
 
 
 class BusError(Exception):
@@ -34,7 +38,8 @@ class BusError(Exception):
             open; ours mean what they mean in HTTP, because operators know those.
         message: One sentence for the person who has to act.
         field: The field of the request that is meant, as a path such as `inputs[3]`.
-        retry_after_s: When another try makes sense, in seconds.
+        retry_after_s: When another try makes sense, in seconds; `NEVER`: not before somebody has
+            done something about it.
         revision: The present revision of what was to be changed, when another change came first.
         reasons: Everything that is wrong, when it is several things.
         details: Further facts by name, such as how far a model is with loading.

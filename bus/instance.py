@@ -18,6 +18,7 @@ import structlog
 
 from bus import codec, logs
 from bus import messages as m
+from bus.assets import OBSERVED_TTL_S
 from bus.client import INSTANCE, SLOT, Answer, Client
 from bus.discovery import Identity, discoverable
 from bus.errors import BusError, Conflict, DeadlineExceeded, NobodyListens, Unavailable
@@ -25,7 +26,6 @@ from bus.probes import Facts, Probes, Route
 from bus.process import settle
 from bus.serving import DRAIN_S, MAX_IN_FLIGHT, Call, Served, Serving, in_task
 from bus.settings import Settings
-from bus.state import OBSERVED_TTL_S
 from bus.subjects import (
     CANCEL,
     Endpoint,

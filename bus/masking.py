@@ -1,4 +1,4 @@
-"""Secrets in settings: what of a configuration may be shown, and how what was hidden comes back.
+"""Secrets: what of settings and jobs may be shown, and how what was hidden comes back.
 
 A setting is secret when its JSON Schema says `format: password` or `writeOnly: true`. Whoever shows
 settings shows `MASK` in its place; workers alone read the value, from the bucket.
@@ -11,7 +11,7 @@ from urllib.parse import unquote
 
 import msgspec
 
-from bus.messages import PluginConfig
+from bus.messages import Job, PluginConfig
 
 MASK: Final = "********"
 
@@ -36,6 +36,17 @@ def unmasked(config: PluginConfig, stored: PluginConfig) -> PluginConfig:
     """Return a configuration with the stored value wherever it has `MASK`, if there is one."""
     settings = _unmasked(config.settings, stored.settings)
     return msgspec.structs.replace(config, settings=settings)
+
+
+def without_query(job: Job) -> Job:
+    """Return a job without the query of its address: a presigned one has its secret there."""
+    if job.request is None:
+        return job
+    address, mark, _ = job.request.url.partition("?")
+    if not mark:
+        return job
+    request = msgspec.structs.replace(job.request, url=f"{address}?...")
+    return msgspec.structs.replace(job, request=request)
 
 
 def _masked(value: Any, schemas: Sequence[Schema], root: Schema) -> Any:

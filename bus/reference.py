@@ -21,8 +21,9 @@ from msgspec import inspect as types
 
 from bus import codec
 from bus import messages as m
+from bus.assets import declared
 from bus.errors import ErrorBody
-from bus.state import Bucket, Store, _assets
+from bus.state import Bucket, Store
 from bus.streams import MIB, NS
 from bus.subjects import DEFAULT_ROOT, ENDPOINTS, FEEDS, RAW_ENDPOINTS, Endpoint, Feed, RawEndpoint
 
@@ -92,7 +93,7 @@ _WIDTH: Final = 96
 _HEAD: Final = """\
 # What travels on the bus
 
-Made from `bus/subjects.py`, `bus/messages/` and `bus/state.py` by `make docs`; a change by hand \
+Made from `bus/subjects.py`, `bus/messages/` and `bus/assets.py` by `make docs`; a change by hand \
 is lost. How a worker uses all this, byte for byte, is in [worker-protocol.md](worker-protocol.md).
 
 Subjects begin with a root token, `{root}` unless `BKG_ROOT` names another. A token that stands \
@@ -160,7 +161,7 @@ is left out has its default.
 
 def render(root: str = DEFAULT_ROOT) -> str:
     """Return the page."""
-    assets = _assets(root)
+    assets = declared(root)
     kinds = _Kinds()
     parts = [
         _HEAD.format(root=root),

@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any, Final, Protocol
 
 import msgspec
+import structlog
 
 from bus import codec
 from bus.balance import Balance, Outcome
@@ -44,6 +45,8 @@ NOT_SERVED: Final = "Bkg-Not-Served"
 # The broker ends a connection that sends a longer control line than 4 KiB; the inbox stands there
 # beside the subject.
 SUBJECT_MAX_CHARS: Final = 3_072
+
+log = structlog.get_logger("bus.relay")
 
 # The W3C trace context of the request that is being worked on; log records carry its trace id.
 trace: ContextVar[str | None] = ContextVar("trace", default=None)
@@ -149,7 +152,7 @@ class Asked:
 
     __slots__ = (
         "_again", "_asker", "_balanced", "_body", "_done", "_headers", "_sent_at", "_slot",
-        "_subject", "_timeout_s", "deadline", "inbox", "over",
+        "_subject", "_timeout_s", "_working", "deadline", "inbox", "over",
     )  # fmt: skip
 
     def __init__(
@@ -171,6 +174,7 @@ class Asked:
         self._again = False
         self._slot: str | None = None
         self._sent_at = 0.0
+        self._working: asyncio.Task[None] | None = None
         self.deadline = asker.loop.time() + timeout_s
         self.inbox = ""
         self.over = False
@@ -265,7 +269,9 @@ class Asked:
             self._done(outcome)
 
     def _withdraw(self) -> None:
-        """Have the work on it stopped."""
+        """Have the work on it stopped, and not sent what is not yet."""
+        if self._working:
+            self._working.cancel()
         if self.inbox:
             self._asker.replies.forget(self.inbox)
             self._asker.connection.give_up(self.inbox)
@@ -328,15 +334,19 @@ class Asked:
 
         def forget(task: asyncio.Task[None]) -> None:
             self._asker.working.discard(task)
-            if not self.over and (task.cancelled() or task.exception()):
+            error = None if task.cancelled() else task.exception()
+            if error:
+                log.error("request.not_sent", subject=self._subject, exc_info=error)
+            if not self.over and (error or task.cancelled()):
+                self._asker.replies.forget(self.inbox)
                 self._tell("dropped")
                 self._end(
-                    Unavailable("the connection to the broker was closed")
-                    if task.cancelled()
-                    else Internal(f"{self._subject} could not be asked")
+                    Internal(f"{self._subject} could not be asked")
+                    if error
+                    else Unavailable("the connection to the broker was closed")
                 )
 
-        task = self._asker.loop.create_task(done())
+        self._working = task = self._asker.loop.create_task(done())
         self._asker.working.add(task)
         task.add_done_callback(forget)
 

@@ -1,6 +1,5 @@
 """What must survive: buckets, streams and the object store, declared once, with typed views."""
 
-import asyncio
 import contextlib
 import json
 from collections import deque
@@ -8,7 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Final, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import msgspec
 import structlog
@@ -17,37 +16,13 @@ from nats.aio.client import Client as Nats
 from bus import codec
 from bus import messages as m
 from bus.artefacts import Artefacts
+from bus.assets import LOG_LIMITS, declared, limits_of
 from bus.errors import Conflict, Internal, InvalidRequest, Unavailable
 from bus.log_search import LEVELS, LogPage, LogQuery
+from bus.log_stream import LogStream
 from bus.settings import ARTEFACTS_MAX_BYTES, LogLimits, artefacts_max_bytes
-from bus.streams import MIB, NS, Stored, Stream, ask_jetstream
-from bus.subjects import (
-    BROKER_TELEMETRY,
-    EVENT,
-    GALLERY_CHANGE,
-    GALLERY_ENTRY,
-    GALLERY_HEAD,
-    GALLERY_IMPORT,
-    GALLERY_REJECTION,
-    GALLERY_SETTINGS,
-    GALLERY_SUBJECT,
-    HOST_TELEMETRY,
-    LIVE_LOG,
-    LOG,
-    STATUS,
-    TELEMETRY,
-    Feed,
-    name_of,
-    token,
-)
-
-# A key of the observed bucket leaves when it was not written again for this long.
-OBSERVED_TTL_S: Final = 30
-# The newest records are looked for in pieces of the stream, the last piece first.
-PIECE_RECORDS: Final = 5_000
-PIECE_MAX_RECORDS: Final = 50_000
-# A search that takes longer answers with what it has, and where to go on.
-SEARCH_S: Final = 5.0
+from bus.streams import Stored, Stream, ask_jetstream, nanoseconds
+from bus.subjects import EVENT, TELEMETRY, Feed, name_of, token
 
 log = structlog.get_logger("bus.state")
 
@@ -232,7 +207,7 @@ class Store:
         self.faces = Artefacts(Stream(nc, f"OBJ_{root}-faces"), f"{root}-faces")
         self._objects = Stream(nc, f"OBJ_{root}-artefacts")
         self.artefacts = Artefacts(self._objects, f"{root}-artefacts", ARTEFACTS_MAX_BYTES)
-        self._logs = Stream(nc, f"{root}-logs")
+        self._logs = LogStream(Stream(nc, f"{root}-logs"), root)
         self._telemetry = Stream(nc, f"{root}-telemetry")
         self._events = Stream(nc, f"{root}-events")
 
@@ -251,12 +226,12 @@ class Store:
         Raises:
             InvalidRequest: The environment has a limit that there cannot be.
         """
-        limits = _limits(LogLimits.from_env() if logs is None else logs)
+        limits = limits_of(LogLimits.from_env() if logs is None else logs)
         artefacts = artefacts_max_bytes()
         room = {} if artefacts is None else {"max_bytes": artefacts}
-        for config in _assets(self._root):
+        for config in declared(self._root):
             if config["name"] == self._logs.name:
-                await self._declare(config | limits, kept=_LIMITS.keys() - limits.keys())
+                await self._declare(config | limits, kept=LOG_LIMITS.keys() - limits.keys())
             elif config["name"] == self._objects.name:
                 await self._declare(config | room, kept={"max_bytes"} - room.keys())
             else:
@@ -264,7 +239,7 @@ class Store:
 
     async def delete_everything(self) -> None:
         """Delete every bucket and stream of this deployment, with all that they hold."""
-        for config in _assets(self._root):
+        for config in declared(self._root):
             await ask_jetstream(
                 self._nc, f"$JS.API.STREAM.DELETE.{config['name']}", b"", error_is_reply=True
             )
@@ -292,94 +267,10 @@ class Store:
     async def search_logs(self, query: LogQuery) -> LogPage:
         """Return the records that somebody looks for: the newest or the oldest of them.
 
-        A search that has taken `SEARCH_S` ends with what it has found, and says where to go on.
+        A search that has taken `SEARCH_S` of `bus/log_stream.py` ends with what it has found, and
+        says where to go on.
         """
-        deadline = asyncio.get_running_loop().time() + SEARCH_S
-        if query.oldest:
-            return await self._first_logs(query, deadline)
-        return await self._newest_logs(query, deadline)
-
-    async def _newest_logs(self, query: LogQuery, deadline: float) -> LogPage:
-        """Read the stream in pieces, the last one first, until enough was found."""
-        loop = asyncio.get_running_loop()
-        first, last = await self._logs.bounds()
-        below = min(last + 1, query.before) if query.before is not None else last + 1
-        floor, next_after = max(query.after or 0, first - 1), below - 1
-        if query.since is not None:
-            floor = max(floor, await self._before(query.since, last))
-        found: list[m.LogEvent] = []
-        piece = max(PIECE_RECORDS, query.limit)
-        while below - 1 > floor and len(found) < query.limit:
-            start = max(floor, below - 1 - piece)
-            more, examined = await self._piece(query, start, below)
-            found = more + found
-            below = start + 1
-            # The rings leave wide holes in the numbers: pieces grow while little is in them.
-            if examined < PIECE_MAX_RECORDS:
-                piece *= 16 if examined < piece // 16 else 4
-            # Behind the first piece, so that the one who asks again gets on.
-            if loop.time() > deadline:
-                break
-        if len(found) > query.limit:
-            found = found[-query.limit :]
-            below = found[0].seq or below
-        if query.until is not None and found:
-            next_after = found[-1].seq or next_after
-        complete = below - 1 <= floor
-        return LogPage(found, next_after, None if complete else below, complete)
-
-    async def _first_logs(self, query: LogQuery, deadline: float) -> LogPage:
-        loop = asyncio.get_running_loop()
-        found: list[m.LogEvent] = []
-        since, until = _ns(query.since), _ns(query.until)
-        after = query.after or 0
-        reading = self._logs.read(self._log_subjects(query), after=after, since=query.since)
-        async with contextlib.aclosing(reading) as messages:  # type: ignore[type-var]
-            async for stored in messages:
-                if query.before is not None and stored.seq >= query.before:
-                    break
-                if until is not None and stored.at >= until:
-                    break
-                after = stored.seq
-                record = _record(stored)
-                if record and (since is None or stored.at >= since) and query.matches(record):
-                    found.append(record)
-                if len(found) == query.limit or loop.time() > deadline:
-                    return LogPage(found, next_after=after, complete=False)
-        return LogPage(found, next_after=after)
-
-    async def _piece(self, query: LogQuery, after: int, below: int) -> tuple[list[m.LogEvent], int]:
-        """Return what fits between two sequences, both left out, and how much was looked at."""
-        until = _ns(query.until)
-        found: list[m.LogEvent] = []
-        examined = 0
-        reading = self._logs.read(self._log_subjects(query), after=after)
-        async with contextlib.aclosing(reading) as messages:  # type: ignore[type-var]
-            async for stored in messages:
-                if stored.seq >= below or (until is not None and stored.at >= until):
-                    break
-                examined += 1
-                if (record := _record(stored)) is not None and query.matches(record):
-                    found.append(record)
-        return found, examined
-
-    async def _before(self, since: datetime, last: int) -> int:
-        """Return the sequence of the last record that was stored before a moment."""
-        reading = self._logs.read(LOG.subject(self._root), since=since)
-        async with contextlib.aclosing(reading) as messages:  # type: ignore[type-var]
-            async for stored in messages:
-                return stored.seq - 1
-        return last
-
-    def _log_subjects(self, query: LogQuery) -> str | list[str]:
-        named: dict[str, str | int] = {}
-        if query.plugin is not None:
-            named["plugin"] = query.plugin
-        if query.slot is not None:
-            named["slot"] = query.slot
-        if len(query.levels) == len(LEVELS):
-            return LOG.subject(self._root, **named)
-        return [LOG.subject(self._root, level=level, **named) for level in query.levels]
+        return await self._logs.search(query)
 
     async def store_log(self, record: m.LogEvent, *, once: str) -> None:
         """Store a record and wait until it is; all that was published before it is stored then.
@@ -391,10 +282,7 @@ class Store:
         Raises:
             Unavailable: The broker did not store it in time.
         """
-        subject = LOG.subject(
-            self._root, plugin=record.plugin, slot=record.slot or 0, level=record.level
-        )
-        await self._logs.append(subject, codec.encode(record), headers={"Nats-Msg-Id": once})
+        await self._logs.append(record, once=once)
 
     async def history(self, feed: Feed[T], since: datetime, **tokens: str | int) -> list[T]:
         """Return what of a feed of telemetry was stored since a moment, oldest first."""
@@ -458,7 +346,7 @@ class Store:
         which = {"kind": kind, "name": name, "verb": verb}
         subject = EVENT.subject(self._root, **{k: v for k, v in which.items() if v is not None})
         found: deque[m.Event] = deque(maxlen=None if oldest else limit)
-        first = _ns(since)
+        first = nanoseconds(since)
         reading = self._events.read(subject, after=after or 0, since=since)
         async with contextlib.aclosing(reading) as messages:  # type: ignore[type-var]
             async for stored in messages:
@@ -502,15 +390,6 @@ class Store:
             raise Internal(f"stream {name} cannot be made: {reply['error'].get('description')}")
 
 
-def _record(stored: Stored) -> m.LogEvent | None:
-    """Return a stored log record; None for what somebody published by hand: it may be anything."""
-    try:
-        record = codec.decode(stored.body, m.LogEvent)
-    except InvalidRequest:
-        return None
-    return msgspec.structs.replace(record, seq=stored.seq)
-
-
 def _event(stored: Stored) -> m.Event | None:
     try:
         event = codec.decode(stored.body, m.Event)
@@ -519,186 +398,6 @@ def _event(stored: Stored) -> m.Event | None:
     return msgspec.structs.replace(event, seq=stored.seq)
 
 
-def _ns(moment: datetime | None) -> int | None:
-    """Return a moment as the broker counts: in nanoseconds since 1970."""
-    return None if moment is None else int(moment.timestamp() * 1e6) * 1_000
-
-
-# What of the log stream's limits can be set, and what one of them is to the broker.
-_LIMITS: Final = {"max_msgs_per_subject": 1, "max_bytes": 1, "max_age": 86_400 * NS}
-
-
-def _limits(logs: LogLimits) -> dict[str, int]:
-    wanted = zip(_LIMITS.items(), (logs.max_records, logs.max_bytes, logs.max_days), strict=True)
-    return {name: one * count for (name, one), count in wanted if count is not None}
-
-
-def _assets(root: str) -> list[dict[str, Any]]:
-    """Return the configuration of every stream.
-
-    Logs, telemetry and status are floods that do not deserve an fsync each: `persist_mode` async
-    overrides the broker's `sync_interval: always` for them. All else is state.
-    """
-    flood = {"storage": "file", "discard": "old", "allow_direct": True, "persist_mode": "async"}
-    rings = [
-        {
-            "name": f"{root}-logs",
-            "description": "log records, a ring for each plugin, slot and level",
-            "subjects": [LOG.subject(root)],
-            "max_msgs_per_subject": 2_000,
-            "max_bytes": 256 * MIB,
-            "max_age": 30 * 86_400 * NS,
-            "republish": {"src": LOG.subject(root), "dest": _republished(root)},
-            **flood,
-        },
-        {
-            "name": f"{root}-telemetry",
-            "description": "telemetry of instances, hosts and the broker, a ring for each",
-            "subjects": [
-                feed.subject(root) for feed in (TELEMETRY, HOST_TELEMETRY, BROKER_TELEMETRY)
-            ],
-            # An hour at one snapshot a second, two at one every other.
-            "max_msgs_per_subject": 3_600,
-            "max_bytes": 128 * MIB,
-            "max_age": 86_400 * NS,
-            **flood,
-        },
-        {
-            "name": f"{root}-events",
-            "description": "what happened to plugins and hosts",
-            "subjects": [EVENT.subject(root)],
-            "max_msgs_per_subject": 5_000,
-            "max_bytes": 64 * MIB,
-            "max_age": 30 * 86_400 * NS,
-            **flood,
-        },
-        {
-            "name": f"{root}-status",
-            "description": "changes of status, a ring for each slot",
-            "subjects": [STATUS.subject(root)],
-            "max_msgs_per_subject": 200,
-            "max_bytes": 32 * MIB,
-            "max_age": 30 * 86_400 * NS,
-            **flood,
-        },
-    ]
-    galleries = {
-        "name": f"{root}-galleries",
-        "description": "the events of all galleries: the last one of each entry and person",
-        "subjects": [
-            feed.subject(root)
-            for feed in (
-                GALLERY_HEAD,
-                GALLERY_SETTINGS,
-                GALLERY_ENTRY,
-                GALLERY_SUBJECT,
-                GALLERY_REJECTION,
-                GALLERY_IMPORT,
-            )
-        ],
-        "storage": "file",
-        # The last one counts. Those before it are there until whoever wrote it has erased them:
-        # what the broker itself displaces it leaves in its files, a face as well.
-        "max_msgs_per_subject": 8,
-        "max_bytes": 2_048 * MIB,
-        "discard": "new",
-        "allow_direct": True,
-    }
-    changes = {
-        "name": f"{root}-gallery-history",
-        "description": "what was done to galleries, a ring for each person",
-        "subjects": [GALLERY_CHANGE.subject(root)],
-        "storage": "file",
-        "max_msgs_per_subject": 1_000,
-        "max_bytes": 256 * MIB,
-        "max_age": 365 * 86_400 * NS,
-        "discard": "old",
-        "allow_direct": True,
-    }
-    return [
-        *rings,
-        galleries,
-        changes,
-        _bucket(f"{root}-desired", "what each plugin should be", history=64),
-        _bucket(
-            f"{root}-models",
-            "models, and which of them candle should serve",
-            history=8,
-            max_bytes=128 * MIB,
-        ),
-        _bucket(f"{root}-jobs", "jobs; keys expire", history=1, max_age=7 * 86_400 * NS),
-        _bucket(
-            f"{root}-uploads",
-            "unfinished uploads, and answers for those who ask again; keys expire",
-            history=1,
-            max_age=86_400 * NS,
-            # Whoever uploads most only makes its own and others' second chance shorter.
-            discard="old",
-        ),
-        _bucket(
-            f"{root}-hosts",
-            "hosts that are there; keys expire",
-            history=1,
-            max_age=OBSERVED_TTL_S * NS,
-            subject_delete_marker_ttl=60 * NS,
-            allow_msg_ttl=True,
-        ),
-        _bucket(
-            f"{root}-observed",
-            "what was last seen; keys expire",
-            history=1,
-            max_age=OBSERVED_TTL_S * NS,
-            # Followers are told of an expiry by a marker.
-            subject_delete_marker_ttl=60 * NS,
-            allow_msg_ttl=True,
-        ),
-        {
-            "name": f"OBJ_{root}-artefacts",
-            "description": "artefacts by SHA-256",
-            "subjects": [f"$O.{root}-artefacts.C.>", f"$O.{root}-artefacts.M.>"],
-            "storage": "file",
-            "discard": "new",
-            "allow_rollup_hdrs": True,
-            "allow_direct": True,
-            "max_bytes": 4_096 * MIB,
-        },
-        {
-            "name": f"OBJ_{root}-faces",
-            "description": "kept images of galleries, and files that are imported or exported",
-            "subjects": [f"$O.{root}-faces.C.>", f"$O.{root}-faces.M.>"],
-            "storage": "file",
-            "discard": "new",
-            "allow_rollup_hdrs": True,
-            "allow_direct": True,
-            "max_bytes": 4_096 * MIB,
-        },
-    ]
-
-
-def _bucket(name: str, description: str, *, history: int, **more: Any) -> dict[str, Any]:
-    """Return the stream behind a key-value bucket, as ADR-8 lays it out."""
-    return {
-        "name": f"KV_{name}",
-        "description": description,
-        "subjects": [f"$KV.{name}.>"],
-        "max_msgs_per_subject": history,
-        "max_bytes": 32 * MIB,
-        "storage": "file",
-        "discard": "new",
-        "allow_rollup_hdrs": True,
-        "deny_delete": True,
-        "allow_direct": True,
-        **more,
-    }
-
-
 def _comparable(found: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
     """Return what a stream has of a configuration; absent means off."""
     return {key: found.get(key, False) for key in config}
-
-
-def _republished(root: str) -> str:
-    """Return where the log stream's records appear live: the wildcards by number."""
-    numbers = iter(range(1, 10))
-    tokens = LIVE_LOG.subject(root).split(".")
-    return ".".join(f"{{{{wildcard({next(numbers)})}}}}" if t == "*" else t for t in tokens)

@@ -343,6 +343,11 @@ async def ask_jetstream(
     return answer
 
 
+def nanoseconds(moment: datetime | None) -> int | None:
+    """Return a moment as the broker counts: in nanoseconds since 1970."""
+    return None if moment is None else int(moment.timestamp() * 1e6) * 1_000
+
+
 def _from(since: datetime) -> dict[str, Any]:
     # Before 1970 nothing was stored, and the broker's clock cannot say it.
     moment = max(since, _EPOCH).astimezone(UTC)

@@ -125,10 +125,7 @@ class Upload:
         digest = self._sha.hexdigest()
         if sha256 is not None and sha256.lower() != digest:
             self._kept = False
-            raise Unprocessable(
-                f"the bytes have the SHA-256 {digest}, but {sha256} was said; send them again",
-                field="sha256",
-            )
+            raise other_digest(digest, sha256)
         await self._settle()
         await self._check_count()
         if await self._naming.name(digest, self):
@@ -297,6 +294,14 @@ class Upload:
                 f"the upload {self.id} is not whole: of {self.chunks:,} chunks that were sent "
                 f"{count:,} are there; somebody else writes it, or has discarded it; send it again"
             )
+
+
+def other_digest(found: str, said: str) -> Unprocessable:
+    """Return what is told of bytes that come to another digest than was said."""
+    return Unprocessable(
+        f"the bytes have the SHA-256 {found}, but {said} was said; send them again",
+        field="sha256",
+    )
 
 
 def follows(chunk: Stored, at: int) -> bool:

@@ -337,7 +337,11 @@ class Replies:
     def _end(self, inbox: str, error: TimeoutError | Unavailable) -> None:
         # Another one that was told before may have had it forgotten.
         if waiting := self._waiting.pop(inbox, None):
-            waiting.ended(error)
+            try:
+                waiting.ended(error)
+            except Exception:
+                # The others must hear of theirs.
+                log.exception("reply.lost", inbox=inbox)
 
 
 _SUBJECT = re.compile(r"[^\s]+")

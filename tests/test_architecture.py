@@ -24,7 +24,7 @@ FLOORS = (
     },
     {"log_search", "statistics", "followed"},
     {"streams"},
-    {"uploads"},
+    {"uploads", "assets", "log_stream"},
     {"artefacts"},
     {"state", "relay"},
     {"client", "plugins", "models", "broker", "reference"},

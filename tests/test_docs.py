@@ -8,9 +8,9 @@ import typer
 
 from bus import codec, instance
 from bus import messages as m
+from bus.assets import OBSERVED_TTL_S
 from bus.errors import _KINDS as KINDS
 from bus.errors import ErrorBody
-from bus.state import OBSERVED_TTL_S
 from services.cli import up
 from services.cli.faces_parser import faces_app
 from services.gateway.routes import capabilities

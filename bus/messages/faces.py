@@ -138,8 +138,9 @@ class SearchFaces(Message, frozen=True):
         embedding: The vector; it is normalised.
         threshold: Cosine below which a result leaves.
         revision: The gallery's revision that must be known; its newest if absent.
-        group_by: `subject`: one result for each person, by the entry that matched best; entries
-            of nobody stand for themselves.
+        group_by: `subject`: one result for each person, with the entry that matched best; entries
+            of nobody stand for themselves. What the dataset's scoring decides by ranks them, and
+            who was rejected comes last.
         filter: Only entries whose metadata have these values: field (dots lead into objects) to
             a value, or to a list of which one has to fit. `subject` is a field, too.
         every_face: Whether every face of the image is searched for; see `FaceInfo.matches`.
@@ -151,7 +152,7 @@ class SearchFaces(Message, frozen=True):
     image: bytes | None = None
     embedding: list[float] | None = None
     threshold: Cosine = 0.0
-    revision: int | None = None
+    revision: Annotated[int, Meta(ge=0, le=2**63 - 1)] | None = None
     group_by: Literal["entry", "subject"] = "entry"
     filter: Annotated[dict[str, Any], Meta(max_length=16)] = {}
     every_face: bool = False
@@ -194,7 +195,7 @@ class FaceMatches(Message, frozen=True):
         dataset: Where it looked.
         query_embedding: The vector that it looked for.
         results: The matches.
-        known: Whether the best one counts as the same person.
+        known: Whether one of them counts as the same person: the best one that does.
         threshold: The dataset's threshold: the cosine from which a match counts.
         faces: All faces of the query image, the largest first: the one that counts.
         revision: The gallery's revision that was searched.

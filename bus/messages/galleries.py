@@ -7,7 +7,7 @@ from msgspec import Meta
 
 from bus.messages.base import Message, Name
 from bus.messages.faces import Cosine, EntryId, SubjectName
-from bus.messages.jobs import FileFormat, Job
+from bus.messages.jobs import FileFormat, FileName, Job
 from bus.messages.repository import Digest
 
 Quality = Literal["reject", "warn", "off"]
@@ -92,8 +92,11 @@ class ManageDataset(Message, frozen=True):
         embedding: A face of which it is said that it is not `subject`, instead of `entry_id`.
         rejection: The rejection that is withdrawn.
         settings: Of `create` and `configure`: these; those that are absent take their defaults.
+        changes: Of `configure`, instead of `settings`: these alone; those that are absent stay.
+        revision: Of `configure`: only if the settings have not been changed since this revision.
         imported: The import that is undone.
         artefact: Of `import`: the uploaded file, by SHA-256, in the object store of faces.
+        file_name: Of `import`: what that file is called; kept as the import's `source`.
         format: Of a file that is imported (found out if absent) or exported.
         existing: What an import does with entries that are there already.
         filter: Of `entries`: as in `SearchFaces`.
@@ -114,8 +117,11 @@ class ManageDataset(Message, frozen=True):
     embedding: list[float] | None = None
     rejection: Annotated[str, Meta(max_length=64)] | None = None
     settings: DatasetSettings | None = None
+    changes: Annotated[dict[str, Any], Meta(max_length=64)] | None = None
+    revision: Annotated[int, Meta(ge=0, le=2**63 - 1)] | None = None
     imported: Annotated[str, Meta(max_length=64)] | None = None
     artefact: Digest | None = None
+    file_name: FileName | None = None
     format: FileFormat | None = None
     existing: Literal["skip", "replace", "fail"] = "skip"
     filter: Annotated[dict[str, Any], Meta(max_length=16)] = {}

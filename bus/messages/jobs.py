@@ -37,6 +37,10 @@ class ImportModel(Message, frozen=True):
     key: Annotated[str, Meta(min_length=1, max_length=255)] | None = None
 
 
+FileName = Annotated[str, Meta(min_length=1, max_length=255)]
+"""What a file is called, without its folder."""
+
+
 class GalleryWork(Message, frozen=True):
     """What a job is to do with a dataset.
 
@@ -49,6 +53,7 @@ class GalleryWork(Message, frozen=True):
         into: The dataset that `reembed` makes.
         by: Who asked.
         key: The idempotency key.
+        file_name: What the file that is imported is called where it comes from.
     """
 
     action: Literal["import", "export", "reembed"]
@@ -59,6 +64,7 @@ class GalleryWork(Message, frozen=True):
     into: Name | None = None
     by: str | None = None
     key: str | None = None
+    file_name: FileName | None = None
 
 
 class GalleryWorkDone(Message, frozen=True, omit_defaults=False):

@@ -30,12 +30,10 @@ from bus.errors import (
     Overloaded,
     Unavailable,
 )
-from services.candle.joining import apart, count_rows, kind_of, next_batch, together
+from services.candle.joining import Outcome, Run, count_rows, kind_of, next_batch, outcome_of
 from services.candle.pace import Pace
 from services.candle.runtimes.base import Tensors
 from services.candle.statistics import Statistics
-
-Run = Callable[[Tensors], Tensors]
 
 # How long the end of `Batcher.run` waits for a run that goes on in its thread.
 STOP_S: Final = 3.0
@@ -43,6 +41,9 @@ STOP_S: Final = 3.0
 MAX_RETRY_S: Final = 60
 # Weight of the last run in the measured time of a row.
 LAST_RUN: Final = 0.2
+# A run that fails may be over long before one that does not would be, so it tells nothing of how
+# quick a model is, unless it held everybody up for so long itself.
+FAILED_SLOW_NS: Final = 5_000_000
 
 log = structlog.get_logger("candle.batcher")
 
@@ -94,10 +95,11 @@ Done = Callable[[Ran | BusError], None]
 
 @dataclass(slots=True, eq=False)
 class Asked:
-    """A request on its way: what it brought, and who waits for it."""
+    """A request on its way: what it brought, of how many elements, and who waits for it."""
 
     tensors: Tensors
     rows: int
+    elements: int
     kind: Hashable
     done: Done
     came_ns: int
@@ -111,23 +113,7 @@ class _Batch:
 
     asked: list[Asked]
     rows: int
-
-
-@dataclass(slots=True, frozen=True)
-class _Outcome:
-    """How a run went, with the moments between its steps; without shares it failed.
-
-    Attributes:
-        computed_ns: The processor time of the thread that ran it.
-    """
-
-    began_ns: int
-    joined_ns: int
-    ran_ns: int
-    ended_ns: int
-    computed_ns: int
-    shares: list[Tensors] | None
-    error: BaseException | None
+    elements: int
 
 
 class Batcher:
@@ -185,24 +171,9 @@ class Batcher:
         self._row_ns = 0.0
 
     @property
-    def limits(self) -> Limits:
-        """The limits that hold now."""
-        return self._limits
-
-    @property
     def rows_waiting(self) -> int:
         """Rows that wait for a run."""
         return self._rows_waiting
-
-    @property
-    def running(self) -> int:
-        """Runs that go on just now."""
-        return len(self._running)
-
-    @property
-    def joins(self) -> bool:
-        """Whether requests are joined; no longer if the model turned out not to keep rows."""
-        return self._joins
 
     def limit(self, limits: Limits) -> None:
         """Go on with other limits, from the next batch on; who waits already stays."""
@@ -249,7 +220,8 @@ class Batcher:
         except BusError as error:
             self._statistics.failed(error.code)
             raise
-        asked = Asked(tensors, rows, kind, done, came_ns, deadline_ns)
+        elements = sum(array.size for array in tensors.values())
+        asked = Asked(tensors, rows, elements, kind, done, came_ns, deadline_ns)
         self._waiting[asked] = None
         self._rows_waiting += rows
         if deadline_ns is not None:
@@ -369,10 +341,11 @@ class Batcher:
                 # Whose time ends before that is not held back to be refused.
                 if now_ns < until_ns and (first_ns is None or until_ns < first_ns):
                     return until_ns
-            batch = _Batch([self._waiting.popitem(last=False)[0] for _ in range(requests)], rows)
+            asked = [self._waiting.popitem(last=False)[0] for _ in range(requests)]
+            batch = _Batch(asked, rows, sum(one.elements for one in asked))
             self._rows_waiting -= rows
-            if self._pace.quick(rows):
-                self._conclude(batch, self._outcome(batch))
+            if self._pace.quick(batch.elements):
+                self._conclude(batch, outcome_of(self._run, batch.asked))
                 if self._waiting:
                     # One after the other, so that whoever else is due has a turn between.
                     self._look_soon()
@@ -385,40 +358,17 @@ class Batcher:
             except RuntimeError:
                 # The threads are shut down already: the worker ends.
                 self._running.discard(batch)
-                for asked in batch.asked:
-                    self._refuse(asked, self._gone())
+                for one in asked:
+                    self._refuse(one, self._gone())
         return None
 
     def _work(self, batch: _Batch) -> None:
         """Run a batch; called in a thread."""
-        outcome = self._outcome(batch)
+        outcome = outcome_of(self._run, batch.asked)
         assert self._loop is not None  # noqa: S101 - nothing starts before `run`
         self._loop.call_soon_threadsafe(self._finish, batch, outcome)
 
-    def _outcome(self, batch: _Batch) -> _Outcome:
-        """Run a batch, and return how it went; blocks."""
-        asked = batch.asked
-        shares: list[Tensors] | None = None
-        failure: BaseException | None = None
-        began_ns = joined_ns = ran_ns = time.monotonic_ns()
-        computed_ns = time.thread_time_ns()
-        try:
-            if len(asked) == 1:
-                shares = [self._run(asked[0].tensors)]
-                ran_ns = time.monotonic_ns()
-            else:
-                joined = together([one.tensors for one in asked])
-                joined_ns = ran_ns = time.monotonic_ns()
-                outputs = self._run(joined)
-                ran_ns = time.monotonic_ns()
-                shares = apart(outputs, [one.rows for one in asked])
-        except BaseException as error:  # noqa: BLE001 - it belongs to whoever asked
-            failure = error
-        computed_ns = time.thread_time_ns() - computed_ns
-        ended_ns = time.monotonic_ns()
-        return _Outcome(began_ns, joined_ns, ran_ns, ended_ns, computed_ns, shares, failure)
-
-    def _finish(self, batch: _Batch, outcome: _Outcome) -> None:
+    def _finish(self, batch: _Batch, outcome: Outcome) -> None:
         """Take a batch back from its thread, and go on with what waits."""
         self._running.discard(batch)
         self._conclude(batch, outcome)
@@ -427,10 +377,11 @@ class Batcher:
         elif not self._running:
             self._idle.set()
 
-    def _conclude(self, batch: _Batch, outcome: _Outcome) -> None:
+    def _conclude(self, batch: _Batch, outcome: Outcome) -> None:
         """Give each asker of a batch their rows or their error."""
         took_ns = outcome.ended_ns - outcome.began_ns
-        self._pace.ran(batch.rows, outcome.computed_ns, took_ns)
+        if outcome.shares is not None or took_ns > FAILED_SLOW_NS:
+            self._pace.ran(batch.elements, outcome.computed_ns, took_ns)
         row_ns = took_ns / batch.rows
         self._row_ns += LAST_RUN * (row_ns - self._row_ns) if self._row_ns else row_ns
         if outcome.shares is not None:
@@ -444,7 +395,7 @@ class Batcher:
             assert outcome.error is not None  # noqa: S101 - alone, whatever came is a share
             self._refuse(batch.asked[0], self._as_error(outcome.error))
 
-    def _deliver(self, batch: _Batch, outcome: _Outcome, shares: list[Tensors]) -> None:
+    def _deliver(self, batch: _Batch, outcome: Outcome, shares: list[Tensors]) -> None:
         compute_ns = outcome.ran_ns - outcome.joined_ns
         queue_ns = requests = 0
         for asked, share in zip(batch.asked, shares, strict=True):

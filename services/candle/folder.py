@@ -9,11 +9,11 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Final
 
@@ -24,7 +24,7 @@ from bus import messages as m
 from bus.errors import BusError, Unavailable
 from bus.tasks import beside, to_its_end
 from services.candle.cache import sha256_of
-from services.candle.models.shipped import LICENCE, shipped
+from services.candle.models.shipped import licence_of
 from services.candle.repository import Repository
 from services.candle.runtimes import FORMATS
 
@@ -87,6 +87,7 @@ class Folder:
         self._settling: dict[str, tuple[State, float]] = {}
         self._handled: dict[str, State] = {}
         self._not_before: dict[str, float] = {}
+        self._unreadable: frozenset[str] = frozenset()
         self._full = False
 
     @asynccontextmanager
@@ -102,7 +103,8 @@ class Folder:
             await asyncio.sleep(LOOK_S)
 
     async def _look(self) -> None:
-        found = await to_its_end(scanned, self._folder)
+        found, unreadable = await to_its_end(scanned, self._folder)
+        self._say_unreadable(unreadable)
         self._say_full(len(found) > FILES_MAX)
         there = {one.path: one for one in found[:FILES_MAX]}
         for known in (self._settling, self._handled, self._not_before):
@@ -167,9 +169,14 @@ class Folder:
                 file_name=one.path,
                 version=one.version,
                 source=m.ModelSource(kind="folder", file_name=one.path),
-                licence=LICENCE if checksum in _samples() else None,
+                licence=licence_of(checksum),
             )
         )
+
+    def _say_unreadable(self, causes: Mapping[str, str]) -> None:
+        for path in sorted(causes.keys() - self._unreadable):
+            log.warning("folder.unreadable", path=path, cause=causes[path])
+        self._unreadable = frozenset(causes)
 
     def _say_full(self, full: bool) -> None:
         if full and not self._full:
@@ -177,40 +184,61 @@ class Folder:
         self._full = full
 
 
-def scanned(folder: Path) -> list[Found]:
-    """Return the files that may be models, by path; a few more than may be, at most. Blocks."""
+def scanned(folder: Path) -> tuple[list[Found], dict[str, str]]:
+    """Return the files that may be models, by path, and by path why others cannot be looked at.
+
+    The files are a few more than may be, at most. Blocks.
+    """
     found: list[Found] = []
-    for entry in _entries(folder):
+    unreadable: dict[str, str] = {}
+    files, folders = _entries(folder, unreadable)
+    for file in files:
+        name = Path(file.name)
+        if name.suffix.lower() in FORMATS:
+            found += _as_found(file, file.name, name.stem, None)
         if len(found) > FILES_MAX:
             break
-        name = Path(entry.name)
-        if entry.is_file() and name.suffix.lower() in FORMATS:
-            found += _as_found(entry, entry.name, name.stem, None)
-        elif entry.is_dir():
-            for version in _entries(Path(entry.path)):
-                if version.is_dir():
-                    found += _model_files(version, entry.name)
-    return sorted(found, key=lambda one: one.path)
+    for model in folders:
+        if len(found) > FILES_MAX:
+            break
+        for version in _entries(Path(model.path), unreadable)[1]:
+            found += _model_files(version, model.name, unreadable)
+    return sorted(found, key=lambda one: one.path), unreadable
 
 
-def _model_files(version: os.DirEntry[str], model: str) -> Iterator[Found]:
-    for file in _entries(Path(version.path)):
+def _model_files(
+    version: os.DirEntry[str], model: str, unreadable: dict[str, str]
+) -> Iterator[Found]:
+    for file in _entries(Path(version.path), unreadable)[0]:
         name = Path(file.name)
-        if name.stem == "model" and name.suffix.lower() in FORMATS and file.is_file():
+        if name.stem == "model" and name.suffix.lower() in FORMATS:
             path = f"{model}/{version.name}/{file.name}"
             yield from _as_found(file, path, model, version.name)
 
 
-def _entries(folder: Path) -> list[os.DirEntry[str]]:
-    """Return what is in a folder, but for what is hidden; nothing, if it cannot be read."""
-    entries: list[os.DirEntry[str]] = []
+def _entries(
+    folder: Path, unreadable: dict[str, str]
+) -> tuple[list[os.DirEntry[str]], list[os.DirEntry[str]]]:
+    """Return the files and the folders in a folder, but for what is hidden.
+
+    There are none if it cannot be read. What cannot be told to be either, such as a link that
+    leads to itself, is put down as unreadable, with the cause.
+    """
+    files: list[os.DirEntry[str]] = []
+    folders: list[os.DirEntry[str]] = []
     with contextlib.suppress(OSError), os.scandir(folder) as there:
-        for entry in there:
-            if not entry.name.startswith("."):
-                entries.append(entry)
-            if len(entries) >= ENTRIES_MAX:
-                break
-    return entries
+        for entry in islice(there, ENTRIES_MAX):
+            if entry.name.startswith("."):
+                continue
+            try:
+                if entry.is_dir():
+                    folders.append(entry)
+                elif entry.is_file():
+                    files.append(entry)
+            except OSError as error:
+                path = os.fsencode(entry.path).decode(errors="replace")
+                unreadable[path] = error.strerror or str(error)
+    return files, folders
 
 
 def _as_found(
@@ -236,9 +264,3 @@ def _came_from(version: m.ModelVersion, one: Found) -> bool:
         and version.source is not None
         and version.source.kind == "folder"
     )
-
-
-@cache
-def _samples() -> frozenset[str]:
-    """Return the digests of the models that ship."""
-    return frozenset(one.checksum for one in shipped())

@@ -11,12 +11,16 @@ import structlog
 from bus import messages as m
 from bus.errors import Conflict
 from services.candle import specs
+from services.candle.folder import FILES_MAX, scanned
 from services.candle.repository import Repository
 
 # An artefact without a version may be about to become one.
 ARTEFACT_GRACE: Final = timedelta(minutes=10)
 # So long an upload that broke off can be taken up again.
 UPLOAD_GRACE: Final = timedelta(days=1)
+
+# So long a watched folder leaves what was removed, should its file come back.
+MARK_GRACE: Final = timedelta(days=30)
 
 log = structlog.get_logger("candle.garbage")
 
@@ -112,7 +116,10 @@ class Garbage:
         return False
 
     async def collect(self, request: m.CollectGarbage) -> m.CollectedGarbage:
-        """Delete artefacts that no version needs, what broken uploads left, and lone reports."""
+        """Delete artefacts that no version needs, what broken uploads left, and lone reports.
+
+        With them go old marks of removed files that no longer lie in the folder here.
+        """
         now = m.now()
         # In this order: what comes meanwhile is seen with whatever needs it.
         reports = [entry.names[0] for entry in await self._store.reports.all()]
@@ -139,6 +146,7 @@ class Garbage:
                     await self._store.artefacts.discard(upload.upload_id)
             for digest in lone:
                 await self._store.reports.delete(digest)
+            await self._forget_removed(now - MARK_GRACE)
         collected = m.CollectedGarbage(
             artefacts=[digest for digest, _ in gone],
             uploads=[upload.upload_id for upload in broken],
@@ -147,6 +155,26 @@ class Garbage:
         )
         log.info("garbage.collected", freed_bytes=collected.freed_bytes, dry_run=request.dry_run)
         return collected
+
+    async def _forget_removed(self, before: datetime) -> None:
+        """Delete the marks of files that were removed before a moment and lie here no longer."""
+        folder = self._repository.models_dir
+        old = [
+            entry for entry in await self._store.removed.all()
+            if entry.value and entry.value.removed_at < before
+        ]  # fmt: skip
+        if not old or not await asyncio.to_thread(folder.is_dir):
+            # A folder that is away just now may come back with all its files.
+            return
+        found, _ = await asyncio.to_thread(scanned, folder)
+        if len(found) > FILES_MAX:
+            return
+        lying = {one.model for one in found}
+        for entry in old:
+            if entry.names[0] not in lying:
+                # Unless it was removed once more meanwhile.
+                with contextlib.suppress(Conflict):
+                    await self._store.removed.delete(*entry.names, revision=entry.revision)
 
     async def _drop(self, digest: str, brought_before: datetime | None = None) -> bool:
         """Delete an artefact with its report; tell whether it was there and old enough."""

@@ -1,12 +1,16 @@
-"""Which requests run together, and how their rows are put together and taken apart. Pure."""
+"""Which requests run together, how their rows are put together and taken apart, and the run."""
 
-from collections.abc import Hashable, Iterable, Sequence
-from typing import NamedTuple
+import time
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from bus.errors import InvalidRequest
 from services.candle.runtimes.base import Tensors
+
+Run = Callable[[Tensors], Tensors]
 
 
 def count_rows(tensors: Tensors) -> int:
@@ -73,6 +77,58 @@ def next_batch(waiting: Iterable[tuple[int, Hashable]], max_rows: int) -> NextBa
             return NextBatch(taken, total, full=True)
         taken, total, first = taken + 1, total + rows, kind
     return NextBatch(taken, total, full=taken > 0 and (first is None or total >= max_rows))
+
+
+class Joined(Protocol):
+    """A request that runs with others."""
+
+    @property
+    def tensors(self) -> Tensors:
+        """One array for each input."""
+
+    @property
+    def rows(self) -> int:
+        """Its rows."""
+
+
+@dataclass(slots=True, frozen=True)
+class Outcome:
+    """How a run went, with the moments between its steps; without shares it failed.
+
+    Attributes:
+        computed_ns: The processor time of the thread that ran it.
+    """
+
+    began_ns: int
+    joined_ns: int
+    ran_ns: int
+    ended_ns: int
+    computed_ns: int
+    shares: list[Tensors] | None
+    error: BaseException | None
+
+
+def outcome_of(run: Run, requests: Sequence[Joined]) -> Outcome:
+    """Run requests as one, a single one as it is, and return how that went; blocks."""
+    shares: list[Tensors] | None = None
+    failure: BaseException | None = None
+    began_ns = joined_ns = ran_ns = time.monotonic_ns()
+    computed_ns = time.thread_time_ns()
+    try:
+        if len(requests) == 1:
+            shares = [run(requests[0].tensors)]
+            ran_ns = time.monotonic_ns()
+        else:
+            joined = together([one.tensors for one in requests])
+            joined_ns = ran_ns = time.monotonic_ns()
+            outputs = run(joined)
+            ran_ns = time.monotonic_ns()
+            shares = apart(outputs, [one.rows for one in requests])
+    except BaseException as error:  # noqa: BLE001 - it belongs to whoever asked
+        failure = error
+    computed_ns = time.thread_time_ns() - computed_ns
+    ended_ns = time.monotonic_ns()
+    return Outcome(began_ns, joined_ns, ran_ns, ended_ns, computed_ns, shares, failure)
 
 
 def together(requests: Sequence[Tensors]) -> Tensors:

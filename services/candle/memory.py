@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-from bus.errors import Unavailable
+from bus.errors import Unavailable, Unprocessable
 from bus.telemetry import resident_bytes
 
 # An artefact takes about this much more in memory, until it has been measured.
@@ -43,7 +43,7 @@ class Tenant(Protocol):
 
 @dataclass(frozen=True)
 class Full:
-    """There is no room; `held_bytes` are held by what must stay."""
+    """There can be no room; `held_bytes` are held by what must stay."""
 
     held_bytes: int
 
@@ -102,24 +102,47 @@ class Memory:
 
         Raises:
             NoRoom: There is none; says who holds it, and which setting to turn.
+            Unprocessable: There is none, whoever leaves; says which setting to turn.
         """
         async with self._loading:
             leaving = to_evict(list(self._tenants()), need_bytes, self.budget_bytes)
-            if isinstance(leaving, Full) or (leaving and not may_evict):
-                held = sum(tenant.memory_bytes for tenant in self._tenants())
-                kept = ", ".join(t.label for t in self._tenants() if t.memory_bytes) or "nothing"
-                raise NoRoom(
-                    f"there is no room in memory for {label}: it needs about {_mb(need_bytes)}; of "
-                    f"the {_mb(self.budget_bytes)} that memory_budget_mb allows, {_mb(held)} are "
-                    f"held by {kept}",
-                    retry_after_s=30,
-                    details={"needed_bytes": need_bytes, "budget_bytes": self.budget_bytes},
-                )
+            if isinstance(leaving, Full):
+                raise self._never(label, need_bytes)
+            if leaving and not may_evict:
+                raise self._not_now(label, need_bytes)
             for tenant in leaving:
                 await self._evict(tenant)
             before = resident_bytes()
             yield lambda: max(0, resident_bytes() - before)
 
+    def _not_now(self, label: str, need_bytes: int) -> NoRoom:
+        held = [tenant for tenant in self._tenants() if tenant.memory_bytes]
+        return NoRoom(
+            f"there is no room in memory for {label}: it needs about {_mb(need_bytes)}; of "
+            f"the {_mb(self.budget_bytes)} that memory_budget_mb allows, {_held(held)}",
+            retry_after_s=30,
+            details=self._figures(need_bytes),
+        )
+
+    def _never(self, label: str, need_bytes: int) -> Unprocessable:
+        pinned = [tenant for tenant in self._tenants() if tenant.memory_bytes and tenant.pinned]
+        of_which = f", of which {_held(pinned)}, which must stay" if pinned else ""
+        return Unprocessable(
+            f"there is no room in memory for {label}, whatever else leaves: it needs about "
+            f"{_mb(need_bytes)}, and memory_budget_mb allows {_mb(self.budget_bytes)}{of_which}; "
+            "raise memory_budget_mb",
+            details=self._figures(need_bytes),
+        )
+
+    def _figures(self, need_bytes: int) -> dict[str, int]:
+        return {"needed_bytes": need_bytes, "budget_bytes": self.budget_bytes}
+
+
+def _held(tenants: Sequence[Tenant]) -> str:
+    held_bytes = sum(tenant.memory_bytes for tenant in tenants)
+    return f"{_mb(held_bytes)} are held by {', '.join(tenant.label for tenant in tenants)}"
+
 
 def _mb(size_bytes: float) -> str:
-    return f"{size_bytes / 1e6:,.0f} MB"
+    size_mb = size_bytes / 1e6
+    return f"{size_mb:,.0f} MB" if size_mb >= 10 else f"{size_mb:.2g} MB"

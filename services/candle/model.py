@@ -115,11 +115,14 @@ class Model:
         return key in self._evicted or key in self._leaving or key not in self._wanted()
 
     def wake(self, wanted: m.ModelVersion) -> Version | None:
-        """Bring a version back that left memory; return it, in whatever state it is."""
+        """Bring a version back that left memory; return it, in whatever state it is.
+
+        What failed is left alone: it would fail again, until somebody loads it anew.
+        """
         key = key_of(wanted)
         version = self._versions.get(key)
         self._evicted.pop(key, None)
-        if version and version.state in {"cold", "failed"}:
+        if version and version.state == "cold":
             version.begin(may_evict=True)
         self.nudge()
         return version

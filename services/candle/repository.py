@@ -24,7 +24,7 @@ from bus.state import Changes, Store
 from bus.tasks import to_its_end
 from services.candle import specs
 from services.candle.cache import Cache, sha256_of
-from services.candle.models.shipped import SAMPLES
+from services.candle.models.shipped import SAMPLES, licence_of
 from services.candle.runtimes import FORMATS
 from services.candle.validation import Limits, validate
 
@@ -42,6 +42,7 @@ class Repository:
 
     Attributes:
         cache: Where artefacts are kept by digest.
+        models_dir: Where people put model files.
         store: The buckets and the object store.
         limits: What looking into one file may take; can be changed at any time.
 
@@ -55,7 +56,7 @@ class Repository:
         self.cache = cache
         self.store = store
         self.limits = Limits()
-        self._models_dir = models_dir
+        self.models_dir = models_dir
         self._inspecting = asyncio.Lock()
 
     async def open(self) -> None:
@@ -114,6 +115,8 @@ class Repository:
         def change(spec: m.ModelSpec | None) -> m.ModelSpec:
             nonlocal name
             spec, name = specs.loaded(spec, request, made)
+            if spec.licence is None:
+                spec = msgspec.structs.replace(spec, licence=licence_of(made.checksum))
             return spec
 
         revision = await self.change(request.id, change)
@@ -316,7 +319,7 @@ class Repository:
             InvalidRequest: The path leaves the folder.
             NotFound: There is no such file; says which there are.
         """
-        folder = self._models_dir.resolve()
+        folder = self.models_dir.resolve()
         try:
             found = (folder / path).resolve()
             is_file = found.is_file()
@@ -417,13 +420,13 @@ class Repository:
 
     def _make_folders(self) -> None:
         self.cache.open()
-        if self._models_dir.exists():
+        if self.models_dir.exists():
             return
-        self._models_dir.mkdir(parents=True)
+        self.models_dir.mkdir(parents=True)
         for name in SAMPLES:
             with (
                 files("services.candle").joinpath("models", name).open("rb") as sample,
-                (self._models_dir / name).open("wb") as copy,
+                (self.models_dir / name).open("wb") as copy,
             ):
                 shutil.copyfileobj(sample, copy)
 

@@ -107,7 +107,12 @@ class Candle:
         self._processors, self._host_bytes = allowed()
         self._memory = Memory(self._budget(), self._tenants, self._evict)
         self._around = Surroundings(
-            repository, self._memory, lambda: self._settings, self._threads, self._on_change
+            repository,
+            self._memory,
+            lambda: self._settings,
+            self._threads,
+            self._processors,
+            self._on_change,
         )
         repository.limits = validation_limits(settings)
         self._changed = asyncio.Event()

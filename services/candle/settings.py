@@ -6,7 +6,11 @@ import msgspec
 from msgspec import Meta
 
 from bus import messages as m
+from services.candle.runtimes.base import CPU
 from services.candle.validation import Limits
+
+INSTANCES_MAX: Final = 64
+"""What a configuration may ask for, and what is started by itself on a large machine."""
 
 MIB: Final = 1024 * 1024
 
@@ -133,3 +137,15 @@ def threads_of(
 ) -> int:
     """Return the threads of one run: the model's own, the plugin's, or a fair share."""
     return config.threads or settings.threads or max(1, int(processors) // max(1, models))
+
+
+def instances_of(config: m.ModelConfig, threads: int, processors: float) -> int:
+    """Return how many runs of a model go on at the same time: as it says, or what fills the host.
+
+    Of a convolutional net that computes 5 ms for an image, two runs of one thread each on two
+    processors answered 1.4 to 1.8 times as many requests as one; what is quick is run on the event
+    loop anyway. What another device computes has one run at a time unless somebody says otherwise.
+    """
+    if config.instances is None and config.provider in (None, CPU):
+        return min(INSTANCES_MAX, max(1, int(processors) // threads))
+    return config.instances or 1

@@ -26,7 +26,7 @@ from services.candle.pace import QUICK_NS, Pace
 from services.candle.repository import Repository
 from services.candle.runtimes import open_model
 from services.candle.runtimes.base import CPU, Array, Runtime, Tensors
-from services.candle.settings import CandleSettings
+from services.candle.settings import INSTANCES_MAX, CandleSettings, instances_of
 from services.candle.specs import tensors_of
 from services.candle.statistics import Statistics
 
@@ -46,6 +46,7 @@ class Surroundings:
         memory: Says when it may load.
         settings: Gives the plugin's settings as they are now.
         threads: Gives the threads of one run for a configuration.
+        processors: How many this process may use.
         changed: Is called when a state has changed.
     """
 
@@ -53,6 +54,7 @@ class Surroundings:
     memory: Memory
     settings: Callable[[], CandleSettings]
     threads: Callable[[m.ModelConfig], int]
+    processors: float
     changed: Callable[[], None]
 
 
@@ -252,7 +254,7 @@ class Version:
         return self.statistics.message(
             queue_rows=self.rows_waiting,
             threads=self.threads,
-            instances=self.spec.config.instances or 1,
+            instances=self._instances,
         )
 
     def told(self, names: list[str]) -> m.ServedModel:
@@ -353,13 +355,15 @@ class Version:
             # To its end: called off, it takes memory until then, and nobody else may load.
             runtime = await to_its_end(_opened, path, threads, provider)
             self.memory_bytes = max(grown(), spec.size_bytes)
-        self.failure, self.threads, self._loaded = None, threads, self._started(runtime)
+        self.failure, self.threads = None, threads
+        self._loaded = self._started(runtime)
         self.used_at = time.monotonic()
         self._become("ready")
 
     def _started(self, runtime: Runtime) -> _Loaded:
         limits = self._limits()
-        threads = ThreadPoolExecutor(limits.instances, f"run-{self.model}")
+        # One is made when there is a run for it: the limit may rise later.
+        threads = ThreadPoolExecutor(INSTANCES_MAX, f"run-{self.model}")
         batcher = Batcher(
             runtime.run,
             joins=runtime.signature.batched,
@@ -405,8 +409,12 @@ class Version:
             max_rows=config.max_batch_rows or settings.max_batch_rows,
             max_waiting_rows=config.max_waiting_rows or settings.max_waiting_rows,
             max_delay_s=delay_ms / 1e3,
-            instances=config.instances or 1,
+            instances=self._instances,
         )
+
+    @property
+    def _instances(self) -> int:
+        return instances_of(self.spec.config, max(1, self.threads), self._around.processors)
 
     def _tell_progress(self, share: float) -> None:
         # In steps that a person sees, so that nobody is told of every chunk.

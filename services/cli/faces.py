@@ -246,7 +246,8 @@ def show_faces(faces: Sequence[m.FaceInfo]) -> None:
 
 
 def _show_matches(matches: Sequence[m.FaceMatch], found: m.FaceMatches) -> None:
-    best = matches[0] if matches else None
+    # As the answer itself is named: whoever is nearest may have been rejected.
+    best = next((one for one in matches if one.known), matches[0] if matches else None)
     if best is None:
         verdict = Text("unknown", "yellow").append(": no entry is near enough", "")
     elif best.known:

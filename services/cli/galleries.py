@@ -67,13 +67,17 @@ async def configure(dataset: str, changes: Changes, at: Platform) -> None:
 
     Raises:
         typer.BadParameter: Nothing is to be changed.
+        Conflict: Somebody else has changed them at the same moment.
     """
     if not changes:
         raise typer.BadParameter("nothing to change: give --threshold, --quality or another one")
     async with connected(at.nats, at.data_dir) as client:
         before = _in_full(await ask_dataset(client, "stats", dataset=dataset))
         settings = changes.applied_to(before.settings)
-        after = await ask_dataset(client, "configure", dataset=dataset, settings=settings)
+        # Whoever has changed them meanwhile is not overruled.
+        after = await ask_dataset(
+            client, "configure", dataset=dataset, settings=settings, revision=before.revision
+        )
     show_dataset(_in_full(after), at)
 
 

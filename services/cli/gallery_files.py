@@ -19,6 +19,7 @@ from services.cli.plugins import connected
 from services.cli.progress import Meter
 from services.cli.transfers import appearing, copy, digest_of, readable, store, target_of
 
+NAME_MAX: Final = 255
 FORMATS: Final = {".json": "json", ".npz": "npz", ".parquet": "parquet"}
 
 
@@ -47,7 +48,14 @@ async def bring_in(
         faces = client.store.faces
         await store(faces, f"{client.root}|faces", file, before, digest, quiet=at.as_json)
         answer = await ask_dataset(
-            client, "import", dataset=dataset, artefact=digest, format=kind, existing=existing
+            client,
+            "import",
+            dataset=dataset,
+            artefact=digest,
+            # On disk a name may be bytes that are no text.
+            file_name=file.name.encode(errors="replace").decode()[-NAME_MAX:],
+            format=kind,
+            existing=existing,
         )
         job = _job_of(answer)
         if detach:

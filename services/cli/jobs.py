@@ -15,6 +15,7 @@ from bus import codec
 from bus import messages as m
 from bus.client import Client
 from bus.errors import NotFound
+from bus.masking import without_query
 from bus.subjects import JOB, JOB_CANCELS, JOB_RETRIES, MODEL_IMPORT
 from services.cli.console import age, out, plain_table, show_json
 from services.cli.models import end_unsound
@@ -80,25 +81,32 @@ async def list_all(at: Platform, *, state: str | None) -> None:
     """Print the jobs that are kept, the newest first, or those in one state."""
     async with connected(at.nats, at.data_dir) as client:
         entries = await client.store.jobs.all()
-    jobs = [one.value for one in entries if one.value and state in {None, one.value.state}]
+    jobs = [
+        without_query(one.value)
+        for one in entries
+        if one.value and state in {None, one.value.state}
+    ]
     jobs.sort(key=lambda job: job.created_at, reverse=True)
     if at.as_json:
         show_json(jobs)
         return
-    table = plain_table("job", "state", "what", "how far", "began", "by", "from")
+    table = plain_table("job", "state", "what", "how far", "began")
+    for column in table.columns:
+        # The other commands ask for the id; where the line is short, the rest is folded.
+        column.no_wrap = column.header in {"job", "state", "began"}
     for job in jobs:
         table.add_row(
             Text(job.job, "cyan"),
             Text(job.state, COLOURS[job.state]),
-            about(job),
+            Text(about(job), overflow="fold"),
             how_far(job),
             f"{age((m.now() - job.created_at).total_seconds())} ago",
-            _by(job) or "-",
-            Text(_source(job) or "-", overflow="fold"),
         )
-        if job.error:
-            table.add_row("", Text(job.error, "red" if job.state == "failed" else "dim"))
     out.print(table, soft_wrap=False)
+    for job in jobs:
+        if job.error:
+            said = Text(job.error, "red" if job.state == "failed" else "dim")
+            out.print(Text(f"{job.job}: ", "cyan").append(said))
 
 
 async def show(job_id: str, at: Platform) -> None:
@@ -198,7 +206,7 @@ async def watched(client: Client, job_id: str, at: Platform) -> m.Job:
 def end(job: m.Job, at: Platform) -> None:
     """Print what a job led to, and end with status 1 where it did not go well."""
     if at.as_json:
-        show_json(job)
+        show_json(without_query(job))
     elif job.result:
         show_added(job.result)
     else:
@@ -210,6 +218,7 @@ def end(job: m.Job, at: Platform) -> None:
 
 
 def _show(job: m.Job, at: Platform) -> None:
+    job = without_query(job)
     if at.as_json:
         show_json(job)
         return

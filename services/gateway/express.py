@@ -15,11 +15,10 @@ from aiohttp import web
 
 from bus.client import TRACEPARENT, Answer, Asked, new_traceparent
 from bus.errors import BusError
-from services.gateway.heads import Head, Infer, read_head
+from services.gateway.heads import HEAD_MAX_BYTES, Head, Infer, read_head
 from services.gateway.inference import (
     COMPRESS_MIN_BYTES,
     LENGTH,
-    OUTCOME,
     shown,
     subject_of,
     too_many,
@@ -27,7 +26,9 @@ from services.gateway.inference import (
 from services.gateway.parts import Parts
 from services.gateway.translate import (
     BODY_PATIENCE_S,
+    OUTCOME,
     TIMEOUT_DEFAULT_S,
+    TRACED,
     WHOLE_MAX_BYTES,
     is_request_id,
     is_traceparent,
@@ -53,7 +54,7 @@ class Express(web.RequestHandler):
     __slots__ = (
         "_asked", "_asking", "_closing", "_gathered", "_gathering", "_head", "_head_read", "_idle",
         "_later", "_left", "_make", "_outcome", "_parts", "_raw", "_request_id", "_theirs",
-        "_to_gather",
+        "_to_gather", "_traceparent",
     )  # fmt: skip
 
     def __init__(self, parts: Parts, manager: web.Server, loop: asyncio.AbstractEventLoop) -> None:
@@ -68,7 +69,7 @@ class Express(web.RequestHandler):
         self._head = b""
         self._head_read: Head | None = None
         # A request whose body has not come whole.
-        self._gathered: list[bytes] = []
+        self._gathered = bytearray()
         self._to_gather = 0
         self._gathering: asyncio.TimerHandle | None = None
         # A request that is asked for, and what came behind it.
@@ -76,6 +77,7 @@ class Express(web.RequestHandler):
         self._asked: Asked | None = None
         self._raw = b""
         self._request_id = ""
+        self._traceparent = ""
         self._later = bytearray()
         # What aiohttp's next request has in hand.
         self._outcome: Answer | BusError | None = None
@@ -102,12 +104,7 @@ class Express(web.RequestHandler):
 
     def _begin(self, data: bytes) -> None:
         """Take a request from its beginning."""
-        if self._head and data.startswith(self._head):
-            head = self._head_read
-        else:
-            head = read_head(data)
-            self._head = data[: head.size] if head else b""
-            self._head_read = head
+        head = self._look(data)
         if head is None:
             self._left = -1
             self._pass(data)
@@ -121,35 +118,43 @@ class Express(web.RequestHandler):
             self._gathering = self._loop.call_later(BODY_PATIENCE_S, self._gather_no_more)
             self._gather(data)
         else:
-            self._later += data[size:]
+            self._take_later(data[size:])
             self._ask(infer, data[:size], data[head.size : size])
+
+    def _look(self, data: bytes | bytearray) -> Head | None:
+        """Return the head that data begins with, if it is whole and plain."""
+        if not self._head or not data.startswith(self._head):
+            head = self._head_read = read_head(bytes(data[:HEAD_MAX_BYTES]))
+            self._head = bytes(data[: head.size]) if head else b""
+        return self._head_read
 
     def _may_ask(self, infer: Infer, size: int) -> bool:
         """Tell whether a request can go the short way."""
         parts = self._parts
-        return not (self._theirs or self._paused or self._close or self._closing) and (
+        return not (self._theirs or self._paused or self._close) and (
             size <= GATHERED_MAX_BYTES
             and parts.gate.passes(infer.host, infer.authorization)
             and too_many(parts, size) is None
         )
 
     def _gather(self, data: bytes) -> None:
-        self._gathered.append(data)
-        if sum(map(len, self._gathered)) >= self._to_gather:
+        self._gathered += data
+        if len(self._gathered) >= self._to_gather:
             self._gather_no_more()
 
     def _gather_no_more(self) -> None:
         """Go on with what is gathered: as a whole, or, when it takes too long, with aiohttp."""
         if self._gathering:
             self._gathering.cancel()
-        data, size, head = b"".join(self._gathered), self._to_gather, self._head_read
-        self._gathered, self._to_gather, self._gathering = [], 0, None
-        if head and head.infer and len(data) >= size and self._may_ask(head.infer, 0):
-            self._later += data[size:]
+        data, size, head = bytes(self._gathered), self._to_gather, self._head_read
+        self._gathered, self._to_gather, self._gathering = bytearray(), 0, None
+        if head and head.infer and len(data) >= size and self._may_ask(head.infer, head.body_size):
+            self._take_later(data[size:])
             self._ask(head.infer, data[:size], data[head.size : size])
         else:
             self._left = size
             self._pass(data)
+            self._tell_idle()
             self._close_if_asked()
 
     def _pass(self, data: bytes) -> None:
@@ -173,20 +178,33 @@ class Express(web.RequestHandler):
         if len(self._later) > LATER_MAX_BYTES and not self._buffer_paused:
             self._pause_reading_for_buffer()
 
+    def _go_on(self) -> None:
+        """Take what came while a request was being answered, up to the next one to be answered."""
+        later = self._later
+        while later and not (self._asking or self._to_gather):
+            # Only the next request is taken out: many small ones are not copied over and over.
+            # aiohttp would do so itself with what it keeps for later, and is given all at once.
+            head = None if self._theirs else self._look(later)
+            size = head.size + head.body_size if head else len(later)
+            data = bytes(later[:size])
+            del later[:size]
+            self.data_received(data)
+
     # --- The short way ----------------------------------------------------------------------------
 
     def _ask(self, infer: Infer, raw: bytes, body: bytes) -> None:
         parts = self._parts
         parts.relaying += 1
         parts.relaying_bytes += len(body)
+        parts.instance.gauges["http_requests"] += 1
         self._asking, self._raw = True, raw
         self._next_keepalive_close_time = self._loop.time() + self._keepalive_timeout
         given = infer.traceparent
-        traceparent = given if is_traceparent(given) else new_traceparent()
+        self._traceparent = given if is_traceparent(given) else new_traceparent()
         given = infer.request_id
         self._request_id = given if is_request_id(given) else f"{random.getrandbits(64):016x}"
-        headers = {TRACEPARENT: traceparent}
-        if infer.tensors_at is not None:
+        headers = {TRACEPARENT: self._traceparent}
+        if infer.tensors_at:
             headers[LENGTH] = infer.tensors_at
         asked = parts.client.ask(
             subject_of(parts.client.root, infer.model, infer.version),
@@ -207,12 +225,10 @@ class Express(web.RequestHandler):
         if not self._write(outcome):
             self._outcome, self._theirs = outcome, True
             super().data_received(raw)
-        if self._buffer_paused and not self._messages:
+        if not self._closing:
+            self._go_on()
+        if self._buffer_paused and not self._messages and len(self._later) <= LATER_MAX_BYTES:
             self._resume_reading_for_buffer()
-        if self._later and not self._closing:
-            later = bytes(self._later)
-            self._later.clear()
-            self.data_received(later)
         self._close_if_asked()
 
     def _write(self, outcome: Answer | BusError) -> bool:
@@ -227,7 +243,6 @@ class Express(web.RequestHandler):
         answer = whole(outcome.body, shown(outcome.headers), self._request_id)
         if answer is None:
             return False
-        self._parts.instance.gauges["http_requests"] += 1
         self.transport.write(answer)
         return True
 
@@ -236,15 +251,20 @@ class Express(web.RequestHandler):
         self._parts.relaying -= 1
         self._parts.relaying_bytes -= head.body_size if head else 0
         self._asking, self._asked, self._raw = False, None, b""
+        self._tell_idle()
+
+    def _tell_idle(self) -> None:
+        """Let a clean stop go on."""
         if self._idle and not self._idle.done():
             self._idle.set_result(None)
 
     def _make_request(self, *args: Any) -> web.BaseRequest:
-        """Make aiohttp's request, with the outcome if there is one already."""
+        """Make aiohttp's request, with the outcome and its trace if there is one already."""
         assert self._make is not None  # noqa: S101 - aiohttp has looked
         request = self._make(*args)
         if self._outcome is not None:
             request[OUTCOME], self._outcome = self._outcome, None
+            request[TRACED] = self._traceparent
         return request
 
     # --- The end ----------------------------------------------------------------------------------
@@ -257,6 +277,7 @@ class Express(web.RequestHandler):
             self._asked.cancel()
         if self._asking:
             self._no_longer_ask()
+        self._tell_idle()
         super().connection_lost(exc)
 
     def close(self) -> None:
@@ -268,9 +289,11 @@ class Express(web.RequestHandler):
 
     async def shutdown(self, timeout: float | None = 15.0) -> None:
         """End, when the present request is answered or the time is up."""
-        if self._asking:
+        if self._asking or self._to_gather:
             self._idle = self._loop.create_future()
             await asyncio.wait([self._idle], timeout=timeout)
+            # aiohttp waits as long once more for a request that it has not got.
+            super().close()
         await super().shutdown(timeout)
 
     def _close_if_asked(self) -> None:

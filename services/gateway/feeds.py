@@ -20,6 +20,7 @@ from bus import codec
 from bus.client import Client
 from bus.errors import Overloaded, Unavailable
 from bus.log_search import LEVELS, LogPage, LogQuery, at_least
+from bus.masking import without_query
 from bus.messages import (
     Event,
     Job,
@@ -33,7 +34,6 @@ from bus.messages import (
 from bus.plugins import PluginsView
 from bus.subjects import LIVE_LOG, TELEMETRY
 from bus.tasks import heed_cancellation
-from services.gateway.masks import without_query
 from services.gateway.telemetry import summed
 
 TICK_S: Final = 0.02

@@ -8,6 +8,8 @@ import re
 from typing import Final, NamedTuple
 
 HEAD_MAX_BYTES: Final = 8_190
+# aiohttp refuses a request with more.
+FIELDS_MAX: Final = 128
 
 
 class Infer(NamedTuple):
@@ -63,6 +65,8 @@ def read_head(data: bytes) -> Head | None:
         if name in fields or name in _NOT_PLAIN:
             return None
         fields[name] = found[2].decode()
+    if len(fields) > FIELDS_MAX:
+        return None
     length = fields.get("content-length", "0")
     if not _LENGTH.fullmatch(length) or fields.get("connection", _KEEP).lower() != _KEEP:
         return None

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Final
 
-from aiohttp import hdrs, web
+from aiohttp import hdrs
 
 from bus.errors import Overloaded
 from bus.subjects import MODEL_INFER
@@ -21,9 +21,6 @@ RELAYING_MAX: Final = 1_024
 RELAYING_MAX_BYTES: Final = 512 * 1024**2
 # Less than this is sent sooner than it is compressed.
 COMPRESS_MIN_BYTES: Final = 1_400
-# What became of a request that was asked before aiohttp got to see it (`services.gateway.express`):
-# an `Answer` or a `BusError`.
-OUTCOME: Final = web.RequestKey("outcome", object)
 
 
 def too_many(at: Parts, more_bytes: int, *, more: int = 1) -> Overloaded | None:

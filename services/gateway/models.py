@@ -3,7 +3,7 @@
 from typing import Any, Final
 from urllib.parse import quote
 
-from bus.errors import BusError, NotFound, Unavailable
+from bus.errors import NEVER, BusError, NotFound, Unavailable
 from bus.messages import ModelSpec, ModelVersion, ServedModel, ServedModels, WakeModel
 from bus.models import DEFAULT, version_of
 from bus.subjects import MODEL_WAKE
@@ -72,16 +72,22 @@ def _not_ready(instance: ServedModels, one: ServedModel) -> Unavailable:
     if one.progress is not None:
         details["progress"] = one.progress
     what = f"model {one.id!r} version {one.version!r}"
+    again_s: float
     match one.state:
         case "ready":
             # The last that it said of itself.
             details["state"] = "unreachable"
             said, again_s = f"{what} was loaded on {instance.host}, which does not answer", 1
-        case "failed" | "cold":
-            said, again_s = f"{what} is {one.state} on {instance.host}: {one.reason}", 30
+        case "failed":
+            said = f"{what} failed on {instance.host}: {one.reason}; load it again"
+            again_s = NEVER
+        case "cold":
+            said, again_s = f"{what} is cold on {instance.host}: {one.reason}", 30
         case "leaving":
             said, again_s = f"{what} is leaving {instance.host}", 1
         case _:
             share = "" if one.progress is None else f", {one.progress:.0%} of it is there"
-            said, again_s = f"{what} is being loaded on {instance.host} ({one.state}{share})", 1
+            why = "" if one.reason is None else f": {one.reason}"
+            said = f"{what} is being loaded on {instance.host} ({one.state}{share}){why}"
+            again_s = 1
     return Unavailable(said, retry_after_s=again_s, details=details)

@@ -22,7 +22,7 @@ from aiohttp.typedefs import Handler
 
 from bus import codec
 from bus.client import Answer, new_traceparent, trace
-from bus.errors import BusError, DeadlineExceeded, InvalidRequest, TooLarge
+from bus.errors import NEVER, BusError, DeadlineExceeded, InvalidRequest, TooLarge
 from bus.instance import Instance
 
 PROBLEM: Final = "application/problem+json"
@@ -39,9 +39,16 @@ BODY_PATIENCE_S: Final = 60.0
 # A relayed answer beyond this waits for the client to take it, as aiohttp's responses do.
 WHOLE_MAX_BYTES: Final = 64 * 1024
 
+# What became of a request that was asked before aiohttp got to see it (`services.gateway.express`):
+# an `Answer` or a `BusError`; and the trace it was asked with.
+OUTCOME: Final = web.RequestKey("outcome", object)
+TRACED: Final = web.RequestKey("traced", str)
 _ID_GIVEN: Final = web.RequestKey("id", str)
 
 log = structlog.get_logger("services.gateway")
+
+# What encoding raises for values that an encoding has no form for.
+_NOT_CARRIED: Final = (OverflowError, TypeError, ValueError, RecursionError)
 
 T = TypeVar("T")
 
@@ -89,6 +96,31 @@ def asked(kind: type[T], given: Mapping[str, Any]) -> T:
         InvalidRequest: It does not fit the type; names the field.
     """
     return codec.convert({key: value for key, value in given.items() if value is not None}, kind)
+
+
+def encoded(message: msgspec.Struct, content_type: str = codec.JSON) -> bytes:
+    """Return a caller's message as bytes for the bus.
+
+    A field that may be anything may hold what the one encoding can carry and the other cannot, such
+    as a number of more than 64 bits.
+
+    Raises:
+        InvalidRequest: There is such a field; names it.
+    """
+    try:
+        return codec.encode(message, content_type)
+    except _NOT_CARRIED:
+        raise _not_carried(message, content_type) from None
+
+
+def _not_carried(message: msgspec.Struct, content_type: str) -> InvalidRequest:
+    for name in message.__struct_fields__:
+        try:
+            codec.encode(getattr(message, name), content_type)
+        except _NOT_CARRIED as error:
+            why = f"{name}: it cannot be sent on: {error}; numbers have 64 bits at most"
+            return InvalidRequest(why, field=name)
+    return InvalidRequest(f"the request cannot be sent on as {content_type}")
 
 
 async def read_body(request: web.Request, max_bytes: int) -> bytes:
@@ -215,7 +247,7 @@ def problem(
 def problem_of(error: BusError, *, kserve: bool = False) -> web.Response:
     """Return what a `BusError` is in HTTP; clients of the inference protocol look for `error`."""
     headers: dict[str, str] = {}
-    if error.number in {429, 503}:
+    if error.number in {429, 503, 507} and error.retry_after_s != NEVER:
         headers[hdrs.RETRY_AFTER] = str(max(1, math.ceil(error.retry_after_s or 1)))
     sentence = _sentence(error.message)
     return problem(
@@ -240,9 +272,11 @@ def translated(instance: Instance, handler: Handler) -> Handler:
     counts.setdefault("http_errors", 0)
 
     async def handle(request: web.Request) -> web.StreamResponse:
-        counts["http_requests"] += 1
+        # Counted already when it was asked.
+        if OUTCOME not in request:
+            counts["http_requests"] += 1
         request[_ID_GIVEN] = _request_id(request)
-        trace.set(_traceparent(request))
+        trace.set(request.get(TRACED) or _traceparent(request))
         response: web.StreamResponse
         try:
             response = await handler(request)
@@ -294,6 +328,8 @@ class Relayed(web.Response):
             or request.version != HttpVersion11
             or request.method == hdrs.METH_HEAD
             or self.compression
+            # The client takes it slowly: wait for it, as aiohttp's responses do.
+            or request.protocol.writing_paused
         ):
             return await super().prepare(request)
         answer = whole(body, headers, request[_ID_GIVEN])

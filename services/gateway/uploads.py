@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import msgspec
 import structlog
@@ -300,8 +300,19 @@ def other_request(before: str) -> Unprocessable:
     )
 
 
+class Taker(Protocol):
+    """What the bytes of an upload go to."""
+
+    @property
+    def offset(self) -> int:
+        """How many bytes it has taken."""
+
+    async def write(self, block: bytes) -> None:
+        """Take more."""
+
+
 async def take(
-    upload: Upload,
+    upload: Taker,
     blocks: AsyncIterator[bytes],
     *,
     max_bytes: int,

@@ -1,6 +1,5 @@
 """rustyface put together: what is made of an encoder and the settings, and handed to each other."""
 
-from functools import partial
 from pathlib import Path
 
 from bus.client import Client
@@ -63,10 +62,15 @@ def assemble(
     workers = Workers(settings.max_waiting)
     faces = Faces(galleries, encoder, workers, kept, thresholds, settings.default_dataset)
     jobs = GalleryJobs(client, instance, galleries, encoder, cache_dir / "transfers")
-    manage = Manage(
-        galleries, jobs, thresholds.both, partial(calibration.expected_false, encoder.name)
+    manage = Manage(galleries, jobs, thresholds.both, calibration.expected_false)
+    sheets = Sheets(
+        galleries,
+        store.faces,
+        faces.detect,
+        faces.search,
+        max_bytes=client.max_payload,
+        max_pixels=encoder.max_pixels,
     )
-    sheets = Sheets(galleries, store.faces, faces.detect, faces.search, client.max_payload)
     return Rustyface(
         instance,
         galleries,

@@ -43,7 +43,7 @@ def false_match_rate(embedder: str, cosine: float) -> float | None:
     if points is None or cosine < points[0][0]:
         return None
     cosines, rates = zip(*points, strict=True)
-    return float(np.exp(np.interp(cosine, cosines, np.log(rates))))
+    return _rounded(float(np.exp(np.interp(cosine, cosines, np.log(rates)))))
 
 
 def cosine_at(embedder: str, rate: float) -> float | None:
@@ -71,7 +71,7 @@ def expected_false(embedder: str, cosine: float, entries: int) -> float | None:
     As if each were a stranger's, and a photo of its own; None as in `false_match_rate`.
     """
     rate = false_match_rate(embedder, cosine)
-    return None if rate is None else rate * entries
+    return None if rate is None else _rounded(rate * entries)
 
 
 def threshold_of(embedder: str, *chosen: float | None) -> float:
@@ -92,9 +92,11 @@ def verify_threshold_of(embedder: str, *chosen: float | None) -> float:
 class Thresholds:
     """What counts as the same person here: as set for the dataset, the plugin, or the embedder.
 
+    Which embedder: the dataset's, where one is searched; it need not be the worker's.
+
     Args:
-        embedder: Its name.
-        own: The threshold of an embedder that somebody brought; None for ours.
+        embedder: The worker's, by name.
+        own: The threshold of that, if somebody brought it; None for ours.
         own_verify: Likewise, for comparing two faces.
 
     Attributes:
@@ -108,18 +110,25 @@ class Thresholds:
         self._embedder = embedder
         self._own, self._own_verify = own, own_verify
 
-    def search(self, dataset: m.DatasetSettings) -> float:
-        """Return the cosine from which a search of a dataset names somebody."""
-        return threshold_of(self._embedder, dataset.threshold, self.plugin, self._own)
+    def search(self, embedder: str, dataset: m.DatasetSettings) -> float:
+        """Return the cosine from which a search of a dataset of some embedder names somebody."""
+        own = self._own if embedder == self._embedder else None
+        return threshold_of(embedder, dataset.threshold, self.plugin, own)
 
-    def verify(self, dataset: m.DatasetSettings | None = None) -> float:
+    def verify(self, embedder: str, dataset: m.DatasetSettings | None = None) -> float:
         """Return the cosine from which two faces are one person."""
         chosen = dataset.verify_threshold if dataset else None
-        return verify_threshold_of(self._embedder, chosen, self._own_verify)
+        own = self._own_verify if embedder == self._embedder else None
+        return verify_threshold_of(embedder, chosen, own)
 
-    def both(self, dataset: m.DatasetSettings) -> tuple[float, float]:
+    def both(self, embedder: str, dataset: m.DatasetSettings) -> tuple[float, float]:
         """Return what counts in searches of a dataset, and in comparisons."""
-        return self.search(dataset), self.verify(dataset)
+        return self.search(embedder, dataset), self.verify(embedder, dataset)
+
+
+def _rounded(rate: float) -> float:
+    """Return a rate with three digits: no more of it was measured."""
+    return float(f"{rate:.3g}")
 
 
 def _first(*values: float | None) -> float:

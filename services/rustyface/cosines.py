@@ -4,6 +4,7 @@ Replicas get the same vectors in other batches, and keep them in another order. 
 a whole block depends on that in its last bits; what is computed here does not.
 """
 
+from collections.abc import Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -44,15 +45,31 @@ def exact(rows: Floats, at: Ints, query: Floats) -> Doubles:
     return np.concatenate(parts).clip(-1, 1) if parts else np.empty(0, np.float64)
 
 
-def cosine_to_mean(rows: Floats, at: Ints, query: Floats) -> float:
-    """Return the cosine to the mean of some rows; 0 where they have none."""
+def cosines_to_means(rows: Floats, persons: Sequence[Ints], query: Floats) -> Doubles:
+    """Return the cosine to the mean of each person's rows; 0 where they have none.
+
+    All at once: by itself each of them costs a dozen calls that do next to nothing.
+    """
+    if not persons:
+        return np.empty(0, np.float64)
+    if sum(map(len, persons)) <= _AT_ONCE:
+        starts = np.cumsum([0, *map(len, persons[:-1])])
+        totals = np.add.reduceat(_scaled(rows, np.concatenate(persons)), starts)
+    else:
+        totals = np.stack([_total(rows, at) for at in persons])
+    templates = totals.astype(np.float64)
+    lengths = np.sqrt((templates * templates).sum(axis=1, keepdims=True))
+    # Two faces that are each other's opposite have no mean.
+    templates /= np.where(lengths > 0, lengths, 1)
+    return np.asarray((templates * query.astype(np.float64)).sum(axis=1).clip(-1, 1), np.float64)
+
+
+def _scaled(rows: Floats, at: Ints) -> Ints:
+    return np.rint(rows[at].astype(np.float64) * _TEMPLATE_SCALE).astype(np.int64)
+
+
+def _total(rows: Floats, at: Ints) -> Ints:
     total = np.zeros(rows.shape[1], np.int64)
     for i in range(0, len(at), _AT_ONCE):
-        scaled = rows[at[i : i + _AT_ONCE]].astype(np.float64) * _TEMPLATE_SCALE
-        total += np.rint(scaled).astype(np.int64).sum(axis=0)
-    template = total.astype(np.float64)
-    length = float(np.sqrt((template * template).sum()))
-    # Two faces that are each other's opposite have no mean.
-    if length == 0:
-        return 0.0
-    return float(np.clip((template / length * query.astype(np.float64)).sum(), -1, 1))
+        total += _scaled(rows, at[i : i + _AT_ONCE]).sum(axis=0)
+    return total

@@ -68,8 +68,7 @@ class Detector:
 
     def __init__(self, weights: Weights, *, longer_side: int = LONGER_SIDE) -> None:
         self.digest = weights.digest
-        self._session = weights.session
-        self._input = weights.session.get_inputs()[0].name
+        self._weights = weights
         self._longer_side = longer_side
 
     def detect(
@@ -109,7 +108,7 @@ class Detector:
         # of sizes that the runtime ever sees, and the memory that it holds on to.
         image = np.pad(image, ((0, -seen[0] % 32), (0, -seen[1] % 32), (0, 0)))
         blob = np.ascontiguousarray(image.transpose(2, 0, 1)[None], np.float32)
-        outputs = self._session.run(_OUTPUTS, {self._input: blob})
+        outputs = self._weights.run(_OUTPUTS, blob)
         found = _decode(outputs, image.shape[1] // 8, score_min)
         # Both sides are rounded, so each has its own scale back.
         back = np.array([width / seen[1], height / seen[0]], np.float32)

@@ -56,8 +56,7 @@ class Sface:
 
     def __init__(self, weights: Weights) -> None:
         self.digest = weights.digest
-        self._session = weights.session
-        self._input = weights.session.get_inputs()[0].name
+        self._weights = weights
 
     def embed(self, images: Sequence[Image]) -> Floats:
         """Return the vectors of aligned faces, of shape ``[112, 112, 3]`` each.
@@ -69,7 +68,7 @@ class Sface:
         for row, image in zip(rows, images, strict=True):
             # The net was trained on red first; it subtracts and scales inside.
             blob = np.ascontiguousarray(image[:, :, ::-1].transpose(2, 0, 1)[None], np.float32)
-            row[:] = self._session.run(None, {self._input: blob})[0][0]
+            row[:] = self._weights.run(None, blob)[0][0]
         return unit(rows)
 
 

@@ -46,11 +46,13 @@ class Encoder(Protocol):
         name: Of the embedder.
         digest: SHA-256 of what its vectors depend on, in hex.
         dimensions: Of its vectors.
+        max_pixels: Largest width times height of an image.
     """
 
     name: str
     digest: str
     dimensions: int
+    max_pixels: int
 
     def encode(
         self, data: bytes, *, every_face: bool = False, field: str = IMAGE_FIELD
@@ -100,7 +102,7 @@ class FaceEncoder:
     ) -> None:
         self._stages = stages
         self._score_min = score_min
-        self._max_pixels = max_pixels
+        self.max_pixels = max_pixels
         self.name = stages.embedder.name
         self.digest = stages.embedder.digest
         self.dimensions = stages.embedder.dimensions
@@ -113,7 +115,7 @@ class FaceEncoder:
         Raises:
             Unprocessable: There is no face in the image, or no image in the data.
         """
-        image = images.decode(data, max_pixels=self._max_pixels, field=field)
+        image = images.decode(data, max_pixels=self.max_pixels, field=field)
         faces = self._stages.analyse(
             image, score_min=self._score_min, embedded_max=FACES_MAX if every_face else 1
         )
@@ -140,7 +142,7 @@ class FaceEncoder:
         field: str = IMAGE_FIELD,
     ) -> Found:
         """See `Encoder.find`."""
-        image = images.decode(data, max_pixels=self._max_pixels, field=field)
+        image = images.decode(data, max_pixels=self.max_pixels, field=field)
         faces = self._stages.analyse(
             image,
             score_min=self._score_min if score_min is None else score_min,
@@ -161,7 +163,7 @@ class PixelEncoder:
 
     def __init__(self, *, max_pixels: int = MAX_PIXELS) -> None:
         self._embedder = Pixel32()
-        self._max_pixels = max_pixels
+        self.max_pixels = max_pixels
         self.name = self._embedder.name
         self.digest = self._embedder.digest
         self.dimensions = self._embedder.dimensions
@@ -178,7 +180,7 @@ class PixelEncoder:
         Raises:
             Unprocessable: The image is all black, so that it has no direction.
         """
-        image = images.decode(data, max_pixels=self._max_pixels, field=field)
+        image = images.decode(data, max_pixels=self.max_pixels, field=field)
         [vector] = self._embedder.embed([image])
         if not vector.any():
             raise Unprocessable("the image is all black: it has no vector", field=field)

@@ -1,6 +1,5 @@
 """Answers `faces.encode`, `faces.search`, `faces.detect` and `faces.verify`."""
 
-import asyncio
 import dataclasses
 import hashlib
 import time
@@ -91,7 +90,7 @@ class Faces:
             vector, faces = self._encoder.encode(
                 data, every_face=request.every_face, field=given.field
             )
-            return vector, faces, images.without_metadata(data) if keep else None
+            return vector, faces, self._kept_form(data) if keep else None
 
         vector, faces, image = await self._workers.run(work)
         short = quality.shortfalls(faces[0].quality, bounds) if faces else []
@@ -124,6 +123,9 @@ class Faces:
             subject=request.subject,
             warnings=[one.sentence for one in short],
         )
+
+    def _kept_form(self, data: bytes) -> bytes:
+        return images.without_metadata(data, max_pixels=self._encoder.max_pixels)
 
     async def _settings(self, name: str, request: m.EncodeFace) -> m.DatasetSettings:
         """Return a dataset's settings; the default one is made if it is gone."""
@@ -165,7 +167,7 @@ class Faces:
 
         Raises:
             InvalidRequest: There is not one of image and embedding, or the embedding is none for
-                this dataset.
+                this dataset; or the broker has no such revision yet.
             NotFound: There is no such dataset.
             Unprocessable: There is no face in the image.
             Overloaded: Too many images wait.
@@ -182,33 +184,27 @@ class Faces:
         else:
             _one_of(request, "image_base64", "image", "embedding")
             vector = unit_of(request.embedding or [], field="embedding")
-        found, *others = await asyncio.gather(
-            self._galleries.search(named, self._query(vector, request, by_image=by_image)),
-            *(
-                self._galleries.search(named, self._query(face.embedding, request, by_image=True))
-                for face in faces[1:]
-                if face.embedding is not None
-            ),
-        )
-        threshold = self._thresholds.search(found.settings)
+        others = [face.embedding for face in faces[1:] if face.embedding is not None]
+        query = self._query(vector, request, by_image=by_image)
+        found, *rest = await self._galleries.search_each(named, query, [vector, *others])
         results = self._results(found)
         told = [_told(face, UNBOUND, embedding=request.every_face) for face in faces]
         if faces and request.every_face:
-            each = [results, *(self._results(one) for one in others)]
+            each = [results, *(self._results(one) for one in rest)]
             told = [
                 msgspec.structs.replace(face, matches=matches)
                 for face, matches in zip(told, each, strict=True)
             ]
-        known = bool(results) and results[0].known
+        named_as = first_known(results)
         return m.FaceMatches(
             dataset=named,
             query_embedding=vector.tolist(),
             results=results,
-            known=known,
-            threshold=threshold,
+            known=named_as is not None,
+            threshold=self._thresholds.search(found.embedder, found.settings),
             revision=found.revision,
             faces=told,
-            subject=results[0].subject if known else None,
+            subject=named_as.subject if named_as else None,
             searched=found.searched,
         )
 
@@ -224,7 +220,7 @@ class Faces:
         )
 
     def _results(self, found: Found) -> list[m.FaceMatch]:
-        threshold = self._thresholds.search(found.settings)
+        threshold = self._thresholds.search(found.embedder, found.settings)
         return [
             m.FaceMatch(
                 id=match.entry.id,
@@ -314,7 +310,7 @@ class Faces:
         dataset = None
         if request.dataset is not None:
             dataset = await self._galleries.settings(request.dataset)
-        return self._thresholds.verify(dataset)
+        return self._thresholds.verify(self._encoder.name, dataset)
 
     async def _side(self, side: m.FaceSide, path: str) -> tuple[Floats, list[Face]]:
         if side.embedding is None:
@@ -332,6 +328,11 @@ class Faces:
                 field=field,
             )
         return vector, []
+
+
+def first_known(matches: Sequence[m.FaceMatch]) -> m.FaceMatch | None:
+    """Return the match that says who somebody is: the best one that counts; None for a stranger."""
+    return next((one for one in matches if one.known), None)
 
 
 def decisive(match: Match, settings: m.DatasetSettings) -> float:

@@ -13,6 +13,8 @@ import numpy.typing as npt
 from bus.errors import InvalidRequest
 
 COLUMNS_MAX: Final = 16
+# What MessagePack can carry.
+_INTEGERS: Final = (-(2**63), 2**64 - 1)
 VALUES_MAX: Final = 1_000
 SUBJECT: Final = "subject"
 
@@ -91,7 +93,8 @@ def compiled(asked: Mapping[str, Any]) -> tuple[tuple[Wanted, ...], frozenset[st
     """Turn a filter into what is wanted of metadata, and whose entries; None for anybody's.
 
     Raises:
-        InvalidRequest: A field has no name, too many values, or a person is no text.
+        InvalidRequest: A field has no name, too many values, or one that cannot be there; or a
+            person is no text.
     """
     wanted: list[Wanted] = []
     subjects: frozenset[str] | None = None
@@ -106,6 +109,10 @@ def compiled(asked: Mapping[str, Any]) -> tuple[tuple[Wanted, ...], frozenset[st
         if len(values) > VALUES_MAX:
             raise InvalidRequest(
                 f"{place} has {len(values):,} values, allowed are {VALUES_MAX:,}", field=place
+            )
+        if not all(_INTEGERS[0] <= one <= _INTEGERS[1] for one in values if isinstance(one, int)):
+            raise InvalidRequest(
+                f"{place}: metadata have no numbers of more than 64 bits", field="filter"
             )
         if path == SUBJECT:
             if not all(isinstance(one, str) for one in values):

@@ -8,7 +8,7 @@ subject has not; whoever comes second looks again, so that nobody's change is lo
 
 import asyncio
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from typing import Final, Literal
 
@@ -104,16 +104,47 @@ class Galleries(People):
         return revision
 
     async def configure(
-        self, gallery: str, settings: m.DatasetSettings, *, by: str | None = None
+        self,
+        gallery: str,
+        settings: m.DatasetSettings | Callable[[m.DatasetSettings], m.DatasetSettings],
+        *,
+        by: str | None = None,
+        since: int | None = None,
     ) -> int:
-        """Set what can be set for a gallery; raises NotFound without one."""
-        there = await self._ledger.known(gallery)
+        """Set what can be set for a gallery; of two at the same moment, neither is lost.
+
+        Args:
+            gallery: Which.
+            settings: To what; or what is made of what it is set to.
+            by: Who asks.
+            since: Only if it has not been set to anything else since this revision.
+
+        Raises:
+            NotFound: There is no such gallery.
+            Conflict: It has been.
+        """
         subject = GALLERY_SETTINGS.subject(self._root, gallery=gallery)
-        event = m.GallerySettings(at=m.now(), settings=settings)
-        revision = await self._ledger.append(there, subject, event)
-        await self.wait(revision)
-        self._tell(gallery, "configure", revision, by)
-        return revision
+        for _ in range(TRIES):
+            there = await self._ledger.known(gallery)
+            last, seq = await self._ledger.last(subject, there)
+            if last is not None and last.seq > self.revision:
+                # Set again between the two questions, and not read yet.
+                continue
+            if since is not None and last is not None and last.seq > since:
+                raise Conflict(
+                    f"the settings of dataset {gallery!r} were changed at revision {last.seq}, "
+                    f"after revision {since}; read them again",
+                    revision=there.revision,
+                )
+            made = settings if isinstance(settings, m.DatasetSettings) else settings(there.settings)
+            event = m.GallerySettings(at=m.now(), settings=made)
+            try:
+                revision = await self._ledger.append_after(there, subject, seq, event)
+            except Conflict:
+                continue
+            self._tell(gallery, "configure", revision, by)
+            return revision
+        raise contended(f"the settings of {gallery!r}")
 
     async def delete(self, gallery: str, *, by: str | None = None) -> int:
         """Delete a gallery with all that it has, here, in the stream and in the history.

@@ -77,7 +77,9 @@ def decode(
     return _turned(_bgr(pixels, premultiplied=header.premultiplied), header.orientation)
 
 
-def without_metadata(data: bytes, *, max_bytes: int = MAX_BYTES) -> bytes:
+def without_metadata(
+    data: bytes, *, max_bytes: int = MAX_BYTES, max_pixels: int = MAX_PIXELS
+) -> bytes:
     """Return a file with the same picture, and nothing else: no place, no time, no camera, no text.
 
     Only what a decoder needs for the pixels is taken over, so what nobody has thought of stays
@@ -88,13 +90,15 @@ def without_metadata(data: bytes, *, max_bytes: int = MAX_BYTES) -> bytes:
     Args:
         data: A file that `decode` can read.
         max_bytes: How long the result may be, if it is written anew.
+        max_pixels: As for `decode`.
 
     Raises:
         Unprocessable: It is none.
+        TooLarge: It has more pixels than allowed.
     """
-    kind, header = _checked(data, MAX_PIXELS, None)
+    kind, header = _checked(data, max_pixels, None)
     if header.frames or kind not in _STRIPPED:
-        image = decode(data, max_bytes=len(data))
+        image = decode(data, max_bytes=len(data), max_pixels=max_pixels)
         made = _encoded(".png", image)
         return made if len(made) <= max_bytes else _encoded(".jpg", image)
     return _STRIPPED[kind](data, header)

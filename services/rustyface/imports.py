@@ -203,7 +203,7 @@ class Import:
         if records and records[-1].state == "running":
             return records[-1]
         name = f"{job.job}.{len(records)}" if records else job.job
-        source = work.artefact or ""
+        source = work.file_name or work.artefact or ""
         return m.GalleryImport(id=name, at=m.now(), source=source, format=kind, by=work.by)
 
     async def _checked(

@@ -22,7 +22,14 @@ import structlog
 
 from bus import codec
 from bus import messages as m
-from bus.errors import BusError, Conflict, DeadlineExceeded, NotFound, Unavailable
+from bus.errors import (
+    BusError,
+    Conflict,
+    DeadlineExceeded,
+    InvalidRequest,
+    NotFound,
+    Unavailable,
+)
 from bus.streams import Stored, Stream
 from bus.subjects import (
     GALLERY_ENTRY,
@@ -31,6 +38,7 @@ from bus.subjects import (
     gallery_events,
 )
 from bus.tasks import beside
+from services.rustyface.asking import Asking
 from services.rustyface.clearing import Clearing, ImagesGone, soon
 from services.rustyface.gallery import Gallery
 from services.rustyface.history import History
@@ -73,6 +81,8 @@ class Ledger:
         self._root = root
         self._history = history
         self._clearing = Clearing(stream, root, self.projection.images, images_gone)
+        # The same for all who wait together: a question to the broker costs as much as a search.
+        self._last_seq = Asking(stream.last_seq)
         self._moved = asyncio.Condition()
         self._replaced = asyncio.Event()
         # What was found in the stream at the start and need not be there any more.
@@ -103,6 +113,7 @@ class Ledger:
                     async with self._moved:
                         self._moved.notify_all()
         finally:
+            await self._last_seq.close()
             self._threads.shutdown(wait=False, cancel_futures=True)
 
     # --- Reading ----------------------------------------------------------------------------------
@@ -133,7 +144,7 @@ class Ledger:
                 a backup. This replica then ends, since nothing that it holds is certain.
         """
         read = self.projection.revision
-        newest = await self._stream.last_seq()
+        newest = await self._last_seq.answer()
         if newest < read:
             self._replaced.set()
             raise Unavailable(
@@ -149,8 +160,17 @@ class Ledger:
         Raises:
             NotFound: There is none.
             Conflict: An event of it cannot be read by this worker.
+            InvalidRequest: The broker has no such revision yet.
         """
-        await self.wait(await self.newest() if revision is None else revision)
+        if revision is None or revision > self.projection.revision:
+            newest = await self.newest()
+            if revision is not None and revision > newest:
+                raise InvalidRequest(
+                    f"revision: it is {revision}, the newest that there is is {newest}",
+                    field="revision",
+                )
+            revision = newest if revision is None else revision
+        await self.wait(revision)
         there = self.projection.galleries.get(gallery)
         if there is None:
             self.check_readable(gallery)

@@ -1,5 +1,6 @@
 """Answers `dataset.manage`: each of its actions is a question to the galleries, or one change."""
 
+import difflib
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final, Protocol
@@ -49,17 +50,18 @@ class Manage:
     Args:
         galleries: Where they are.
         jobs: Where imports, exports and embedding anew go.
-        thresholds: Says which cosine counts in a dataset, in searches and in comparisons.
-        expected_false: Says how many entries of strangers reach a cosine, of so many; None where
-            that was not measured.
+        thresholds: Says of an embedder and a dataset's settings which cosine counts, in searches
+            and in comparisons.
+        expected_false: Says of an embedder how many entries of strangers reach a cosine, of so
+            many; None where that was not measured.
     """
 
     def __init__(
         self,
         galleries: Galleries,
         jobs: Jobs,
-        thresholds: Callable[[m.DatasetSettings], tuple[float, float]],
-        expected_false: Callable[[float, int], float | None],
+        thresholds: Callable[[str, m.DatasetSettings], tuple[float, float]],
+        expected_false: Callable[[str, float, int], float | None],
     ) -> None:
         self._galleries = galleries
         self._jobs = jobs
@@ -120,8 +122,21 @@ class Manage:
         return {"dataset": await self._told(name), "revision": revision}
 
     async def _configure(self, request: m.ManageDataset) -> dict[str, Any]:
-        name, settings = _dataset(request), _needed(request, "settings")
-        revision = await self._galleries.configure(name, settings, by=request.by)
+        name = _dataset(request)
+        if (request.settings is None) == (request.changes is None):
+            found = "neither" if request.changes is None else "both"
+            raise InvalidRequest(
+                f"configure needs either settings or changes; there is {found}", field="settings"
+            )
+
+        def made(before: m.DatasetSettings) -> m.DatasetSettings:
+            if request.settings is not None:
+                return request.settings
+            return changed(before, request.changes or {})
+
+        revision = await self._galleries.configure(
+            name, made, by=request.by, since=request.revision
+        )
         return {"dataset": await self._told(name), "revision": revision}
 
     async def _delete(self, request: m.ManageDataset) -> dict[str, Any]:
@@ -250,6 +265,7 @@ class Manage:
             "action": request.action,
             "dataset": name,
             "artefact": request.artefact if request.action == "import" else None,
+            "file_name": request.file_name if request.action == "import" else None,
             "format": request.format,
             "existing": request.existing,
             "into": request.into if request.action == "reembed" else None,
@@ -261,6 +277,32 @@ class Manage:
 
     async def _told(self, name: str) -> m.DatasetStats:
         return await self._galleries.stats(name, self._thresholds, self._expected_false)
+
+
+def changed(before: m.DatasetSettings, changes: Mapping[str, Any]) -> m.DatasetSettings:
+    """Return a dataset's settings with some of them changed, and of `quality` some bounds.
+
+    Raises:
+        InvalidRequest: There is no such setting, or it cannot have that value; names it.
+    """
+    _check_names(changes, m.DatasetSettings)
+    present = codec.plain(before)
+    quality = changes.get("quality")
+    if isinstance(quality, dict):
+        _check_names(quality, m.QualityBounds, "quality.")
+        changes = {**changes, "quality": present["quality"] | quality}
+    return codec.convert(present | changes, m.DatasetSettings)
+
+
+def _check_names(given: Mapping[str, Any], kind: type[m.Message], place: str = "") -> None:
+    known = kind.__struct_fields__
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+            raise InvalidRequest(
+                f"a dataset has no setting {place}{name[:40]}; {hint}", field=f"{place}{name[:40]}"
+            )
 
 
 def _dataset(request: m.ManageDataset) -> str:

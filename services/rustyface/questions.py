@@ -16,7 +16,7 @@ from services.rustyface.cosines import Floats
 from services.rustyface.gallery import Gallery, Kept
 from services.rustyface.history import History
 from services.rustyface.ledger import Ledger
-from services.rustyface.search import NOBODY, Search
+from services.rustyface.search import NOBODY, Result, Search
 
 
 class Questions:
@@ -109,25 +109,26 @@ class Questions:
     async def stats(
         self,
         gallery: str,
-        thresholds: Callable[[m.DatasetSettings], tuple[float, float]],
-        expected_false: Callable[[float, int], float | None],
+        thresholds: Callable[[str, m.DatasetSettings], tuple[float, float]],
+        expected_false: Callable[[str, float, int], float | None],
     ) -> m.DatasetStats:
         """Return a gallery in full; raises NotFound if there is none.
 
         Args:
             gallery: Which.
-            thresholds: Says which cosine counts in searches and in comparisons.
-            expected_false: Says how many entries of strangers reach a cosine, of so many.
+            thresholds: Says of an embedder which cosine counts in searches and in comparisons.
+            expected_false: Says of an embedder how many entries of strangers reach a cosine, of so
+                many.
         """
         there = await self._ledger.known(gallery)
         info = _info(there)
-        search, verify = thresholds(there.settings)
+        search, verify = thresholds(there.head.embedder, there.settings)
         return m.DatasetStats(
             id=gallery,
             settings=there.settings,
             threshold=search,
             verify_threshold=verify,
-            expected_false=expected_false(search, info.entries),
+            expected_false=expected_false(info.embedder, search, info.entries),
             embedder=info.embedder,
             embedder_digest=there.head.embedder_digest,
             dimensions=info.dimensions,
@@ -250,12 +251,23 @@ class Questions:
         return await self._history.read(gallery, limit=limit, before=after)
 
     async def search(self, gallery: str, query: Query) -> Found:
-        """Return the nearest entries, best first.
+        """Return the nearest entries, best first; by person as the gallery's scoring has it.
 
         Raises:
             NotFound: There is no such gallery.
             InvalidRequest: The vector has another length than the gallery's, or comes from
-                another embedder; or the filter cannot be understood.
+                another embedder; or the filter cannot be understood; or the broker has no such
+                revision yet.
+        """
+        [found] = await self.search_each(gallery, query, [query.vector])
+        return found
+
+    async def search_each(
+        self, gallery: str, query: Query, vectors: Sequence[Floats]
+    ) -> list[Found]:
+        """Search for each of some vectors in place of the query's own, all at one revision.
+
+        Raises as `search` does.
         """
         there = await self._ledger.known(gallery, query.revision)
         if query.by_embedder:
@@ -263,32 +275,27 @@ class Questions:
         if query.k < 1:
             raise InvalidRequest(f"top_k is {query.k}, it has to be at least 1", field="top_k")
         wanted, groups = _compiled(there, query.filter)
-        revision, settings = there.revision, there.settings
-        found = await there.joined.search(
+        searches = [
             Search(
-                query=there.matrix.unit(query.vector),
+                query=there.matrix.unit(vector),
                 k=query.k,
                 threshold=query.threshold,
                 by_group=query.group_by == "subject",
+                by_mean=there.settings.scoring == "mean",
                 wanted=wanted,
                 groups=groups,
                 rejected=there.rejected() or None,
             )
-        )
-        matches = [
-            Match(
-                _told(there, kept),
-                hit.score,
-                kept.person.name if kept.person else None,
-                hit.group_score if hit.group != NOBODY else None,
-                hit.group_entries if hit.group != NOBODY else None,
-                hit.rejected,
-            )
-            for hit in found.hits
-            # Removed while the rows were searched, it is not shown any more.
-            if (kept := there.entries.get(hit.id)) is not None
+            for vector in vectors
         ]
-        return Found(matches, revision, found.searched, settings, there.head.embedder)
+        revision, settings = there.revision, there.settings
+        # One alone joins those of others; several have to be answered from the same rows.
+        results: list[Result] = (
+            [await there.joined.search(searches[0])]
+            if len(searches) == 1
+            else await there.joined.read(lambda rows: rows.find(searches))
+        )
+        return [_found(there, result, revision, settings) for result in results]
 
     def check_vector(self, vector: Floats) -> None:
         """Raise InvalidRequest unless a vector from elsewhere could be this embedder's.
@@ -320,6 +327,23 @@ class Questions:
                 "a new dataset",
                 field="dataset",
             )
+
+
+def _found(there: Gallery, result: Result, revision: int, settings: m.DatasetSettings) -> Found:
+    matches = [
+        Match(
+            _told(there, kept),
+            hit.score,
+            kept.person.name if kept.person else None,
+            hit.group_score if hit.group != NOBODY else None,
+            hit.group_entries if hit.group != NOBODY else None,
+            hit.rejected,
+        )
+        for hit in result.hits
+        # Removed while the rows were searched, it is not shown any more.
+        if (kept := there.entries.get(hit.id)) is not None
+    ]
+    return Found(matches, revision, result.searched, settings, there.head.embedder)
 
 
 def _compiled(

@@ -5,7 +5,7 @@ What is on a sheet is gathered here; `sheet_html` and `sheet_png` draw it.
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
 from typing import Any, Final, Protocol
 
 import cv2
@@ -13,8 +13,9 @@ import numpy as np
 
 from bus import messages as m
 from bus.artefacts import Artefacts
-from bus.errors import BusError, InvalidRequest, NotFound, TooLarge
+from bus.errors import BusError, InvalidRequest, NotFound, Overloaded, TooLarge
 from services.rustyface import images, sheet_html, sheet_png
+from services.rustyface.faces import first_known
 from services.rustyface.images import Image
 from services.rustyface.sheet_parts import (
     SIDE_PX,
@@ -32,10 +33,13 @@ Search = Callable[[m.SearchFaces], Awaitable[m.FaceMatches]]
 
 # With an image: matches for each face, whatever `limit` says.
 MATCHES_MAX: Final = 6
-# Pictures of one sheet that are fetched and decoded, at some 50 ms each; a picture in memory may
-# have 150 MB.
+# Pictures of one sheet that are fetched and decoded, at some 50 ms each.
 PICTURES_MAX: Final = 240
-AT_ONCE: Final = 2
+# A picture in memory may have 150 MB and more, and a sheet of a search holds one until it is drawn:
+# so many sheets are drawn at a time, so many pictures decoded for them, and so many sheets wait.
+SHEETS_AT_ONCE: Final = 2
+PICTURES_AT_ONCE: Final = 2
+WAITING_MAX: Final = 8
 # Around a face, so that hair and chin are on it.
 AROUND: Final = 1.9
 PHOTO_SIDE_PX: Final = 1_400
@@ -68,17 +72,28 @@ class Sheets:
         detect: Finds the faces of an image.
         search: Finds who they are.
         max_bytes: How large an answer may be.
+        max_pixels: How many pixels a picture may have.
     """
 
     def __init__(
-        self, galleries: Entries, store: Artefacts, detect: Detect, search: Search, max_bytes: int
+        self,
+        galleries: Entries,
+        store: Artefacts,
+        detect: Detect,
+        search: Search,
+        *,
+        max_bytes: int,
+        max_pixels: int = images.MAX_PIXELS,
     ) -> None:
         self._galleries = galleries
         self._store = store
         self._detect = detect
         self._search = search
         self._max_bytes = max_bytes - BESIDE_BYTES
-        self._turn = asyncio.Semaphore(AT_ONCE)
+        self._max_pixels = max_pixels
+        self._places = asyncio.Semaphore(SHEETS_AT_ONCE)
+        self._turn = asyncio.Semaphore(PICTURES_AT_ONCE)
+        self._under_way = 0
 
     async def answer(self, request: m.DrawSheet) -> m.Sheet:
         """Return a sheet of a search if there is an image, of a dataset otherwise.
@@ -90,13 +105,36 @@ class Sheets:
             InvalidRequest: Neither a dataset nor an image is given.
             NotFound: There is no such dataset, or no such person in it.
             TooLarge: Even the smallest sheet of a search does not fit into an answer.
+            Overloaded: Too many sheets wait already.
             BusError: As a search.
         """
-        if request.image_base64 is not None or request.image is not None:
-            return await self._of_search(request)
-        if request.dataset is None:
+        of_search = request.image_base64 is not None or request.image is not None
+        if not of_search and request.dataset is None:
             raise InvalidRequest("a sheet needs the field dataset, or an image", field="dataset")
-        return await self._of_dataset(request, request.dataset)
+        async with self._place():
+            if of_search:
+                return await self._of_search(request)
+            return await self._of_dataset(request, request.dataset or "")
+
+    @contextlib.asynccontextmanager
+    async def _place(self) -> AsyncGenerator[None]:
+        """Wait for one's turn, and have it while inside.
+
+        Raises:
+            Overloaded: Too many wait already.
+        """
+        if self._under_way >= SHEETS_AT_ONCE + WAITING_MAX:
+            raise Overloaded(
+                f"{self._under_way} sheets are drawn or wait for it already; {SHEETS_AT_ONCE} are "
+                f"drawn at a time, and {WAITING_MAX} may wait",
+                retry_after_s=2,
+            )
+        self._under_way += 1
+        try:
+            async with self._places:
+                yield
+        finally:
+            self._under_way -= 1
 
     # --- Of a dataset -----------------------------------------------------------------------------
 
@@ -135,7 +173,7 @@ class Sheets:
                 with contextlib.suppress(BusError):
                     found = await self._detect(m.DetectFaces(image=data, faces_max=1))
                     box = found.faces[0].box if found.faces else None
-                return await asyncio.to_thread(_decoded_face, data, box)
+                return await asyncio.to_thread(_decoded_face, data, box, self._max_pixels)
             except BusError:
                 # A sheet with a gap says more than none: its cell shows that the picture is gone.
                 return None
@@ -145,7 +183,7 @@ class Sheets:
     async def _of_search(self, request: m.DrawSheet) -> m.Sheet:
         data = request.image
         if data is None:
-            data = images.from_base64(request.image_base64 or "")
+            data = await asyncio.to_thread(images.from_base64, request.image_base64 or "")
         found = await self._search(
             m.SearchFaces(
                 dataset=request.dataset,
@@ -155,7 +193,7 @@ class Sheets:
                 every_face=True,
             )
         )
-        photo = await asyncio.to_thread(images.decode, data)
+        photo = await asyncio.to_thread(images.decode, data, max_pixels=self._max_pixels)
         matches = [match for face in found.faces for match in face.matches or []]
         if not found.faces:
             # An embedder that takes whole pictures.
@@ -298,7 +336,7 @@ def _page_of_search(
 
 def _named(matches: Sequence[m.FaceMatch], say: Any) -> tuple[Mark, str]:
     """Return how a face counts, and what it is called: by its best match that counts."""
-    best = next((one for one in matches if one.known), None)
+    best = first_known(matches)
     if best is not None:
         return "known", clipped(best.subject or best.id)
     if any(one.rejected for one in matches):
@@ -327,8 +365,8 @@ def _match(one: m.FaceMatch, threshold: float, pictures: dict[str, Image], say: 
 # --- Pictures -------------------------------------------------------------------------------------
 
 
-def _decoded_face(data: bytes, box: Sequence[float] | None) -> Image:
-    image = images.decode(data)
+def _decoded_face(data: bytes, box: Sequence[float] | None, max_pixels: int) -> Image:
+    image = images.decode(data, max_pixels=max_pixels)
     height, width = image.shape[:2]
     return _face(image, box or (0, 0, width, height))
 

@@ -14,12 +14,12 @@ from typing import Final
 import structlog
 
 from bus import messages as m
+from bus.assets import OBSERVED_TTL_S
 from bus.client import Client
 from bus.errors import BusError, Conflict, DeadlineExceeded, NotFound
 from bus.instance import Instance, bkg_version
 from bus.plugins import PluginsView
 from bus.settings import Settings
-from bus.state import OBSERVED_TTL_S
 from bus.subjects import HEALTH, HOSTS_DRAIN, HOSTS_LIST, HOSTS_UNDRAIN
 from bus.tasks import beside
 from bus.telemetry import HostSampler, report_host

@@ -12,13 +12,13 @@ import msgspec
 import structlog
 
 from bus import messages as m
+from bus.assets import OBSERVED_TTL_S
 from bus.client import Client
 from bus.errors import BusError, Conflict
 from bus.instance import Instance
 from bus.logs import publish_log
 from bus.plugins import PluginsView, follow_plugins, place
 from bus.settings import Settings
-from bus.state import OBSERVED_TTL_S
 from bus.subjects import HEALTH, STATUS
 from bus.tasks import beside
 from services.supervisor import process

@@ -229,7 +229,7 @@ async def test_secrets_and_escapes_do_not_leave_the_process(client, settings):
     assert info.fields == {
         "password": "***", "outer": [{"apiKey": "***"}], "url": "nats://bkg:***@host", "key": "k",
     }  # fmt: skip
-    async for stored in client.store._logs.read(f"{client.root}.log.>"):
+    async for stored in client.store._logs._stream.read(f"{client.root}.log.>"):
         assert b"s3cret" not in stored.body
 
 
@@ -350,7 +350,7 @@ def test_a_limit_that_there_cannot_be_is_named(monkeypatch, variable, value):
 
 
 async def test_the_newest_are_found_piece_by_piece(client, monkeypatch):
-    monkeypatch.setattr("bus.state.PIECE_RECORDS", 7)
+    monkeypatch.setattr("bus.log_stream.PIECE_RECORDS", 7)
     await publish(client, "info", *(f"info {i}" for i in range(50)))
     await publish(client, "error", *(f"error {i}" for i in range(3)))
     await publish(client, "info", *(f"info {i}" for i in range(50, 200)))
@@ -364,7 +364,7 @@ async def test_the_newest_are_found_piece_by_piece(client, monkeypatch):
 
 
 async def test_what_is_old_is_found_across_the_holes_that_a_flood_has_left(client, monkeypatch):
-    monkeypatch.setattr("bus.state.PIECE_RECORDS", 7)
+    monkeypatch.setattr("bus.log_stream.PIECE_RECORDS", 7)
     await client.store.declare(LogLimits(max_records=10))
     await publish(client, "error", "old")
     await publish(client, "debug", *map(str, range(3_000)))
@@ -396,9 +396,9 @@ async def test_pages_backward_and_forward_together_are_everything(client):
 
 
 async def test_a_search_that_takes_too_long_says_where_to_go_on(client, monkeypatch):
-    monkeypatch.setattr("bus.state.SEARCH_S", 0)
-    monkeypatch.setattr("bus.state.PIECE_RECORDS", 10)
-    monkeypatch.setattr("bus.state.PIECE_MAX_RECORDS", 10)
+    monkeypatch.setattr("bus.log_stream.SEARCH_S", 0)
+    monkeypatch.setattr("bus.log_stream.PIECE_RECORDS", 10)
+    monkeypatch.setattr("bus.log_stream.PIECE_MAX_RECORDS", 10)
     await publish(client, "info", *map(str, range(60)))
     rare = matcher(regex="^(3|33)$")
     seen, before, pages = [], None, 0

@@ -9,12 +9,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from nats.aio.client import Client as Nats
+from structlog.testing import capture_logs
 
 from bus import messages as m
 from bus import wire
 from bus.broker import running_broker
 from bus.client import TIMEOUT_MS, Answer, connect
-from bus.errors import DeadlineExceeded, InvalidRequest, NobodyListens, TooLarge, Unavailable
+from bus.errors import (
+    DeadlineExceeded,
+    Internal,
+    InvalidRequest,
+    NobodyListens,
+    TooLarge,
+    Unavailable,
+)
 from bus.instance import RawCall, join
 from bus.subjects import CANCEL, CANDLE_STATS, MODEL_INFER
 from bus.testing import until
@@ -124,6 +132,37 @@ async def test_a_cancellation_of_what_is_done_already_harms_nobody(client, setti
         assert (await client.relay(subject, b"x")).body == b"x"
 
 
+async def test_what_is_given_up_before_it_is_sent_is_worked_on_by_nobody(
+    way, broker, root, settings
+):
+    begun, ended = [], []
+
+    async def think(call: RawCall) -> Answer:
+        begun.append(call.body)
+        try:
+            if call.body != b"last":
+                await asyncio.Event().wait()
+        finally:
+            ended.append(call.body)
+        return Answer(call.body, {})
+
+    async with connect(broker.url, name="test", root=root) as client:
+        await client.store.declare()
+        async with (
+            join(client, settings, plugin="candle", description="a test") as candle,
+            candle.serving_raw(MODEL_INFER, think, "m"),
+        ):
+            subject = MODEL_INFER.subject(root, "m")
+            client.ask(subject, b"x" * 1_000_000, pytest.fail, timeout_s=600).cancel()
+            await client.relay(subject, b"last", timeout_s=60)
+            await until(lambda: candle.in_flight == 0)
+            assert sorted(begun) == sorted(ended)
+            if way == "long":
+                assert begun == [b"last"]
+            assert not client._asker.working
+        await client.store.delete_everything()
+
+
 async def test_a_request_in_flight_while_the_broker_restarts_is_answered(tmp_path, way, settings):
     """Both sides keep what they had, and reach each other again within the time-out."""
     go_on = asyncio.Event()
@@ -213,6 +252,48 @@ async def test_nobody_waits_on_when_the_connection_is_closed():
     replies.close()
     with pytest.raises(Unavailable):
         await reply
+
+
+class Mistaken:
+    """One who waits for a reply and raises when there is none."""
+
+    deadline = 0.0
+
+    def replied(self, _message: Incoming) -> None:
+        raise AssertionError
+
+    def ended(self, _error: Exception) -> None:
+        raise RuntimeError("a mistake")
+
+
+async def test_one_that_raises_when_it_is_told_keeps_nobody_else_waiting():
+    replies = Replies("_I")
+    replies.await_at("_I.a", Mistaken())
+    _, late = replies.expect(0.01)
+    with capture_logs() as said, pytest.raises(TimeoutError):
+        await late
+    replies.await_at("_I.a", Mistaken())
+    _, kept = replies.expect(600)
+    with capture_logs() as said_later:
+        replies.close()
+    with pytest.raises(Unavailable):
+        await kept
+    assert [one["event"] for one in said + said_later] == ["reply.lost"] * 2
+    assert all(one["exc_info"] for one in said + said_later)
+
+
+async def test_what_keeps_a_request_from_being_sent_is_in_the_log(client, monkeypatch):
+    async def fail(*_given: object) -> None:
+        raise RuntimeError("a mistake")
+
+    monkeypatch.setattr(client._wire, "short", False)
+    monkeypatch.setattr(client, "send", fail)
+    with capture_logs() as said, pytest.raises(Internal, match="could not be asked"):
+        await client.relay(f"{client.root}.call.x", b"")
+    assert [(one["event"], str(one["exc_info"])) for one in said] == [
+        ("request.not_sent", "a mistake")
+    ]
+    assert not client._replies._waiting
 
 
 _HEADER_TEXT = st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=20)

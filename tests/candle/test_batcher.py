@@ -325,7 +325,7 @@ async def test_who_meets_threads_that_are_shut_down_is_told():
         batcher._threads.shutdown()
         with pytest.raises(Unavailable, match="is being stopped"):
             await batcher.submit(rows(1))
-        assert batcher.running == 0
+        assert not batcher._running
 
 
 async def test_rows_of_another_width_type_or_name_run_in_a_batch_of_their_own():
@@ -375,7 +375,7 @@ async def test_a_model_that_does_not_keep_rows_runs_for_one_request_at_a_time(su
         replies = await asyncio.gather(*others)
         await first
         again = await asyncio.gather(*(batcher.submit(one) for one in asked))
-        assert not batcher.joins
+        assert not batcher._joins
     # Tried together once, then each alone, and never together again.
     assert doubler.batches == [1, 6, 2, 2, 2, 2, 2, 2]
     for one, reply, later in zip(asked, replies, again, strict=True):
@@ -576,7 +576,7 @@ async def test_as_many_runs_go_on_at_the_same_time_as_there_are_instances():
     async with batching(doubler, instances=3, max_rows=1) as batcher:
         asked = [ask(batcher, i) for i in range(5)]
         await until(lambda: doubler.running == 3)
-        assert (batcher.running, batcher.rows_waiting) == (3, 2)
+        assert (len(batcher._running), batcher.rows_waiting) == (3, 2)
         doubler.go_on.set()
         assert [values(one) for one in await asyncio.gather(*asked)] == [
             [[2 * i]] for i in range(5)
@@ -777,7 +777,7 @@ def test_every_asker_gets_their_own_rows_or_their_own_error(
             done = await asyncio.gather(*tasks, return_exceptions=True)
             assert (batcher.rows_waiting, len(batcher._waiting)) == (0, 0)
             # What runs may run for nobody any more.
-            await until(lambda: not batcher.running)
+            await until(lambda: not batcher._running)
             statistics = batcher._statistics.message()
 
         allowed = {

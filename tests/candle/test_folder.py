@@ -211,8 +211,32 @@ async def test_nothing_is_entered_while_the_setting_is_off(client, watching, dro
 def test_a_folder_of_many_files_is_looked_at_up_to_a_limit(dropped):
     for i in range(FILES_MAX + 50):
         (dropped / f"m{i:04}.json").touch()
-    assert len(scanned(dropped)) == FILES_MAX + 1
-    assert scanned(dropped / "missing") == []
+    assert len(scanned(dropped)[0]) == FILES_MAX + 1
+    assert scanned(dropped / "missing") == ([], {})
+
+
+async def test_a_link_that_leads_to_itself_is_passed_over_and_said_once(
+    client, watching, dropped, capsys
+):
+    (dropped / "net" / "1").mkdir(parents=True)
+    loops = [
+        dropped / "a.onnx",
+        dropped / "z",
+        dropped / "net" / "0",
+        dropped / "net" / "1" / "model.onnx",
+    ]
+    for loop in loops:
+        loop.symlink_to(loop)
+    (dropped / "m.json").write_text(content())
+    (dropped / "net" / "1" / "model.json").write_text(content((2, 2)))
+    async with watching():
+        await has(client, "m")
+        await has(client, "net")
+        # Looked at many times by then.
+        (dropped / "later.json").write_text(content((3, 3)))
+        await has(client, "later")
+    said = [one for one in capsys.readouterr().out.splitlines() if "folder.unreadable" in one]
+    assert sorted(one.rpartition("path=")[2] for one in said) == sorted(map(str, loops))
 
 
 async def test_loading_a_file_goes_on_as_it_was_beside_the_watched_folder(

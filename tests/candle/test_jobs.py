@@ -25,6 +25,7 @@ from bus.errors import (
     NotAllowed,
     NotFound,
     Overloaded,
+    Unprocessable,
 )
 from bus.instance import join
 from bus.job_rules import FAILURES_MAX
@@ -273,6 +274,26 @@ async def test_what_can_never_be_done_is_refused_at_once(client, importer, sourc
         with pytest.raises(NotAllowed, match="import_offline"):
             await ask(client, source)
     assert source.asked == []
+
+
+async def test_without_its_package_nothing_of_the_hub_is_imported(
+    client, importer, source, monkeypatch
+):
+    """Neither what is asked for here, nor what an instance queued that has the package."""
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    address = "hf://owner/repo/m.onnx"
+    async with importer():
+        with pytest.raises(Unprocessable, match=r"pip install 'bkg\[hub\]'") as refused:
+            await ask(client, source, url=address)
+        assert refused.value.field == "url"
+        queued = m.Job(
+            job="a1", request=m.ImportModel(id="m", url=address), created_at=m.now(),
+            updated_at=m.now(),
+        )  # fmt: skip
+        await client.store.jobs.put(queued, "a1")
+        failed = await ended_as(client, queued, "failed")
+    assert failed.tries == 1
+    assert "pip install 'bkg[hub]'" in failed.error
 
 
 async def test_nobody_is_asked_once_the_settings_forbid_it(client, importer, source):

@@ -11,7 +11,7 @@ from bus.testing import until
 
 
 def limits_of(candle, model: str):
-    return candle._models[model].versions[0]._loaded.batcher.limits
+    return candle._models[model].versions[0]._loaded.batcher._limits
 
 
 async def test_limits_of_loaded_models_change_without_a_restart(client, worker, linear, set_to):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from bus import messages as m
 from bus.errors import Unprocessable
 from bus.process import give_back
-from bus.subjects import MODEL_LOAD, MODEL_UNLOAD
+from bus.subjects import MODEL_LOAD, MODEL_UNLOAD, MODEL_WAKE
 from bus.testing import until
 from services.candle import repository, version
 from services.candle.memory import Full, Memory, NoRoom, to_evict
@@ -95,13 +95,21 @@ async def test_models_load_one_after_the_other_and_growth_is_measured():
 
 
 async def test_without_room_the_error_says_who_holds_it_and_what_to_turn():
-    memory = Memory(100_000_000, lambda: [Held("model 'a'", 90_000_000, pinned=True)], _never)
+    memory = Memory(100_000_000, lambda: [Held("model 'a'", 90_000_000)], _never)
     with pytest.raises(NoRoom, match=r"about 50 MB.*memory_budget_mb.*held by model 'a'"):
+        async with memory.loading("model 'b'", 50_000_000, may_evict=False):
+            pass
+
+
+async def test_what_never_fits_is_no_matter_of_waiting():
+    pinned = Held("model 'a'", 60_000_000, pinned=True)
+    memory = Memory(100_000_000, lambda: [pinned, Held("model 'c'", 40_000_000)], _never)
+    said = r"about 50 MB.*memory_budget_mb allows 100 MB.*60 MB are held by model 'a', which must"
+    with pytest.raises(Unprocessable, match=said):
         async with memory.loading("model 'b'", 50_000_000):
             pass
-    loose = Memory(100_000_000, lambda: [Held("model 'a'", 90_000_000)], _never)
-    with pytest.raises(NoRoom):
-        async with loose.loading("model 'b'", 50_000_000, may_evict=False):
+    with pytest.raises(Unprocessable, match=r"about 200 MB.*memory_budget_mb allows 100 MB;"):
+        async with Memory(100_000_000, list, _never).loading("model 'b'", 200_000_000):
             pass
 
 
@@ -223,3 +231,24 @@ async def test_files_are_looked_into_one_at_a_time(client, worker, linear, monke
         names = [f"m{i}" for i in range(4)]
         await asyncio.gather(*(load(client, linear(f"{n}.json"), name=n) for n in names))
     assert most == 1
+
+
+async def test_a_model_that_never_fits_has_failed_and_nothing_wakes_it(
+    client, worker, linear, opening
+):
+    opening.go_on.set()
+    path = linear(weights=[1] * 400_000, input_dim=1, output_dim=400_000, bias=[0] * 400_000)
+    async with worker(memory_budget_mb=1) as candle:
+        with pytest.raises(
+            Unprocessable, match=r"about 3\.\d MB.*memory_budget_mb allows 1 MB"
+        ) as told:
+            await load(client, path)
+        assert told.value.details["budget_bytes"] == 1 << 20
+        assert [one.state for one in candle._versions()] == ["failed"]
+        woken = await client.call(MODEL_WAKE, m.WakeModel(id="m"))
+        assert (woken.state, "memory_budget_mb" in woken.reason) == ("failed", True)
+        await load(client, linear("small.json"), name="small")
+        assert opening.begun == 1
+        candle._memory.budget_bytes = 100_000_000
+        await load(client, path)
+        assert opening.begun == 2

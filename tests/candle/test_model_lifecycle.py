@@ -366,10 +366,10 @@ async def test_threads_the_cache_and_the_delay_follow_the_settings(client, worke
         await load(client, linear())
         await set_to(threads=3, cache_max_mb=7, max_delay_ms=1.5)
         await until(lambda: candle._repository.cache.max_bytes == 7 * 1024**2)
-        assert version_of(candle)._loaded.batcher.limits.max_delay_s == 0.0015
+        assert version_of(candle)._loaded.batcher._limits.max_delay_s == 0.0015
         assert (await load(client, linear("n.json"), name="n")).threads == 3
         await set_to()
-        await until(lambda: version_of(candle)._loaded.batcher.limits.max_delay_s == 0)
+        await until(lambda: version_of(candle)._loaded.batcher._limits.max_delay_s == 0)
 
 
 # --- Two replicas ---------------------------------------------------------------------------------

@@ -9,15 +9,18 @@ import numpy as np
 import pytest
 
 from bus.errors import Unprocessable
+from bus.tasks import beside
 from services.candle.batcher import Batcher, Limits
 from services.candle.pace import QUICK_NS, Pace
 from services.candle.statistics import Statistics
 
 
-def after(*computed_ns: int, rows: int = 1, passed_ns: int = 0, pace: Pace | None = None) -> Pace:
+def after(
+    *computed_ns: int, elements: int = 1, passed_ns: int = 0, pace: Pace | None = None
+) -> Pace:
     pace = pace or Pace()
     for one in computed_ns:
-        pace.ran(rows, one, passed_ns or one)
+        pace.ran(elements, one, passed_ns or one)
     return pace
 
 
@@ -27,9 +30,24 @@ def test_nothing_is_quick_before_it_is_known():
     assert after(1, 1, 1).quick(1)
 
 
-def test_the_quickest_of_the_latest_runs_counts():
-    assert after(QUICK_NS, 9 * QUICK_NS, 2 * QUICK_NS).quick(1)
+def test_the_slowest_but_one_of_the_latest_runs_counts():
+    assert after(*[QUICK_NS] * 7, 9 * QUICK_NS).quick(1)
+    assert not after(*[QUICK_NS] * 6, *[9 * QUICK_NS] * 2).quick(1)
     assert not after(*[QUICK_NS + 1] * 20).quick(1)
+
+
+def test_one_quick_run_in_eight_makes_no_model_quick():
+    pace = Pace()
+    for _ in range(50):
+        after(QUICK_NS, *[75 * QUICK_NS] * 7, pace=pace)
+        assert not pace.quick(1)
+
+
+def test_a_run_that_computed_for_long_is_not_repeated_soon():
+    pace = after(*[1] * 8, 26 * QUICK_NS)
+    assert not pace.quick(1)
+    assert not after(*[1] * 100, pace=pace).quick(1)
+    assert after(*[1] * 400, pace=pace).quick(1)
 
 
 def test_what_the_machine_does_besides_makes_no_run_slow():
@@ -41,7 +59,7 @@ def test_what_waits_is_not_quick_however_little_it_computes():
 
 
 def test_each_size_is_known_by_itself():
-    pace = after(*[1] * 3, rows=4)
+    pace = after(*[1] * 3, elements=4)
     assert pace.quick(7)
     assert not pace.quick(3)
     assert not pace.quick(8)
@@ -113,6 +131,29 @@ async def test_a_model_is_run_in_a_thread_until_it_is_known_to_be_quick(noting):
     assert noting.here == [False, False, False, True, True, True]
 
 
+@pytest.mark.parametrize("joins", [True, False])
+async def test_a_row_that_is_long_enough_to_be_slow_is_never_run_on_the_loop(threads, joins):
+    """One row each, as a model with a dynamic second axis takes them."""
+    here: dict[int, set[bool]] = {1: set(), 4_096: set()}
+
+    def run(tensors):
+        length = tensors["x"].size
+        here[length].add(threading.current_thread() is threading.main_thread())
+        until_ns = time.thread_time_ns() + (10_000_000 if length > 1 else 0)
+        while time.thread_time_ns() < until_ns:
+            pass
+        return {"y": tensors["x"]}
+
+    batcher = Batcher(
+        run, joins=joins, limits=Limits(), name="m", statistics=Statistics("m"), threads=threads,
+        pace=Pace(quick_ns=1_000_000),
+    )  # fmt: skip
+    async with beside(batcher.run()):
+        for length in [*[1] * 20, 4_096] * 8:
+            await batcher.submit({"x": np.zeros((1, length), np.float32)})
+    assert here == {1: {False, True}, 4_096: {False}}
+
+
 async def test_requests_of_one_turn_share_a_run_on_the_loop_and_one_error_is_its_own(noting):
     for value in range(4):
         await double(noting, value)
@@ -132,6 +173,25 @@ async def test_a_model_that_becomes_slow_goes_back_to_its_thread(noting):
         await double(noting, value)
     noting.takes_s = 0.6
     await double(noting, 1)
+    noting.takes_s = 0.0
+    await double(noting, 1)
+    assert noting.here[-2:] == [True, False]
+
+
+async def test_runs_that_fail_at_once_make_no_model_quick(noting):
+    for _ in range(5):
+        with pytest.raises(Unprocessable):
+            await double(noting, -1)
+    await double(noting, 1)
+    assert noting.here == [False] * 6
+
+
+async def test_a_failed_run_that_held_everybody_up_sends_the_model_back_to_its_thread(noting):
+    for value in range(4):
+        await double(noting, value)
+    noting.takes_s = 0.6
+    with pytest.raises(Unprocessable):
+        await double(noting, -1)
     noting.takes_s = 0.0
     await double(noting, 1)
     assert noting.here[-2:] == [True, False]

@@ -483,6 +483,37 @@ async def test_garbage_that_is_brought_again_in_the_last_moment_stays(
         assert await client.store.artefacts.size(digest) == len(GOOD)
 
 
+async def test_marks_of_removed_files_go_when_they_are_old_and_their_file_has_gone(
+    client, worker, linear
+):
+    linear("lies.json")
+    long_ago = m.RemovedFile(removed_at=m.now() - timedelta(days=31))
+    lately = m.RemovedFile(removed_at=m.now() - timedelta(days=29))
+    async with worker():
+        for mark, model in ((long_ago, "gone"), (long_ago, "lies"), (lately, "late")):
+            await client.store.removed.put(mark, model, "a" * 64)
+        await collect(client, dry_run=True)
+        assert len(await client.store.removed.all()) == 3
+        await collect(client)
+    assert {one.names[0] for one in await client.store.removed.all()} == {"lies", "late"}
+
+
+async def test_marks_of_removed_files_stay_while_the_folder_is_away(client, worker, models_dir):
+    long_ago = m.RemovedFile(removed_at=m.now() - timedelta(days=31))
+    await client.store.removed.put(long_ago, "gone", "a" * 64)
+    async with worker():
+        shutil.rmtree(models_dir)
+        await collect(client)
+    assert len(await client.store.removed.all()) == 1
+
+
+async def test_a_sample_that_is_loaded_has_its_licence_whoever_comes_first(client, worker):
+    async with worker(default_model="linear-demo.json"):
+        await client.call(MODEL_LOAD, m.LoadModel(id="iris", path="iris.onnx"), timeout_s=60)
+        for model in ("iris", "default"):
+            assert (await spec_of(client, model)).licence == "Apache-2.0"
+
+
 async def test_the_artefact_of_a_version_that_was_forgotten_is_garbage(
     client, worker, add, monkeypatch
 ):

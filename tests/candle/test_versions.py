@@ -7,7 +7,7 @@ import msgspec
 import pytest
 
 from bus import messages as m
-from bus.errors import Conflict, InvalidRequest, NobodyListens, NotFound, Unavailable, Unprocessable
+from bus.errors import Conflict, InvalidRequest, NobodyListens, NotFound, Unprocessable
 from bus.subjects import (
     CANDLE_STATS,
     MODEL_ALIAS,
@@ -339,9 +339,9 @@ async def test_without_room_a_model_is_refused_with_the_setting_to_turn(client, 
         await load(client, linear(), pinned=True)
         for one in candle._models["m"].versions:
             one.memory_bytes = 1_048_576
-        with pytest.raises(Unavailable, match=r"memory_budget_mb.*held by model 'm'"):
+        with pytest.raises(Unprocessable, match=r"memory_budget_mb.*held by model 'm'"):
             await load(client, linear("n.json"), name="n")
-        await until(lambda: state_is(client, "cold", "n"))
+        await until(lambda: state_is(client, "failed", "n"))
         assert await state(client) == "ready"
 
 

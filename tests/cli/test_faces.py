@@ -282,6 +282,17 @@ async def test_a_rejected_face_is_not_named_until_that_is_withdrawn(faces: Any, 
     assert "move-entry" in ended.err
 
 
+async def test_behind_a_rejected_person_the_next_one_is_named(faces: Any, staff: str):
+    await faces("set", staff, "--threshold", "-1")
+    search = ("search", ASTRONAUT, "-d", staff)
+    assert (await faces(*search)).out.startswith("eileen: cosine")
+    told = await faces("encode", ASTRONAUT, "-d", staff, "--entry", "stranger", "--json")
+    await faces("reject", staff, "--person", "eileen", "--entry", told.json["id"])
+    shown = (await faces(*search, "--filter", "subject=eileen", "--filter", "subject=man")).out
+    assert shown.startswith("man: cosine")
+    assert "rejected" in shown
+
+
 async def test_the_history_tells_what_was_faces(faces: Any, staff: str):
     await faces("rename", staff, "man", "cameraman")
 
@@ -320,7 +331,7 @@ async def test_what_is_exported_is_imported_elsewhere_and_undone(
         (r["id"], r["subject"], r["metadata"]) for r in before
     ]
     [record] = (await faces("imports", copy, "--json")).json
-    assert (record["state"], record["added"]) == ("done", 3)
+    assert (record["source"], record["state"], record["added"]) == (file.name, "done", 3)
     assert "3 entries" in (await faces("undo", copy, record["id"], "--dry-run")).out
     await faces("undo", copy, record["id"], "--yes")
     assert (await faces("show", copy, "--json")).json["entries"] == 0

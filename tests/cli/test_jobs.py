@@ -1,6 +1,7 @@
 """`bkg jobs` on a real broker: what is told of jobs, by whoever does them."""
 
 import asyncio
+import secrets
 import signal
 import subprocess
 import sys
@@ -78,6 +79,39 @@ async def test_jobs_are_listed_the_newest_first(client: Client, jobs: Any):
     assert [one["job"] for one in (await jobs("list", "--json")).json] == ["new", "old"]
     told = (await jobs("list", "--state", "failed", "--json")).json
     assert [one["job"] for one in told] == ["old"]
+
+
+async def test_ids_stand_whole_in_a_line_of_80_columns(
+    client: Client, jobs: Any, env: dict[str, str]
+):
+    env["COLUMNS"] = "80"
+    names = [secrets.token_hex(10) for _ in range(3)]
+    for i, name in enumerate(names):
+        asked = ImportModel(id=f"{'a-model-with-a-long-name-' * 3}{i}", url=URL, by="somebody")
+        one = job(
+            name, state="running", bytes=1_500_000, total_bytes=9_000_000_000, bytes_per_s=2e6,
+            eta_s=4_500.0, error="the server said 503 Service Unavailable; it is tried again",
+        )  # fmt: skip
+        await tell(client, msgspec.structs.replace(one, request=asked))
+    ended = await jobs("list")
+    assert ended.status == 0, ended.err
+    table = [row for row in ended.out.splitlines() if "the server said" not in row]
+    assert max(map(len, table)) <= 80
+    assert {row.split()[0] for row in table if "running" in row} == set(names)
+    for name in names:
+        assert f"{name}: the server said 503 Service Unavailable; it is tried again" in ended.out
+
+
+async def test_the_query_of_an_address_is_shown_nowhere(client: Client, jobs: Any):
+    asked = ImportModel(id="iris", url=f"{URL}?X-Amz-Signature=geheim")
+    ended_job = msgspec.structs.replace(job(state="failed", error="403"), request=asked)
+    await tell(client, ended_job)
+    for command in (("list",), ("show", "a1"), ("watch", "a1")):
+        for more in ((), ("--json",)):
+            ended = await jobs(*command, *more)
+            assert "a1" in ended.out
+            assert "geheim" not in ended.out + ended.err
+    assert f"{URL}?..." in (await jobs("show", "a1")).out
 
 
 async def test_a_job_is_shown_and_one_that_is_not_there_is_named(client: Client, jobs: Any):

@@ -31,6 +31,7 @@ from services.rustyface.assembly import assemble
 from services.rustyface.encoder import Encoder, FaceEncoder
 from services.rustyface.galleries import Galleries
 from services.rustyface.settings import RustyfaceSettings
+from tests.gateway.dataset_asking import PEOPLE, ask
 
 KEY = "the-right-key"
 PAGE = b'<!doctype html><script type="module" src="/ui/{hash}/main.js"></script>'
@@ -306,6 +307,19 @@ async def rustyface(
 async def faces(gate: Running, rustyface: Galleries) -> Running:
     """A gateway with a worker for faces behind it."""
     return gate
+
+
+@pytest_asyncio.fixture
+async def people(faces: Running) -> Running:
+    """A gateway with a dataset without entries."""
+    await ask(faces, "PUT", PEOPLE, status=201)
+    return faces
+
+
+@pytest.fixture
+def photo(samples_dir: Path) -> Callable[[str], bytes]:
+    """Gives a sample photo's bytes by name."""
+    return lambda name: (samples_dir / f"{name}.jpg").read_bytes()
 
 
 @pytest_asyncio.fixture

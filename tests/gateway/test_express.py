@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import socket
+import time
 import zlib
 from contextlib import asynccontextmanager
 from functools import partial
@@ -9,13 +11,14 @@ from functools import partial
 import pytest
 import pytest_asyncio
 
-from bus.client import Answer
+from bus.client import Answer, trace
 from bus.errors import InvalidRequest
 from bus.instance import join
 from bus.subjects import MODEL_INFER
 from bus.testing import until
-from services.gateway import express
+from services.gateway import app, express
 from services.gateway.app import Options, gateway
+from services.gateway.inference import RELAYING_MAX, RELAYING_MAX_BYTES
 from services.gateway.pages import Pages
 from services.gateway.routes import kserve
 from services.gateway.translate import whole
@@ -44,6 +47,8 @@ class Model:
             raise InvalidRequest("inputs lack everything", field="inputs")
         if call.body == b"large":
             return Answer(b"7" * 5_000, {"Content-Type": "application/json"})
+        if call.body == b"huge":
+            return Answer(b"7" * 60_000, {"Content-Type": "application/json"})
         return Answer(call.body, {"Content-Type": "application/json", "Bkg-Model-Version": "1"})
 
 
@@ -69,6 +74,20 @@ def long_way(monkeypatch):
 
     monkeypatch.setattr(kserve, "_relayed", noting)
     return reached
+
+
+@pytest.fixture
+def doors(monkeypatch):
+    """The gateway's ends of all connections, in the order in which they were made."""
+    made = []
+    connection_made = express.Express.connection_made
+
+    def noting(self, transport):
+        made.append(self)
+        connection_made(self, transport)
+
+    monkeypatch.setattr(express.Express, "connection_made", noting)
+    return made
 
 
 class Connection:
@@ -104,8 +123,8 @@ def request(body=BODY, path="/v2/models/m/infer", method="POST", key=KEY, **fiel
 
 
 @asynccontextmanager
-async def connecting(gate):
-    reader, writer = await asyncio.open_connection("127.0.0.1", gate.parts.port)
+async def connecting(gate, **how):
+    reader, writer = await asyncio.open_connection("127.0.0.1", gate.parts.port, **how)
     try:
         yield Connection(reader, writer)
     finally:
@@ -166,6 +185,42 @@ async def test_an_error_is_the_same_problem_on_both_ways(model, connection, long
     assert (await connection.ask())[0] == 200
 
 
+async def test_a_request_is_counted_once_whichever_way_it_goes(gate, model, connection):
+    counts = gate.parts.instance.gauges
+    before = counts["http_requests"]
+    for body in (BODY, b"bad", b"large"):
+        await connection.ask(body)
+        await connection.ask(body, X_Timeout_Seconds="9")
+    assert counts["http_requests"] == before + 6
+    model.go_on.clear()
+    async with connecting(gate) as one:
+        one.send()
+        await until(lambda: len(model.calls) == 7)
+    await until(lambda: model.stopped == 1)
+    assert counts["http_requests"] == before + 7
+
+
+async def test_an_error_is_worked_on_in_the_trace_that_the_model_was_asked_with(
+    model, connection, monkeypatch
+):
+    traces = []
+    relayed = kserve._relayed
+
+    async def noting(request, at, subject):
+        traces.append(trace.get())
+        return await relayed(request, at, subject)
+
+    monkeypatch.setattr(kserve, "_relayed", noting)
+    await connection.ask(b"bad")
+    assert traces == [model.calls[-1].headers["traceparent"]]
+
+
+async def test_an_empty_length_of_the_json_part_is_none_on_both_ways(model, connection):
+    await connection.ask(Inference_Header_Content_Length="")
+    await connection.ask(Inference_Header_Content_Length="", X_Timeout_Seconds="9")
+    assert [express.LENGTH in call.headers for call in model.calls] == [False, False]
+
+
 async def test_a_model_that_is_not_there_is_404(connection):
     status, _, said = await connection.ask(path="/v2/models/nobody/infer")
     assert status == 404
@@ -217,6 +272,33 @@ async def test_a_body_that_stops_coming_is_given_to_aiohttp(
     assert len(long_way) == 1
 
 
+async def test_a_body_that_comes_byte_by_byte_is_put_together_in_linear_time(
+    gate, model, connection, doors
+):
+    async with connecting(gate) as one:
+        assert (await one.ask())[0] == 200
+        body = b"0123456789" * 4_000
+        one.writer.write(request(body)[: -len(body)])
+        await until(lambda: doors[-1]._to_gather)
+        began = time.process_time()
+        for at in range(len(body)):
+            doors[-1].data_received(body[at : at + 1])
+        # Each byte again and again would be some ten seconds.
+        assert time.process_time() - began < 1
+        assert (await one.answer())[2] == body
+
+
+async def test_a_body_that_would_be_too_much_once_it_is_there_is_refused(gate, model, connection):
+    whole = request()
+    connection.writer.write(whole[:-1])
+    await received(gate)
+    gate.parts.relaying_bytes += RELAYING_MAX_BYTES
+    connection.writer.write(whole[-1:])
+    assert (await connection.answer())[0] == 429
+    gate.parts.relaying_bytes -= RELAYING_MAX_BYTES
+    assert (await connection.ask())[0] == 200
+
+
 async def test_requests_that_come_together_are_answered_in_their_order(model, connection):
     asked = [request(b"%d" % i) for i in range(20)]
     asked.insert(10, request(b"", path="/livez", method="GET"))
@@ -236,6 +318,45 @@ async def test_who_sends_on_and_on_is_made_to_wait(model, connection, gate):
         connection.writer.write(many)
     model.go_on.set()
     assert [(await connection.answer())[0] for _ in range(201)] == [200] * 201
+
+
+async def test_what_a_client_has_waiting_is_bounded_while_it_is_answered(
+    gate, model, doors, monkeypatch
+):
+    waited = []
+    take_later = express.Express._take_later
+
+    def noting(self, more):
+        take_later(self, more)
+        waited.append(len(self._later))
+
+    monkeypatch.setattr(express.Express, "_take_later", noting)
+    many = 2_200
+    async with connecting(gate) as one:
+        one.writer.write(request(b"x" * 1_000) * many)
+        for _ in range(many):
+            assert (await one.answer())[0] == 200
+    # The event loop reads 256 KiB at once.
+    assert express.LATER_MAX_BYTES < max(waited) <= express.LATER_MAX_BYTES + 256 * 1024
+
+
+@pytest.mark.parametrize("fields", [{}, {"X_Timeout_Seconds": "60"}], ids=["short", "long"])
+async def test_what_is_written_to_who_does_not_read_is_bounded(gate, model, doors, fields):
+    plug = socket.socket()
+    plug.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
+    plug.setblocking(False)
+    await asyncio.get_running_loop().sock_connect(plug, ("127.0.0.1", gate.parts.port))
+    plug.send(request(b"huge", **fields) * 300)
+    await until(lambda: doors and doors[0].writing_paused)
+    async with connecting(gate) as another:
+        for _ in range(100):
+            assert (await another.ask())[0] == 200
+    # One answer, and what may wait before the transport says that it is too much.
+    assert doors[0].transport.get_write_buffer_size() < 256 * 1024
+    reader, writer = await asyncio.open_connection(sock=plug)
+    slow = Connection(reader, writer)
+    assert [len((await slow.answer())[2]) for _ in range(300)] == [60_000] * 300
+    writer.close()
 
 
 async def test_a_head_in_two_pieces_is_never_taken_for_two_requests(gate, model, connection):
@@ -275,21 +396,75 @@ async def refused(port):
     return False
 
 
-async def test_a_clean_stop_answers_what_is_in_flight(client, settings, model, pages):
-    model.go_on.clear()
+@asynccontextmanager
+async def stopping(client, settings, pages):
+    """A connection to a gateway of its own that has answered once; and what begins a clean stop."""
     async with join(client, settings, plugin="gateway", description="a test", listed=False) as here:
         running = gateway(client, here, Options(port=0), KEY, Pages(pages))
         parts = await running.__aenter__()
         reader, writer = await asyncio.open_connection("127.0.0.1", parts.port)
         one = Connection(reader, writer)
         assert (await one.ask(b"", path="/livez", method="GET"))[0] == 200
-        one.send()
-        await until(lambda: model.calls)
-        stopping = asyncio.create_task(running.__aexit__(None, None, None))
-        await until(partial(refused, parts.port))
-        assert not stopping.done()
-        model.go_on.set()
-        assert (await one.answer())[2] == BODY
-        await stopping
+
+        async def stop():
+            ended = asyncio.create_task(running.__aexit__(None, None, None))
+            await until(partial(refused, parts.port))
+            assert not ended.done()
+            return ended
+
+        yield one, parts, stop
         assert await reader.read() == b""
         writer.close()
+
+
+async def test_a_clean_stop_answers_what_is_in_flight(client, settings, model, pages):
+    model.go_on.clear()
+    async with stopping(client, settings, pages) as (one, _, stop):
+        one.send()
+        await until(lambda: model.calls)
+        ended = await stop()
+        model.go_on.set()
+        assert (await one.answer())[2] == BODY
+        await ended
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["taken", "refused"])
+async def test_a_clean_stop_answers_a_request_whose_body_comes_meanwhile(
+    client, settings, model, pages, doors, full
+):
+    async with stopping(client, settings, pages) as (one, parts, stop):
+        one.writer.write(request()[:-1])
+        await until(lambda: doors[0]._to_gather)
+        ended = await stop()
+        parts.relaying += RELAYING_MAX * full
+        one.writer.write(request()[-1:])
+        assert (await one.answer())[0] == (429 if full else 200)
+        parts.relaying -= RELAYING_MAX * full
+        async with asyncio.timeout(app.STOP_PATIENCE_S / 2):
+            await ended
+
+
+@pytest.mark.parametrize("cut", [0, 1], ids=["no answer", "no body"])
+async def test_a_clean_stop_waits_once_for_what_does_not_come(
+    client, settings, model, pages, doors, monkeypatch, cut
+):
+    monkeypatch.setattr(app, "STOP_PATIENCE_S", 2.0)
+    model.go_on.clear()
+    async with stopping(client, settings, pages) as (one, _, stop):
+        whole = request()
+        one.writer.write(whole[: len(whole) - cut])
+        await until(lambda: model.calls or doors[0]._to_gather)
+        began = time.monotonic()
+        await (await stop())
+        assert 1.9 < time.monotonic() - began < 3.6
+
+
+async def test_a_clean_stop_waits_no_longer_for_who_has_gone(client, settings, model, pages, doors):
+    async with stopping(client, settings, pages) as (one, _, stop):
+        one.writer.write(request()[:-1])
+        await until(lambda: doors[0]._to_gather)
+        ended = await stop()
+        one.writer.write_eof()
+        one.writer.transport.abort()
+        async with asyncio.timeout(app.STOP_PATIENCE_S / 2):
+            await ended

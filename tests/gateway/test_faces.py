@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import io
+import json
 import random
 
 import msgpack
@@ -13,12 +14,6 @@ from services.gateway.image_bodies import FIELD_MAX_BYTES
 
 SEARCH = "/api/faces/search"
 ENCODE = "/api/faces/encode"
-
-
-@pytest.fixture
-def photo(samples_dir):
-    """Gives a sample photo's bytes by name."""
-    return lambda name: (samples_dir / f"{name}.jpg").read_bytes()
 
 
 async def post(gate, path, body, status=200, query=None, **headers):
@@ -158,6 +153,34 @@ async def test_the_same_request_with_an_idempotency_key_enrols_once(faces, photo
 async def test_what_does_not_fit_is_refused_by_its_field(faces, path, body, field):
     told = await faces.post(path, body, 400)
     assert told["field"] == field
+
+
+HUGE = 10**26
+
+
+@pytest.mark.parametrize(
+    ("path", "asked", "field"),
+    [
+        (ENCODE, {"metadata": {"n": HUGE}}, "metadata"),
+        (ENCODE, {"metadata": [[-HUGE]]}, "metadata"),
+        (SEARCH, {"filter": {"n": HUGE}}, "filter"),
+        (SEARCH, {"revision": HUGE}, "revision"),
+        (SEARCH, {"revision": -1}, "revision"),
+    ],
+)
+async def test_a_number_that_nothing_can_carry_is_refused_by_its_field_whichever_way_it_comes(
+    faces, photo, path, asked, field
+):
+    [(name, value)] = asked.items()
+    in_json = {"image_base64": _base64(photo("astronaut")), **asked}
+    told = [
+        await ask(faces, path, 400, **in_json),
+        await post(faces, path, json.dumps(in_json).encode(), 400, Idempotency_Key="k"),
+        await post(faces, path, photo("astronaut"), 400, {name: json.dumps(value)}),
+        await post(faces, path, form(image=photo("astronaut"), **{name: json.dumps(value)}), 400),
+    ]
+    assert [one["field"] for one in told] == [field] * 4
+    assert (await faces.json("/api/datasets/default"))["entries"] == 0
 
 
 async def test_an_unknown_field_is_told_the_nearest_one(faces):

@@ -102,6 +102,20 @@ def test_a_head_without_an_end_is_none():
     assert read_head(head(ASK, HOST, "X: " + "y" * 10_000)) is None
 
 
+@pytest.mark.parametrize("fields", [127, 128, 129])
+def test_no_more_fields_are_read_than_aiohttp_takes(fields):
+    raw = head(ASK, HOST, *[f"X-{i}: y" for i in range(fields - 1)])
+    loop = asyncio.new_event_loop()
+    try:
+        HttpRequestParser(BaseProtocol(loop), loop, 2**16, max_headers=128).feed_data(raw)
+        taken = True
+    except HttpProcessingError:
+        taken = False
+    finally:
+        loop.close()
+    assert (read_head(raw) is not None) == taken == (fields <= 128)
+
+
 _PIECES = st.sampled_from(
     ["POST ", "GET ", "/v2/models/m/infer", "/v2", " HTTP/1.1", " HTTP/1.0", "\r\n", "\n", "\r",
      "Host: x", "Content-Length: 3", "content-length: 03", "Content-Length:", "-1", " ", "\t", ":",

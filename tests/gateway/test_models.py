@@ -258,6 +258,25 @@ async def test_loaded_shows_what_is_where_and_why(gate, serve):
     assert told["instances"][0]["budget_bytes"] == 1_000
 
 
+async def test_what_failed_for_good_promises_no_other_try_and_says_what_helps(gate, know, serve):
+    await know("m", version(wanted=True))
+    await serve(served("m", "failed", reason="its weights are NaN"))
+    async with gate.http.post("/v2/models/m/infer", json={"inputs": []}) as response:
+        told = await response.json(content_type=None)
+        assert (response.status, told["state"]) == (503, "failed")
+        assert "Retry-After" not in response.headers
+    assert "its weights are NaN; load it again" in told["detail"]
+
+
+async def test_what_waits_for_another_try_says_what_it_waits_for(gate, know, serve):
+    await know("m", version(wanted=True))
+    await serve(served("m", "queued", reason="the broker is away"))
+    async with gate.http.post("/v2/models/m/infer", json={"inputs": []}) as response:
+        told = await response.json(content_type=None)
+        assert (response.status, response.headers["Retry-After"]) == (503, "1")
+    assert "the broker is away" in told["detail"]
+
+
 # --- Examples, with candle behind -----------------------------------------------------------------
 
 
@@ -343,6 +362,22 @@ async def test_load_and_unload_answer_when_it_is_so(gate, candle):
     told = await gate.post("/api/models/iris/load", {"config": {"pined": True}}, 400)
     assert "pinned" in told["detail"]
     await gate.post("/api/models/nobody/unload", b"", 404)
+
+
+async def test_a_model_that_never_fits_into_memory_is_422_and_then_failed(gate, candle):
+    candle._memory.budget_bytes = 10_000
+    body = {"id": "wide", "path": "wide.json"}
+    told = await gate.post("/api/capabilities/candle.model.load", body, 422)
+    assert "memory_budget_mb" in told["detail"]
+    assert (told["budget_bytes"], told["needed_bytes"] > 10_000) == (10_000, True)
+    await gate.post("/api/models/wide/load", b"", 422)
+    await until(lambda: any(o.state == "failed" for _, o in gate.parts.models.served("wide", "1")))
+    for _ in range(2):
+        async with gate.http.post("/v2/models/wide/infer", json={"inputs": []}) as response:
+            told = await response.json(content_type=None)
+            assert (response.status, told["state"]) == (503, "failed")
+            assert "Retry-After" not in response.headers
+        assert "memory_budget_mb" in told["detail"]
 
 
 # --- The whole way --------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Uploads of models: raw bodies and forms, digests, what is refused, the same request again."""
 
 import asyncio
+import io
 
 import pytest
 from aiohttp import FormData
@@ -232,6 +233,50 @@ async def test_what_the_store_has_no_room_for_is_507_before_it_is_sent(start, ke
     await until(gate.parts.models.instances)
     head = f"PUT {PLACE} HTTP/1.1", f"Content-Length: {2**44}", "Expect: 100-continue"
     assert "507" in await head_of_answer(gate, *head)
+
+
+async def test_what_never_fits_into_the_store_is_507_with_the_numbers_and_no_other_time(
+    into, client, monkeypatch
+):
+    monkeypatch.setenv("BKG_ARTEFACTS_MAX_BYTES", str(2 * MIB))
+    await client.store.declare()
+    told, headers = await put(into, bytes(3 * MIB), 507)
+    assert f"{3 * MIB:,} bytes" in told["detail"]
+    assert "BKG_ARTEFACTS_MAX_BYTES" in told["detail"]
+    assert "Retry-After" not in headers
+
+
+async def test_what_does_not_fit_now_is_507_with_the_time_of_another_try(into, client, monkeypatch):
+    monkeypatch.setenv("BKG_ARTEFACTS_MAX_BYTES", str(2 * MIB))
+    await client.store.declare()
+    async with client.store.artefacts.writing() as other:
+        await other.write(bytes(MIB))
+        await other.keep()
+        told, headers = await put(into, bytes(3 * MIB // 2), 507)
+    assert "bytes are free" in told["detail"]
+    assert int(headers["Retry-After"]) >= 1
+
+
+async def test_bytes_that_are_stored_already_need_no_room(into, client, monkeypatch):
+    monkeypatch.setenv("BKG_ARTEFACTS_MAX_BYTES", str(2 * MIB))
+    await client.store.declare()
+    body = blob(3 * MIB // 2)
+    await put(into, body)
+    other = "/api/models/other/versions"
+    told, _ = await put(into, body, path=f"{other}/1", Repr_Digest=rfc9530(body))
+    assert told["checksum"] == sha256(body)
+    said = {"X-Checksum-Sha256": sha256(body)}
+    async with into.http.post(other, data=io.BytesIO(body), headers=said) as again:
+        assert (again.status, (await again.json())["checksum"]) == (201, sha256(body))
+    assert await client.store.artefacts.unfinished() == []
+
+
+async def test_other_bytes_than_those_that_are_stored_are_refused_all_the_same(into, client):
+    await put(into, LINEAR)
+    path = "/api/models/other/versions/1"
+    told, _ = await put(into, LINEAR + b" ", 422, path=path, Repr_Digest=rfc9530(LINEAR))
+    assert told["field"] == "sha256"
+    await into.json(path, 404)
 
 
 async def test_a_store_that_fills_up_on_the_way_is_507_with_the_numbers(into, client, monkeypatch):

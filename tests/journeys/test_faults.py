@@ -372,7 +372,9 @@ def slot_of(process: psutil.Process) -> tuple[str, str] | None:
             ("stubborn", "blocking_worker"),
         ):
             if mark in command:
-                return plugin, process.environ()["BKG_SLOT"]
+                # Of a process that ends just now the environment is empty.
+                slot = process.environ().get("BKG_SLOT")
+                return None if slot is None else (plugin, slot)
     return None
 
 

@@ -62,22 +62,30 @@ def test_false_matches_grow_with_the_gallery():
     assert expected_false("sface", 0.42, 0) == 0
 
 
+@pytest.mark.parametrize("cosine", [0.363, 0.38, 0.45, 0.9])
+def test_rates_have_three_digits_as_they_were_measured_no_better(cosine: float):
+    for rate in (false_match_rate("sface", cosine), expected_false("sface", cosine, 12_345)):
+        assert rate == float(f"{rate:.3g}")
+
+
 def test_a_dataset_has_its_own_threshold_or_the_plugins_or_the_embedders():
     thresholds = Thresholds("sface")
-    assert thresholds.search(m.DatasetSettings()) == calibration.THRESHOLDS["sface"] == 0.45
-    assert thresholds.verify() == calibration.VERIFY_THRESHOLDS["sface"] == 0.363
+    plain = m.DatasetSettings()
+    assert thresholds.search("sface", plain) == calibration.THRESHOLDS["sface"] == 0.45
+    assert thresholds.verify("sface") == calibration.VERIFY_THRESHOLDS["sface"] == 0.363
     thresholds.plugin = 0.5
-    assert thresholds.search(m.DatasetSettings()) == 0.5
-    assert thresholds.search(m.DatasetSettings(threshold=0.6)) == 0.6
-    assert thresholds.search(m.DatasetSettings(threshold=0.0)) == 0.0
-    assert thresholds.verify(m.DatasetSettings(verify_threshold=0.4)) == 0.4
+    assert thresholds.search("sface", plain) == 0.5
+    assert thresholds.search("sface", m.DatasetSettings(threshold=0.6)) == 0.6
+    assert thresholds.search("sface", m.DatasetSettings(threshold=0.0)) == 0.0
+    assert thresholds.verify("sface", m.DatasetSettings(verify_threshold=0.4)) == 0.4
 
 
-def test_an_embedder_that_somebody_brought_brings_its_thresholds():
+def test_an_embedder_that_somebody_brought_brings_its_thresholds_for_its_own_datasets():
     thresholds = Thresholds("mine", 0.3, 0.2)
-    assert thresholds.search(m.DatasetSettings()) == 0.3
-    assert thresholds.verify(m.DatasetSettings()) == 0.2
+    assert thresholds.both("mine", m.DatasetSettings()) == (0.3, 0.2)
+    assert thresholds.both("sface", m.DatasetSettings()) == (0.45, 0.363)
+    assert thresholds.both("pixel32", m.DatasetSettings()) == (0.99, 0.99)
 
 
 def test_without_any_threshold_nobody_is_named():
-    assert Thresholds("unknown").search(m.DatasetSettings()) == 1
+    assert Thresholds("unknown").search("unknown", m.DatasetSettings()) == 1

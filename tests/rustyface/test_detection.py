@@ -126,13 +126,12 @@ def test_the_net_sees_a_bounded_number_of_sizes_whatever_the_pictures_are(
     seen: set[tuple[int, ...]] = set()
 
     class Watched:
-        def run(self, _outputs: list[str], feed: dict[str, np.ndarray]) -> list[np.ndarray]:
-            (blob,) = feed.values()
+        def run(self, _outputs: list[str], blob: np.ndarray) -> list[np.ndarray]:
             seen.add(blob.shape)
             cells = [blob.shape[2] * blob.shape[3] // stride**2 for stride in (8, 16, 32)]
             return [np.zeros((1, n, width)) for width in (1, 1, 4, 10) for n in cells]
 
-    monkeypatch.setattr(detector, "_session", Watched())
+    monkeypatch.setattr(detector, "_weights", Watched())
     rng = np.random.default_rng(0)
     for width, height in rng.integers(1, 3_000, (300, 2)):
         detector.detect(np.zeros((height, width, 3), np.uint8), small=bool(width % 50 == 0))

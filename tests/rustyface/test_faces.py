@@ -373,6 +373,26 @@ async def test_a_kept_image_shows_the_face_and_has_lost_place_and_maker(client, 
     assert again.checksum == made.checksum
 
 
+async def test_how_large_a_kept_image_may_be_is_the_same_setting(
+    client, worker, file, pipeline: Pipeline, monkeypatch
+):
+    # As if what is allowed unless it is set were less than the photo has, and set to more.
+    monkeypatch.setattr(
+        images.without_metadata, "__kwdefaults__", {"max_bytes": 1, "max_pixels": 1}
+    )
+    async with worker(encoder=FaceEncoder(pipeline, max_pixels=512 * 512)):
+        await configure(client, keep_images=True)
+        await encode(client, file("astronaut"), entry_id="e")
+        assert len(await stored(client)) == 1
+        wide = cv2.copyMakeBorder(
+            cv2.imdecode(np.frombuffer(file("astronaut"), np.uint8), cv2.IMREAD_COLOR),
+            *(0, 1, 0, 0), cv2.BORDER_REPLICATE,
+        )  # fmt: skip
+        with pytest.raises(TooLarge, match="512 x 513 pixels"):
+            await encode(client, encoded(".png", wide))
+        assert len(await stored(client)) == 1
+
+
 async def test_a_kept_image_goes_with_the_last_entry_that_has_it(client, worker, file):
     async with worker():
         await configure(client, keep_images=True)

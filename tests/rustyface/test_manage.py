@@ -49,10 +49,10 @@ async def manage(replica, jobs):
         ]
         await galleries.enrol_many("g", entries, existing="fail")
 
-        def thresholds(settings: m.DatasetSettings) -> tuple[float, float]:
+        def thresholds(_embedder: str, settings: m.DatasetSettings) -> tuple[float, float]:
             return settings.threshold or 0.45, settings.verify_threshold or 0.363
 
-        manager = Manage(galleries, jobs, thresholds, lambda cosine, n: cosine * n)
+        manager = Manage(galleries, jobs, thresholds, lambda _embedder, cosine, n: cosine * n)
 
         async def ask(action: str, **fields) -> m.DatasetList:
             return await manager.answer(

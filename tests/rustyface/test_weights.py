@@ -115,9 +115,8 @@ def test_a_net_without_quantised_weights_is_taken_as_well(pipeline: Pipeline, we
     (path,) = weights_cache.glob("yunet-*.onnx")
     session = weights.open_session(weights.repaired(path.read_bytes()))
     blob = np.random.default_rng(0).random((2, 3, 64, 96), np.float32)
-    ours, theirs = (
-        s.run(["kps_8"], {"input": blob}) for s in (session, pipeline.detector._session)
-    )
+    ours = session.run(["kps_8"], {"input": blob})
+    theirs = pipeline.detector._weights.run(["kps_8"], blob)
     assert np.array_equal(ours[0], theirs[0])
 
 
@@ -166,3 +165,24 @@ def test_a_net_takes_its_weights_once(tmp_path):
     took = resident_bytes() - before
     size = max(path.stat().st_size for path in tmp_path.glob("sface-*.onnx"))
     assert took < 1.5 * size * len(nets)
+
+
+def test_a_net_is_opened_by_its_first_run_and_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    opened = []
+    opening = weights.open_session
+    weights.load(YUNET, tmp_path)
+    monkeypatch.setattr(weights, "open_session", lambda path: opened.append(path) or opening(path))
+    net = weights.load(YUNET, tmp_path)
+    assert opened == []
+    blob = np.zeros((1, 3, 32, 32), np.float32)
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda _: net.run(["kps_8"], blob)[0].shape, range(8)))
+    assert set(found) == {(1, 16, 10)}
+    assert opened == [cached(tmp_path)]
+
+
+def test_a_net_whose_file_has_gone_says_what_to_do(tmp_path: Path):
+    net = weights.load(YUNET, tmp_path)
+    cached(tmp_path).unlink()
+    with pytest.raises(Unavailable, match="a restart of the worker makes it anew"):
+        net.run(None, np.zeros((1, 3, 32, 32), np.float32))

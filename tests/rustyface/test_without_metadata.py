@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bus.errors import BusError, Unprocessable
+from bus.errors import BusError, TooLarge, Unprocessable
 from services.rustyface.exif import orientation_of
 from services.rustyface.images import decode, without_metadata
 from tests.rustyface.files import (
@@ -145,3 +145,13 @@ def test_whatever_can_be_decoded_can_be_kept_however_damaged(file: bytes, choose
 def test_whatever_a_camera_noted_there_is_a_way_up(noted: bytes):
     assert 1 <= orientation_of(noted) <= 8
     assert 1 <= orientation_of(b"Exif\0\0MM\0*\0\0\0\x08" + noted) <= 8
+
+
+def test_how_large_a_picture_may_be_is_the_callers_to_say():
+    for kind in (".jpg", ".gif"):
+        data = encoded(kind)
+        # A GIF takes twice the memory.
+        most = 2 * 960 if kind == ".gif" else 960
+        assert without_metadata(data, max_pixels=most)
+        with pytest.raises(TooLarge, match="40 x 24 pixels"):
+            without_metadata(data, max_pixels=most - 1)

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
+from functools import cache
 from importlib.resources import files
 from typing import Final
 
@@ -13,6 +14,11 @@ SAMPLES: Final[Mapping[str, str]] = {
     "iris.onnx": "a sample: iris species from four measurements, trained on Fisher's iris data",
     "linear-demo.json": "a sample: two sums over three numbers, to be checked by hand",
 }
+
+
+def licence_of(checksum: str) -> str | None:
+    """Return the licence of the sample with these bytes; None if they are no sample's."""
+    return LICENCE if checksum in _digests() else None
 
 
 def shipped() -> list[m.ShippedModel]:
@@ -33,3 +39,8 @@ def shipped() -> list[m.ShippedModel]:
             )
         )
     return found
+
+
+@cache
+def _digests() -> frozenset[str]:
+    return frozenset(one.checksum for one in shipped())

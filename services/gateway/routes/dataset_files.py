@@ -1,9 +1,11 @@
 """Datasets as files: imports, exports and embedding anew, each of them a job."""
 
 import contextlib
+from pathlib import PurePosixPath
 from typing import Annotated, Any, Final
 from urllib.parse import quote
 
+import aiohttp
 import msgspec
 from aiohttp import hdrs, web
 from msgspec import Meta
@@ -25,18 +27,20 @@ FIELD_MAX_BYTES: Final = 1024
 # What a form may have beside its file.
 FORM_MAX_BYTES: Final = 64 * 1024
 JOB_MAX_CHARS: Final = 40
+FILE_NAME_MAX: Final = 255
 
-_FIELDS: Final = ("format", "existing", "sha256")
+_FIELDS: Final = ("format", "existing", "sha256", "file_name")
 
 
 async def take(request: web.Request) -> web.Response:
     """Take a dataset file: a raw body of any length, or a form with the part `file`.
 
     `format` (found out if absent) and `existing` (`skip`, `replace` or `fail`) stand in the query
-    or in the form; a digest in the usual headers, or as the field `sha256`. A dataset that is not
-    there is made. 202 with `Location`: the job that reads it; the same `Idempotency-Key` again
-    gives the same job. 400 a value that there cannot be; 413; 422 another digest; 429 too many
-    jobs or uploads; 503 no rustyface; 504 nothing came for a minute; 507 no room.
+    or in the form; a digest in the usual headers, or as the field `sha256`. What the file is called
+    `file_name` says, the form, or `Content-Disposition`. A dataset that is not there is made. 202
+    with `Location`: the job that reads it; the same `Idempotency-Key` again gives the same job. 400
+    a value that there cannot be; 413; 422 another digest; 429 too many jobs or uploads; 503 no
+    rustyface; 504 nothing came for a minute; 507 no room.
     """
     at = request.app[PARTS]
     told = told_by(request.headers, request.content_length)
@@ -56,6 +60,7 @@ async def take(request: web.Request) -> web.Response:
             if is_form:
                 given |= await _form_read(request, upload, given)
             else:
+                given = _file_name_in(request) | given
                 _, blocks = await begun(blocks_of(request))
                 await take_blocks(upload, blocks, max_bytes=most)
             sha256 = given.pop("sha256", None) or told.sha256
@@ -158,6 +163,7 @@ async def _form_read(
     """
     most = request.app[PARTS].uploads.max_bytes
     said: dict[str, str] = {}
+    file_name: dict[str, str] = {}
     has_file = False
     async with contextlib.aclosing(parts_of(request)) as parts:
         async for part in parts:
@@ -171,11 +177,29 @@ async def _form_read(
                 raise InvalidRequest("the form has two files; send one at a time", field="file")
             else:
                 has_file = True
+                file_name = _file_name(part.filename)
                 _, blocks = await begun(chunks_of(part))
                 await take_blocks(upload, blocks, max_bytes=most)
     if not has_file:
         raise InvalidRequest("the form has no file; send it as the part `file`", field="file")
-    return _given(said)
+    return _given(file_name | before | said)
+
+
+def _file_name_in(request: web.Request) -> dict[str, str]:
+    """Return what the headers call the file, if they do."""
+    said = request.headers.get(hdrs.CONTENT_DISPOSITION)
+    if said is None:
+        return {}
+    _, parameters = aiohttp.parse_content_disposition(said)
+    return _file_name(aiohttp.content_disposition_filename(parameters))
+
+
+def _file_name(named: str | None) -> dict[str, str]:
+    """Return a file's name as a field, if it has one: without its folder, and not too long."""
+    # Browsers of old send whole paths, and a header's bytes need not be text.
+    plain = (named or "").encode(errors="replace").decode()
+    name = PurePosixPath(plain.replace("\\", "/")).name[-FILE_NAME_MAX:]
+    return {"file_name": name} if name else {}
 
 
 async def _check_room(at: Parts, told: Told) -> None:

@@ -91,7 +91,8 @@ async def create(request: web.Request) -> web.Response:
     """Make a dataset, with its settings if they are given.
 
     201 with `Location`; 200 it was there, and has the settings now, where any were given. 400 a
-    setting that there cannot be; 409 vectors of another embedder stand in its way.
+    setting that there cannot be; 409 vectors of another embedder stand in its way, or `If-Match` as
+    for `configure`.
     """
     given = await _settings_in(request)
     try:
@@ -105,23 +106,16 @@ async def create(request: web.Request) -> web.Response:
     if not given:
         return _tagged(request, await _stats(request))
     settings = codec.convert(given, DatasetSettings)
-    changed = await manage(request, "configure", settings=settings)
-    return answer(changed.dataset or await _stats(request))
+    return await _configured(request, settings=settings)
 
 
 async def configure(request: web.Request) -> web.Response:
     """Change what is named of a dataset's settings; the others stay.
 
-    400 a setting that there is not, or that cannot have its value; 404 there is no such dataset.
+    400 a setting that there is not, or that cannot have its value; 404 there is no such dataset;
+    409 the settings were changed after the revision that `If-Match` names, with the present one.
     """
-    given = await _settings_in(request)
-    present = codec.plain((await _stats(request)).settings)
-    quality = given.get("quality")
-    if isinstance(quality, dict):
-        given["quality"] = present["quality"] | quality
-    settings = codec.convert(present | given, DatasetSettings)
-    changed = await manage(request, "configure", settings=settings)
-    return answer(changed.dataset or await _stats(request))
+    return await _configured(request, changes=await _settings_in(request))
 
 
 async def delete(request: web.Request) -> web.Response:
@@ -303,7 +297,8 @@ async def imports(request: web.Request) -> web.Response:
 async def undo(request: web.Request) -> web.Response:
     """Take back an import: what it added leaves; `?dry-run` only says how many entries.
 
-    404 no such import; 409 it goes on, or was taken back already.
+    404 no such import. One that still goes on ends with that, and one that was taken back already
+    stays so.
     """
     name, dry_run = request.match_info["imported"], _flag(request, "dry-run")
     told = await manage(request, "undo-import", imported=name, dry_run=dry_run)
@@ -396,6 +391,11 @@ def _check_names(given: Mapping[str, Any], kind: type[msgspec.Struct], place: st
             )
 
 
+async def _configured(request: web.Request, **what: Any) -> web.Response:
+    changed = await manage(request, "configure", revision=_revision(request), **what)
+    return _tagged(request, changed.dataset or await _stats(request))
+
+
 def _tagged(request: web.Request, stats: DatasetStats) -> web.Response:
     """Return a dataset with a tag that changes with its revision, and with what counts for it."""
     body = codec.encode(stats)
@@ -404,6 +404,19 @@ def _tagged(request: web.Request, stats: DatasetStats) -> web.Response:
     if is_known(request.headers.get(hdrs.IF_NONE_MATCH), etag):
         return web.Response(status=304, headers=headers)
     return web.Response(body=body, headers=headers, content_type=codec.JSON)
+
+
+def _revision(request: web.Request) -> int | None:
+    """Return the revision in the tag that the caller has seen (`If-Match`); None without one."""
+    tag = request.headers.get(hdrs.IF_MATCH, "").strip().removeprefix("W/").strip('"')
+    if not tag or tag == "*":
+        return None
+    revision = tag.partition("-")[0]
+    if not (revision.isascii() and revision.isdecimal() and len(revision) < 19):
+        raise InvalidRequest(
+            f"If-Match is {tag[:40]!r}, which is no ETag of a dataset", field="If-Match"
+        )
+    return int(revision)
 
 
 def _changed(told: DatasetList, status: int = 200, /, **more: Any) -> web.Response:

@@ -36,7 +36,13 @@ from services.gateway.image_bodies import IMAGE, read_images, wants_msgpack
 from services.gateway.parts import PARTS
 from services.gateway.routes.capabilities import why_nobody
 from services.gateway.routes.jobs import idempotency_key
-from services.gateway.translate import answer, answer_as_it_is, headers_for_bus, timeout_of
+from services.gateway.translate import (
+    answer,
+    answer_as_it_is,
+    encoded,
+    headers_for_bus,
+    timeout_of,
+)
 
 # What a message may have beside its image.
 BESIDE_IMAGE_BYTES: Final = 16 * 1024
@@ -134,7 +140,7 @@ async def relayed(
     try:
         return await at.client.relay(
             subject,
-            codec.encode(ask, content_type),
+            encoded(ask, content_type),
             headers=headers_for_bus(request) | {codec.CONTENT_TYPE: content_type},
             timeout_s=timeout_of(request),
         )
@@ -197,5 +203,5 @@ def _entry_for(key: str, ask: EncodeFace) -> str:
 
     The request is part of it: a key that is used for another image replaces nobody.
     """
-    digest = hashlib.sha256(codec.encode(ask, codec.MSGPACK)).hexdigest()
+    digest = hashlib.sha256(encoded(ask, codec.MSGPACK)).hexdigest()
     return str(uuid.uuid5(_ENTRIES, f"{key}\0{digest}"))

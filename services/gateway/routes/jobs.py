@@ -10,9 +10,9 @@ from msgspec import Meta
 
 from bus.client import Client
 from bus.errors import InvalidRequest, NotFound
+from bus.masking import without_query
 from bus.messages import ImportModel, Job, JobState, NameJob
 from bus.subjects import JOB_CANCELS, JOB_RETRIES, MODEL_IMPORT
-from services.gateway.masks import without_query
 from services.gateway.parts import PARTS
 from services.gateway.repository import one_of, page_in
 from services.gateway.translate import answer, asked, read

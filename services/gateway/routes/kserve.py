@@ -21,14 +21,20 @@ from services.gateway.inference import (
     COMPRESS_MIN_BYTES,
     LENGTH,
     NAME_MAX_CHARS,
-    OUTCOME,
     shown,
     subject_of,
     too_many,
 )
 from services.gateway.models import wanted_version, why_nobody
 from services.gateway.parts import PARTS, Parts
-from services.gateway.translate import TRACEPARENT, Relayed, answer, read_body, timeout_of
+from services.gateway.translate import (
+    OUTCOME,
+    TRACEPARENT,
+    Relayed,
+    answer,
+    read_body,
+    timeout_of,
+)
 
 LOAD_S: Final = 300.0
 GATHER_S: Final = 2.0

@@ -12,10 +12,12 @@ from aiohttp import BodyPartReader, hdrs, web
 
 from bus import codec
 from bus.errors import (
+    NEVER,
     BusError,
     InvalidRequest,
     NoSpace,
     NotFound,
+    TooLarge,
     Unavailable,
     Unprocessable,
 )
@@ -30,6 +32,7 @@ from bus.messages import (
 )
 from bus.models import DEFAULT, LATEST
 from bus.subjects import MODEL_ADD
+from bus.uploads import other_digest
 from services.gateway.bodies import begun, blocks_of, chunks_of, parts_of, whole_part
 from services.gateway.parts import PARTS, Parts
 from services.gateway.repository import label_in, switch
@@ -108,6 +111,8 @@ async def post(request: web.Request) -> web.Response:
         if kept := await at.uploads.answered(key, _name_of(request)):
             return await _again(request, kept)
         await _check_room(at, told)
+        if not is_form and (stored := await _stored_already(at, told)):
+            return await _entered(request, await _compared(request, wish, told, stored), key)
         async with at.client.store.artefacts.writing() as upload:
             if is_form:
                 wish, sha256 = await _form_read(request, upload, wish)
@@ -200,21 +205,19 @@ def _check_size(at: Parts, total_bytes: int | None, surplus: int = 0) -> None:
 
 
 async def _check_room(at: Parts, told: Told) -> None:
-    """Refuse what the object store cannot take.
+    """Refuse what the object store cannot take, unless it has it.
 
     Raises:
-        NoSpace: It has no room for so many bytes.
+        NoSpace: It has no room for so many bytes, now or ever; says how many it has room for.
     """
     if told.total_bytes is None:
         return
-    wanted = told.total_bytes - told.offset
-    room = await at.feeds.ask_store(at.client.store.artefacts.room(), "artefacts")
-    if room is not None and wanted > room:
-        raise NoSpace(
-            f"{wanted:,} bytes are to come, the object store has room for {room:,}; delete models "
-            "that nobody needs (DELETE /api/models/NAME, POST /api/models/gc), or allow the store "
-            "more (BKG_ARTEFACTS_MAX_BYTES)"
-        )
+    room = at.client.store.artefacts.check_room(told.total_bytes - told.offset, told.sha256)
+    try:
+        await at.feeds.ask_store(room, "artefacts")
+    except TooLarge as error:
+        # Not for its sender to mend, who keeps to what the gateway allows.
+        raise NoSpace(error.message, retry_after_s=NEVER) from None
 
 
 # --- Bytes ----------------------------------------------------------------------------------------
@@ -226,6 +229,8 @@ async def _received(request: web.Request, wish: AddModel, told: Told) -> AddMode
     if told.offset:
         # Before the caller sends anything.
         await at.uploads.resumable(wish.id, wish.version or "", told.offset)
+    if stored := await _stored_already(at, told):
+        return await _compared(request, wish, told, stored)
     may_be_empty = told.offset > 0 or not told.is_last
     first, blocks = await begun(blocks_of(request), may_be_empty=may_be_empty)
     unfinished = UnfinishedUpload(
@@ -257,6 +262,33 @@ async def _received(request: web.Request, wish: AddModel, told: Told) -> AddMode
         digest, _ = await upload.commit(told.sha256)
         named = _named(wish, reception.wish.file_name)
         return msgspec.structs.replace(named, checksum=digest)
+
+
+async def _stored_already(at: Parts, told: Told) -> str | None:
+    """Return the digest of a whole file that is to come, if the object store has it already."""
+    if told.sha256 is None or told.offset or not told.is_last:
+        return None
+    return told.sha256 if await at.client.store.artefacts.holds(told.sha256) else None
+
+
+async def _compared(request: web.Request, wish: AddModel, told: Told, sha256: str) -> AddModel:
+    """Return what is to be added, once its bytes have proved to be those that are stored.
+
+    Raises:
+        Unprocessable: They have another digest.
+    """
+    first, blocks = await begun(blocks_of(request))
+    sha = hashlib.sha256()
+    await take(
+        _Hashing(sha),
+        blocks,
+        max_bytes=request.app[PARTS].uploads.max_bytes,
+        total_bytes=told.total_bytes,
+        part_sha256=told.part_sha256,
+    )
+    if sha.hexdigest() != sha256:
+        raise other_digest(sha.hexdigest(), sha256)
+    return msgspec.structs.replace(_named(wish, _file_name(request, first)), checksum=sha256)
 
 
 async def _form_read(
@@ -376,8 +408,8 @@ async def _again(request: web.Request, kept: KeptAnswer) -> web.Response:
     """
     sha = hashlib.sha256()
     if (request.content_type or "").startswith("multipart/"):
-        form_sha = _FormHash(sha)
-        await _form_read(request, form_sha, _wish(request, None))
+        hashing = _Hashing(sha)
+        await _form_read(request, hashing, _wish(request, None))
     else:
         async for block in blocks_of(request):
             sha.update(block)
@@ -389,8 +421,8 @@ async def _again(request: web.Request, kept: KeptAnswer) -> web.Response:
     )
 
 
-class _FormHash:
-    """Takes a form's file in place of an upload, only for its digest."""
+class _Hashing:
+    """Takes bytes in place of an upload, only for their digest."""
 
     def __init__(self, sha: Any) -> None:
         self.offset = 0
