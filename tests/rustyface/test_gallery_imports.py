@@ -207,7 +207,7 @@ async def test_an_image_is_given_up_with_the_last_entry_of_any_gallery_that_name
         await galleries.remove_subject("g", "b")
         assert told == []
         assert galleries.images == {"1" * 64}
-        await galleries.enrol("h", kept("a", "2"))
+        await galleries.wait(await galleries.enrol("h", kept("a", "2")))
         await galleries._ledger.chores_done()
         assert told == [{"1" * 64}]
         await galleries.enrol("h", kept("b", "3"))
