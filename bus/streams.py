@@ -407,18 +407,20 @@ async def _consumer(
 async def _batches(
     nc: Nats, arrived: asyncio.Queue[Msg], waiting_at_start: int
 ) -> AsyncIterator[Batch]:
-    if not waiting_at_start:
+    caught_up = not waiting_at_start
+    if caught_up:
         yield Batch([], caught_up=True)
     expected = 1
     reconnects = nc.stats["reconnects"]
     while True:
         message = await _next(nc, arrived, reconnects)
         batch: list[Stored] = []
-        pending = -1
+        pending, idle = -1, False
         while True:
             if (message.headers or {}).get("Status") == "100":
-                await _obey(nc, message, expected)
+                idle = await _obey(nc, message, expected)
             else:
+                idle = False
                 seq, delivered, at, pending = _numbers(message.reply)
                 if delivered != expected:
                     raise Unavailable("the consumer lost a message")
@@ -429,8 +431,11 @@ async def _batches(
             if arrived.empty() or len(batch) >= 1_000:
                 break
             message = arrived.get_nowait()
-        if batch:
-            yield Batch(batch, caught_up=pending == 0)
+        # The last ones that were waiting may be deleted before they are sent: then nothing says
+        # that none is left, but that the consumer has nothing to send.
+        if batch or (idle and not caught_up):
+            caught_up = idle or pending == 0
+            yield Batch(batch, caught_up)
 
 
 async def _next(nc: Nats, arrived: asyncio.Queue[Msg], reconnects: int) -> Msg:
@@ -449,8 +454,12 @@ async def _next(nc: Nats, arrived: asyncio.Queue[Msg], reconnects: int) -> Msg:
     raise Unavailable("the consumer went silent")
 
 
-async def _obey(nc: Nats, control: Msg, expected: int) -> None:
-    """Answer flow control, and check a heartbeat's number against ours."""
+async def _obey(nc: Nats, control: Msg, expected: int) -> bool:
+    """Answer flow control, and return whether the consumer is idle: it has sent all that it has.
+
+    Raises:
+        Unavailable: A heartbeat's number is not ours.
+    """
     headers = control.headers or {}
     if control.reply:
         await nc.publish(control.reply)
@@ -459,6 +468,7 @@ async def _obey(nc: Nats, control: Msg, expected: int) -> None:
     last = headers.get("Nats-Last-Consumer")
     if last is not None and int(last) != expected - 1:
         raise Unavailable("the consumer lost a message")
+    return last is not None and not control.reply and "Nats-Consumer-Stalled" not in headers
 
 
 def _numbers(reply: str) -> tuple[int, int, int, int]:

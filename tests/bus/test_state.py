@@ -7,10 +7,11 @@ import hashlib
 import pytest
 
 from bus import messages as m
+from bus import streams
 from bus.broker import running_broker
 from bus.client import connect
 from bus.errors import Conflict, NotFound
-from bus.subjects import GALLERY_HEAD, LOG
+from bus.subjects import GALLERY_ENTRY, GALLERY_HEAD, LOG
 from bus.testing import until
 
 
@@ -210,3 +211,20 @@ async def test_a_cancellation_that_comes_with_the_answer_is_not_lost(client):
         writing.cancel()
         await asyncio.wait([writing], timeout=30)
         assert writing.cancelled()
+
+
+async def test_reading_ends_though_what_was_waiting_is_deleted_meanwhile(client, monkeypatch):
+    """More waits than is sent ahead; nothing that comes then says that it was the last."""
+    monkeypatch.setattr(streams, "HEARTBEAT_S", 1)
+    stream = client.store.galleries
+    subject = GALLERY_ENTRY.subject(client.root, gallery="g")
+    for i in range(200):
+        entry = GALLERY_ENTRY.subject(client.root, gallery="g", entry=f"e{i}")
+        await stream.append(entry, bytes(200_000))
+    async with asyncio.timeout(20):
+        async with contextlib.aclosing(stream.read(subject)) as reading:
+            first = await anext(reading)
+            await stream.purge(subject)
+            rest = [stored async for stored in reading]
+    assert first.seq == 1
+    assert len(rest) < 199
