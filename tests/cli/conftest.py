@@ -23,8 +23,8 @@ from bus.client import Client, connect
 from bus.messages import ManageDataset
 from bus.subjects import DATASET_MANAGE
 from bus.testing import until
+from tests.cli.terminal import BKG
 
-BKG = (sys.executable, "-m", "services.cli")
 CATALOGUE = [
     {
         "name": "candle",

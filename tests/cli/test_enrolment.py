@@ -3,11 +3,9 @@
 import asyncio
 import json
 import os
-import pty
 import shutil
 import signal
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,8 +26,8 @@ from services.cli import enrolment
 from services.cli.photos import files_in, subject_of
 from services.cli.progress import line_of
 from services.rustyface import samples
+from tests.cli.terminal import BKG, shown_at_terminal
 
-BKG = (sys.executable, "-m", "services.cli")
 PHOTOS = Path(next(iter(samples.__path__)))
 
 
@@ -237,17 +235,9 @@ async def test_an_interrupted_run_says_how_to_go_on_and_goes_on(
 async def test_a_terminal_gets_a_bar_with_photos_and_rate(
     rustyface: dict[str, str], dataset: str, album: Path
 ):
-    ours, terminal = pty.openpty()
-    try:
-        process = await asyncio.create_subprocess_exec(
-            *BKG, "faces", "enrol", str(album / "eileen"), "-d", dataset,
-            stdout=subprocess.DEVNULL, stderr=terminal, env=rustyface | {"TERM": "xterm"},
-        )  # fmt: skip
-        assert await asyncio.wait_for(process.wait(), 60) == 0
-        shown = os.read(ours, 65_536).decode()
-    finally:
-        os.close(ours)
-        os.close(terminal)
+    shown = await shown_at_terminal(
+        rustyface, "faces", "enrol", str(album / "eileen"), "-d", dataset
+    )
     assert f"enrolling into {dataset}" in shown
     assert "2/2" in shown
     assert "photos/s" in shown

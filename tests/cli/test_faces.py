@@ -2,11 +2,8 @@
 
 import asyncio
 import json
-import os
-import pty
 import secrets
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +22,8 @@ from bus.testing import until
 from services.cli.dataset_settings import Changes
 from services.cli.faces import filter_of
 from services.rustyface import samples
+from tests.cli.terminal import BKG, typed_at_terminal
 
-BKG = (sys.executable, "-m", "services.cli")
 PHOTOS = Path(next(iter(samples.__path__)))
 ASTRONAUT, CHANGED = PHOTOS / "astronaut.jpg", PHOTOS / "astronaut-changed.jpg"
 CAMERAMAN, COFFEE = PHOTOS / "cameraman.jpg", PHOTOS / "coffee.jpg"
@@ -199,25 +196,11 @@ async def test_a_dataset_is_deleted_only_by_its_name_or_with_yes(
     assert "3 entries of 2 persons" in told.out
     ended = await faces("delete", staff, status=2)
     assert "give --yes" in ended.err
-    assert await _on_terminal(rustyface, "delete", staff, typed="stuff\n") == 1
+    delete = (rustyface, "faces", "delete", staff)
+    assert (await typed_at_terminal(*delete, typed="stuff\n"))[0] == 1
     assert (await faces("show", staff, "--json")).json["entries"] == 3
-    assert await _on_terminal(rustyface, "delete", staff, typed=f"{staff}\n") == 0
+    assert (await typed_at_terminal(*delete, typed=f"{staff}\n"))[0] == 0
     await faces("show", staff, status=1)
-
-
-async def _on_terminal(env: dict[str, str], *args: str, typed: str) -> int:
-    """Run a command for somebody who types; return its exit status."""
-    ours, terminal = pty.openpty()
-    try:
-        process = await asyncio.create_subprocess_exec(
-            *BKG, "faces", *args,
-            stdin=terminal, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env,
-        )  # fmt: skip
-        os.write(ours, typed.encode())
-        return await asyncio.wait_for(process.wait(), 60)
-    finally:
-        os.close(ours)
-        os.close(terminal)
 
 
 async def test_entries_and_persons_are_listed_in_pages(faces: Any, staff: str):
@@ -257,8 +240,9 @@ async def test_what_goes_is_told_before_and_goes_only_with_consent(
     told = await faces("rm", staff, "--person", "eileen", "--dry-run")
     assert told.out == "eileen would go: 2 entries\n"
     ended = await faces("rm", staff, "--person", "eileen", status=2)
-    assert await _on_terminal(rustyface, "rm", staff, "--entry", "m1", typed="n\n") == 1
-    assert await _on_terminal(rustyface, "rm", staff, "--entry", "m1", typed="y\n") == 0
+    remove = (rustyface, "faces", "rm", staff, "--entry", "m1")
+    assert (await typed_at_terminal(*remove, typed="n\n"))[0] == 1
+    assert (await typed_at_terminal(*remove, typed="y\n"))[0] == 0
     await faces("rm", staff, "--person", "eileen", "--yes")
     assert (await faces("entries", staff, "--json")).json["entries"] == []
     ended = await faces("rm", staff, "--person", "eileen", "--yes", status=1)

@@ -4,7 +4,6 @@ import asyncio
 import hashlib
 import json
 import os
-import pty
 import shutil
 import signal
 import subprocess
@@ -32,8 +31,8 @@ from services.candle.service import Candle
 from services.candle.settings import CandleSettings
 from services.cli import transfers
 from services.gateway.app import Options, gateway
+from tests.cli.terminal import BKG, shown_at_terminal, typed_at_terminal
 
-BKG = (sys.executable, "-m", "services.cli")
 IRIS = Path(make.__file__).parent / "iris.onnx"
 DIGEST = hashlib.sha256(IRIS.read_bytes()).hexdigest()
 
@@ -333,19 +332,9 @@ async def test_removal_is_asked_for_at_a_terminal(
     done: Any, candle: Candle, ours: dict[str, str], answer: str, status: int, left: int
 ):
     await done("push", str(IRIS), "iris")
-    ours_end, terminal = pty.openpty()
-    try:
-        process = await asyncio.create_subprocess_exec(
-            *BKG, "models", "rm", "iris", stdin=terminal, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, env=ours,
-        )  # fmt: skip
-        os.write(ours_end, f"{answer}\n".encode())
-        _, err = await asyncio.wait_for(process.communicate(), 60)
-    finally:
-        os.close(ours_end)
-        os.close(terminal)
-    assert process.returncode == status, err
-    assert b"Remove it?" in err
+    ended, err = await typed_at_terminal(ours, "models", "rm", "iris", typed=f"{answer}\n")
+    assert ended == status, err
+    assert "Remove it?" in err
     assert len((await done("list", "--json")).json) == left
 
 
@@ -440,17 +429,9 @@ async def test_a_push_that_was_broken_off_goes_on_where_it_was(
 async def test_a_terminal_gets_a_bar_with_bytes_and_rate(
     client: Client, ours: dict[str, str], iris: ModelSpec, tmp_path: Path
 ):
-    ours_end, terminal = pty.openpty()
-    try:
-        process = await asyncio.create_subprocess_exec(
-            *BKG, "models", "pull", "iris", "-o", str(tmp_path / "got.onnx"),
-            stdout=subprocess.DEVNULL, stderr=terminal, env=ours | {"TERM": "xterm"},
-        )  # fmt: skip
-        assert await asyncio.wait_for(process.wait(), 60) == 0
-        shown = os.read(ours_end, 65_536).decode()
-    finally:
-        os.close(ours_end)
-        os.close(terminal)
+    shown = await shown_at_terminal(
+        ours, "models", "pull", "iris", "-o", str(tmp_path / "got.onnx")
+    )
     assert "pulling iris:1" in shown
     assert "760/760 bytes" in shown
 
