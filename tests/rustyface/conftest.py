@@ -20,6 +20,7 @@ from services.rustyface.galleries import Galleries
 from services.rustyface.images import Image
 from services.rustyface.pipeline import Pipeline
 from services.rustyface.settings import RustyfaceSettings
+from tests.rustyface.transfers import hurry, starting
 
 Photo = Callable[[str], Image]
 
@@ -110,3 +111,15 @@ def replica(client) -> Callable[..., AbstractAsyncContextManager[Galleries]]:
                     await reading
 
     return start
+
+
+@pytest.fixture
+def carrier(client, settings, tmp_path):
+    """Start what does jobs of datasets in a rustyface."""
+    return starting(settings, tmp_path)
+
+
+@pytest.fixture
+def hurried(monkeypatch):
+    """Leases are short, and news are told often."""
+    hurry(monkeypatch)

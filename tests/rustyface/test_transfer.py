@@ -26,36 +26,21 @@ from tests.rustyface.transfers import (
     answers,
     as_file,
     ended_as,
-    hurry,
     in_stream,
     now_of,
     rows_of,
-    starting,
     stored,
     uploaded,
     vector,
     writing,
 )
 
-
-@pytest.fixture
-def worker(client, settings, tmp_path):
-    """Start what does jobs of datasets in a rustyface."""
-    return starting(settings, tmp_path)
-
-
-@pytest.fixture
-def hurried(monkeypatch):
-    """Leases are short, and news are told often."""
-    hurry(monkeypatch)
-
-
 # --- There and back -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-async def test_a_dataset_that_goes_and_comes_back_answers_the_same(client, worker, tmp_path, kind):
-    async with worker() as at:
+async def test_a_dataset_that_goes_and_comes_back_answers_the_same(client, carrier, tmp_path, kind):
+    async with carrier() as at:
         await at.galleries.create("people")
         entries = [
             NewEntry(id="a/1", vector=vector(1, 2), metadata={"x": [1, None]}, subject="Ada"),
@@ -78,9 +63,9 @@ async def test_a_dataset_that_goes_and_comes_back_answers_the_same(client, worke
     assert not [p for p in tmp_path.rglob("*") if p.is_file() and "transfers" in str(p)]
 
 
-async def test_progress_is_told_in_entries(client, worker, tmp_path, hurried):
+async def test_progress_is_told_in_entries(client, carrier, tmp_path, hurried):
     artefact = await uploaded(client, as_file(tmp_path / "f", rows_of(LARGE)))
-    async with worker() as at:
+    async with carrier() as at:
         job = await at.jobs.enter(m.GalleryWork(action="import", dataset="d", artefact=artefact))
         on_its_way = await writing(client, job)
         assert (on_its_way.total_entries, on_its_way.bytes) == (LARGE, 0)
@@ -89,9 +74,9 @@ async def test_progress_is_told_in_entries(client, worker, tmp_path, hurried):
     assert done.gallery_result.added == LARGE
 
 
-async def test_the_file_of_an_import_goes_with_its_end(client, worker, tmp_path):
+async def test_the_file_of_an_import_goes_with_its_end(client, carrier, tmp_path):
     artefact = await uploaded(client, as_file(tmp_path / "f", rows_of(3)))
-    async with worker() as at:
+    async with carrier() as at:
         await at.do("import", "d", artefact=artefact)
 
         async def is_gone() -> bool:
@@ -100,9 +85,9 @@ async def test_the_file_of_an_import_goes_with_its_end(client, worker, tmp_path)
         await until(is_gone)
 
 
-async def test_a_file_that_two_imports_need_stays_for_the_second(client, worker, tmp_path):
+async def test_a_file_that_two_imports_need_stays_for_the_second(client, carrier, tmp_path):
     artefact = await uploaded(client, as_file(tmp_path / "f", rows_of(3)))
-    async with worker(at_once=1) as at:
+    async with carrier(at_once=1) as at:
         asked = [m.GalleryWork(action="import", dataset=d, artefact=artefact) for d in ("a", "b")]
         jobs = [await at.jobs.enter(one) for one in asked]
         for job in jobs:
@@ -114,39 +99,39 @@ async def test_a_file_that_two_imports_need_stays_for_the_second(client, worker,
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-async def test_one_bad_entry_keeps_the_whole_file_out(client, worker, tmp_path, kind):
+async def test_one_bad_entry_keeps_the_whole_file_out(client, carrier, tmp_path, kind):
     rows = rows_of(2_500)
     rows[2_345] = rows[2_345]._replace(vector=np.full(D, np.nan, np.float32))
     artefact = await uploaded(client, as_file(tmp_path / "f", rows, kind))
-    async with worker() as at:
+    async with carrier() as at:
         failed = await at.do("import", "d", "failed", artefact=artefact)
         assert "entry 2,345" in failed.error
         assert failed.tries == 1
         assert "d" not in at.galleries
 
 
-async def test_an_id_that_comes_twice_is_refused_with_both_places(client, worker, tmp_path):
+async def test_an_id_that_comes_twice_is_refused_with_both_places(client, carrier, tmp_path):
     rows = rows_of(1_500)
     rows[1_400] = rows[1_400]._replace(id="e7")
     artefact = await uploaded(client, as_file(tmp_path / "f", rows))
-    async with worker() as at:
+    async with carrier() as at:
         failed = await at.do("import", "d", "failed", artefact=artefact)
     assert failed.error == "entry 1,400 ('e7'): its id is that of entry 7 already"
 
 
-async def test_vectors_of_another_embedder_are_refused(client, worker, tmp_path):
+async def test_vectors_of_another_embedder_are_refused(client, carrier, tmp_path):
     file = as_file(tmp_path / "f", rows_of(2), head=Head(embedder="sface"))
     artefact = await uploaded(client, file)
-    async with worker() as at:
+    async with carrier() as at:
         failed = await at.do("import", "d", "failed", artefact=artefact)
     assert "vectors of sface, this worker makes those of tiny" in failed.error
 
 
-async def test_vectors_of_another_version_of_the_embedder_are_refused(client, worker, tmp_path):
+async def test_vectors_of_another_version_of_the_embedder_are_refused(client, carrier, tmp_path):
     head = Head(embedder="tiny", embedder_digest="t2")
     for kind in FORMATS:
         artefact = await uploaded(client, as_file(tmp_path / kind, rows_of(2), kind, head))
-        async with worker() as at:
+        async with carrier() as at:
             failed = await at.do("import", "d", "failed", artefact=artefact)
         assert "another version of tiny, t2; this worker's is t1" in failed.error
 
@@ -155,10 +140,10 @@ async def test_vectors_of_another_version_of_the_embedder_are_refused(client, wo
     ("skip", (2, 0, 1), 100), ("replace", (2, 1, 0), 0),
 ])  # fmt: skip
 async def test_entries_that_are_there_are_left_or_replaced(
-    client, worker, tmp_path, existing, counts, n
+    client, carrier, tmp_path, existing, counts, n
 ):
     artefact = await uploaded(client, as_file(tmp_path / "f", rows_of(3)))
-    async with worker() as at:
+    async with carrier() as at:
         await at.galleries.create("d")
         await at.galleries.enrol("d", NewEntry(id="e0", vector=vector(1), metadata={"n": 100}))
         done = (await at.do("import", "d", artefact=artefact, existing=existing)).gallery_result
@@ -167,9 +152,9 @@ async def test_entries_that_are_there_are_left_or_replaced(
         assert there.metadata == {"n": n}
 
 
-async def test_an_import_that_may_meet_nothing_fails_before_it_begins(client, worker, tmp_path):
+async def test_an_import_that_may_meet_nothing_fails_before_it_begins(client, carrier, tmp_path):
     artefact = await uploaded(client, as_file(tmp_path / "f", rows_of(1_200)))
-    async with worker() as at:
+    async with carrier() as at:
         await at.galleries.create("d")
         await at.galleries.enrol("d", NewEntry(id="e1100", vector=vector(1)))
         failed = await at.do("import", "d", "failed", artefact=artefact, existing="fail")
@@ -177,9 +162,9 @@ async def test_an_import_that_may_meet_nothing_fails_before_it_begins(client, wo
         assert at.galleries.ids("d") == ["e1100"]
 
 
-async def test_an_import_can_be_undone(client, worker, tmp_path):
+async def test_an_import_can_be_undone(client, carrier, tmp_path):
     artefact = await uploaded(client, as_file(tmp_path / "f", rows_of(3)))
-    async with worker() as at:
+    async with carrier() as at:
         await at.galleries.create("d")
         await at.galleries.enrol("d", NewEntry(id="mine", vector=vector(1)))
         job = await at.do("import", "d", artefact=artefact, by="ann")
@@ -193,7 +178,7 @@ async def test_an_import_can_be_undone(client, worker, tmp_path):
 
 
 async def test_an_import_whose_worker_is_killed_is_ended_by_another_without_doubles(
-    client, settings, worker, tmp_path, hurried
+    client, settings, carrier, tmp_path, hurried
 ):
     artefact = await uploaded(client, as_file(tmp_path / "f", rows_of(LARGE)))
     process = await asyncio.create_subprocess_exec(
@@ -202,14 +187,14 @@ async def test_an_import_whose_worker_is_killed_is_ended_by_another_without_doub
         env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
     )  # fmt: skip
     try:
-        async with worker(at_once=0) as at:
+        async with carrier(at_once=0) as at:
             asked = m.GalleryWork(action="import", dataset="d", artefact=artefact)
             job = await at.jobs.enter(asked)
             held = await writing(client, job)
             os.kill(process.pid, signal.SIGKILL)
             await process.wait()
             assert (await now_of(client, job)).state == "running"
-        async with worker(slot=1) as at:
+        async with carrier(slot=1) as at:
             done = await ended_as(client, job, "done", 90)
             assert (done.tries, done.instance != held.instance) == (2, True)
             assert done.gallery_result.added == LARGE
@@ -223,24 +208,24 @@ async def test_an_import_whose_worker_is_killed_is_ended_by_another_without_doub
             await process.wait()
 
 
-async def test_a_worker_that_leaves_gives_its_import_to_another(client, worker, tmp_path, hurried):
+async def test_a_worker_that_leaves_gives_its_import_to_another(client, carrier, tmp_path, hurried):
     artefact = await uploaded(client, as_file(tmp_path / "f", rows_of(LARGE)))
-    async with worker() as at:
+    async with carrier() as at:
         asked = m.GalleryWork(action="import", dataset="d", artefact=artefact, existing="fail")
         job = await at.jobs.enter(asked)
         await writing(client, job)
     assert (await now_of(client, job)).state == "queued"
-    async with worker(slot=1) as at:
+    async with carrier(slot=1) as at:
         done = await ended_as(client, job, "done")
         # What is there is its own: nothing to fail at.
         assert (done.gallery_result.added, len(at.galleries.ids("d"))) == (LARGE, LARGE)
 
 
 async def test_a_cancelled_import_leaves_nothing_and_can_be_tried_again(
-    client, worker, tmp_path, hurried
+    client, carrier, tmp_path, hurried
 ):
     artefact = await uploaded(client, as_file(tmp_path / "f", rows_of(5_000)))
-    async with worker() as at:
+    async with carrier() as at:
         job = await at.jobs.enter(m.GalleryWork(action="import", dataset="d", artefact=artefact))
         await writing(client, job)
         await client.call(DATASET_JOB_CANCEL, m.NameJob(job=job.job))
@@ -256,8 +241,8 @@ async def test_a_cancelled_import_leaves_nothing_and_can_be_tried_again(
 # --- What can be asked ----------------------------------------------------------------------------
 
 
-async def test_what_cannot_be_done_is_refused_at_once_by_its_field(client, worker):
-    async with worker() as at:
+async def test_what_cannot_be_done_is_refused_at_once_by_its_field(client, carrier):
+    async with carrier() as at:
         await at.galleries.create("d")
         for error, field, work in (
             (InvalidRequest, "artefact", {"action": "import", "dataset": "d"}),
@@ -274,8 +259,8 @@ async def test_what_cannot_be_done_is_refused_at_once_by_its_field(client, worke
         assert await client.store.jobs.all() == []
 
 
-async def test_a_key_makes_two_requests_one_job(client, worker):
-    async with worker(at_once=0) as at:
+async def test_a_key_makes_two_requests_one_job(client, carrier):
+    async with carrier(at_once=0) as at:
         await at.galleries.create("d")
         work = m.GalleryWork(action="export", dataset="d", key="k", by="ann")
         first = await at.jobs.enter(work)
@@ -284,9 +269,9 @@ async def test_a_key_makes_two_requests_one_job(client, worker):
             await at.jobs.enter(msgspec.structs.replace(work, format="npz"))
 
 
-async def test_a_key_gives_the_first_job_though_its_file_has_gone(client, worker, tmp_path):
+async def test_a_key_gives_the_first_job_though_its_file_has_gone(client, carrier, tmp_path):
     artefact = await uploaded(client, as_file(tmp_path / "f", rows_of(3)))
-    async with worker() as at:
+    async with carrier() as at:
         done = await at.do("import", "d", artefact=artefact, key="k")
 
         async def is_gone() -> bool:
@@ -297,11 +282,11 @@ async def test_a_key_gives_the_first_job_though_its_file_has_gone(client, worker
     assert (again.job, again.tries) == (done.job, 1)
 
 
-async def test_jobs_of_models_are_left_to_others(client, worker):
+async def test_jobs_of_models_are_left_to_others(client, carrier):
     request = m.ImportModel(id="m", url="https://example.org/m.json")
     model = m.Job(job="a1", request=request, created_at=m.now(), updated_at=m.now())
     await client.store.jobs.put(model, "a1")
-    async with worker() as at:
+    async with carrier() as at:
         with pytest.raises(NotFound, match="no job 'a1' of this kind"):
             await client.call(DATASET_JOB_CANCEL, m.NameJob(job="a1"))
         await at.galleries.create("d")
@@ -313,20 +298,20 @@ async def test_jobs_of_models_are_left_to_others(client, worker):
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-async def test_a_file_in_the_folder_becomes_a_dataset_once(worker, tmp_path, kind):
+async def test_a_file_in_the_folder_becomes_a_dataset_once(carrier, tmp_path, kind):
     folder = tmp_path / "datasets"
     folder.mkdir()
     as_file(folder / f"x.{kind}", rows_of(3), kind, Head(id="people"))
-    async with worker() as at:
+    async with carrier() as at:
         await take_in(folder, at.galleries)
         assert at.galleries.ids("people") == ["e0", "e1", "e2"]
         assert [path.name for path in folder.iterdir()] == [f"x.{kind}.imported"]
 
 
-async def test_a_file_in_the_folder_that_cannot_be_used_stays(worker, tmp_path, caplog):
+async def test_a_file_in_the_folder_that_cannot_be_used_stays(carrier, tmp_path, caplog):
     content = {"id": "d", "entries": [{"id": "a", "embedding": [1] * D}, {"id": "b"}]}
     (tmp_path / "d.json").write_text(json.dumps(content))
-    async with worker() as at:
+    async with carrier() as at:
         await take_in(tmp_path, at.galleries)
         assert "d" not in at.galleries
     assert (tmp_path / "d.json").exists()

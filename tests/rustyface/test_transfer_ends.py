@@ -1,7 +1,5 @@
 """What jobs of datasets leave: a new dataset, and nothing of what was deleted or given up."""
 
-import pytest
-
 from bus import job_rules
 from bus import messages as m
 from bus.subjects import DATASET_JOB_CANCEL
@@ -14,33 +12,18 @@ from tests.rustyface.transfers import (
     LARGE,
     Pixels,
     ended_as,
-    hurry,
     now_of,
     rows_of,
-    starting,
     stored,
     uploaded,
     vector,
 )
 
-
-@pytest.fixture
-def worker(client, settings, tmp_path):
-    """Start what does jobs of datasets in a rustyface."""
-    return starting(settings, tmp_path)
-
-
-@pytest.fixture
-def hurried(monkeypatch):
-    """Leases are short, and news are told often."""
-    hurry(monkeypatch)
-
-
 # --- What must not stay ---------------------------------------------------------------------------
 
 
-async def test_an_export_goes_when_somebody_is_deleted(client, worker):
-    async with worker() as at:
+async def test_an_export_goes_when_somebody_is_deleted(client, carrier):
+    async with carrier() as at:
         for name in ("d", "other"):
             await at.galleries.create(name)
             await at.galleries.enrol(name, NewEntry(id="a", vector=vector(1), subject="Ada"))
@@ -54,9 +37,9 @@ async def test_an_export_goes_when_somebody_is_deleted(client, worker):
 
 
 async def test_an_export_that_runs_while_somebody_is_deleted_ends_without_a_file(
-    client, worker, hurried
+    client, carrier, hurried
 ):
-    async with worker() as at:
+    async with carrier() as at:
         await at.galleries.create("d")
         entries = [NewEntry(id=r.id, vector=r.vector) for r in rows_of(LARGE)]
         await at.galleries.enrol_many("d", entries, existing="skip")
@@ -76,8 +59,8 @@ async def test_an_export_that_runs_while_somebody_is_deleted_ends_without_a_file
         await until(nothing_is_stored)
 
 
-async def test_an_export_has_an_hour(client, worker, monkeypatch):
-    async with worker() as at:
+async def test_an_export_has_an_hour(client, carrier, monkeypatch):
+    async with carrier() as at:
         await at.galleries.create("d")
         job = await at.do("export", "d")
         exports = at.jobs._work.exports
@@ -89,13 +72,13 @@ async def test_an_export_has_an_hour(client, worker, monkeypatch):
 
 
 async def test_leftovers_are_deleted_and_what_is_needed_stays(
-    client, worker, tmp_path, monkeypatch
+    client, carrier, tmp_path, monkeypatch
 ):
     paths = {name: tmp_path / name for name in ("unused", "waiting", "image")}
     for name, path in paths.items():
         path.write_bytes(name.encode())
     digests = {name: await uploaded(client, path) for name, path in paths.items()}
-    async with worker(at_once=0) as at:
+    async with carrier(at_once=0) as at:
         await at.galleries.create("d")
         entry = NewEntry(id="a", vector=vector(1), image=digests["image"])
         await at.galleries.enrol("d", entry)
@@ -117,10 +100,10 @@ async def test_leftovers_are_deleted_and_what_is_needed_stays(
 
 
 async def test_what_a_worker_left_that_died_before_it_could_take_it_out_is_taken_out(
-    client, worker, monkeypatch
+    client, carrier, monkeypatch
 ):
     monkeypatch.setattr(leftovers_module, "CLOSED", leftovers_module.CLOSED * 0)
-    async with worker(at_once=0) as at:
+    async with carrier(at_once=0) as at:
         await at.galleries.create("d")
         work = m.GalleryWork(action="import", dataset="d", artefact="ab" * 32)
         job = job_rules.ended(job_rules.new(work, m.now(), only=None), "cancelled", m.now())
@@ -134,8 +117,8 @@ async def test_what_a_worker_left_that_died_before_it_could_take_it_out_is_taken
         assert [one.state for one in await at.galleries.imports("d")] == ["undone"]
 
 
-async def test_one_replica_clears_for_all(worker):
-    async with worker() as first, worker(slot=1) as second:
+async def test_one_replica_clears_for_all(carrier):
+    async with carrier() as first, carrier(slot=1) as second:
         assert await first.jobs._leftovers._leads()
 
         async def only_the_first() -> bool:
@@ -147,13 +130,13 @@ async def test_one_replica_clears_for_all(worker):
 # --- Embedded anew --------------------------------------------------------------------------------
 
 
-async def test_a_dataset_is_embedded_anew_from_its_images(client, worker, samples_dir, tmp_path):
+async def test_a_dataset_is_embedded_anew_from_its_images(client, carrier, samples_dir, tmp_path):
     digests = {}
     for name in ("astronaut", "cameraman"):
         digests[name] = await uploaded(client, samples_dir / f"{name}.jpg")
     (tmp_path / "text").write_text("no image")
     digests["text"] = await uploaded(client, tmp_path / "text")
-    async with worker() as at:
+    async with carrier() as at:
         kept = m.DatasetSettings(keep_images=True, threshold=0.5)
         await at.galleries.create("old", settings=kept)
         entries = [
@@ -162,7 +145,7 @@ async def test_a_dataset_is_embedded_anew_from_its_images(client, worker, sample
         ]
         entries.append(NewEntry(id="bare", vector=vector(0, 0, 1)))
         await at.galleries.enrol_many("old", entries, existing="skip")
-    async with worker(encoder=Pixels()) as at:
+    async with carrier(encoder=Pixels()) as at:
         done = (await at.do("reembed", "old", into="new")).gallery_result
         assert (done.entries, done.added, done.skipped) == (4, 2, 2)
         assert [one.partition(":")[0] for one in sorted(done.failed)] == ["bare", "text"]
