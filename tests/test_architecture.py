@@ -37,16 +37,16 @@ FLOORS = (
 )
 OUTSIDERS = {
     "nats": {"bus/client.py", "bus/state.py", "bus/streams.py"},
-    "orjson": {"services/candle/kserve.py", "services/rustyface/files/json_file.py"},
-    "pyarrow": {"services/rustyface/files/parquet_file.py"},
+    "orjson": {"services/candle/kserve.py", "services/rustyface/transfers/files/json_file.py"},
+    "pyarrow": {"services/rustyface/transfers/files/parquet_file.py"},
     "psutil": {
         "bus/telemetry.py", "bus/metrics.py", "services/supervisor/process.py", "services/cli",
     },
     "re2": {"bus/log_search.py"},
     "msgpack": {"bus/codec.py"},
     "onnx": {"services/candle/runtimes/onnx_file.py", "services/candle/models/make.py",
-             "services/rustyface/weights.py"},
-    "onnxruntime": {"services/candle/runtimes/onnx.py", "services/rustyface/weights.py"},
+             "services/rustyface/photos/weights.py"},
+    "onnxruntime": {"services/candle/runtimes/onnx.py", "services/rustyface/photos/weights.py"},
     "numpy": {"services/candle", "services/rustyface"},
     "cv2": {"services/rustyface"},
     "aiohttp": {"bus/probes.py", "services/gateway", "services/cli",
@@ -70,14 +70,14 @@ DEAF = (
     "services/candle/joining.py",
     "services/candle/pace.py",
     "services/candle/runtimes",
-    "services/rustyface/exif.py",
-    "services/rustyface/formats.py",
-    "services/rustyface/images.py",
-    "services/rustyface/detection.py",
-    "services/rustyface/alignment.py",
-    "services/rustyface/embedding.py",
-    "services/rustyface/pipeline.py",
-    "services/rustyface/search.py",
+    "services/rustyface/photos/exif.py",
+    "services/rustyface/photos/formats.py",
+    "services/rustyface/photos/images.py",
+    "services/rustyface/photos/detection.py",
+    "services/rustyface/photos/alignment.py",
+    "services/rustyface/photos/embedding.py",
+    "services/rustyface/photos/pipeline.py",
+    "services/rustyface/galleries/search.py",
 )
 
 
@@ -129,6 +129,16 @@ def test_the_rooms_of_the_bus_stand_on_those_below(file):
     below = set().union(*FLOORS[: floor + 1])
     used = {m.split(".")[1] for m in imports(file) if m.startswith("bus.")}
     assert used & set().union(*FLOORS) <= below
+
+
+@pytest.mark.parametrize("room", ["photos", "galleries"])
+def test_photos_and_galleries_know_neither_each_other_nor_who_uses_them(room):
+    wing = "services/rustyface"
+    for file in (file for file in files() if file.startswith(f"{wing}/{room}/")):
+        own = [m for m in imports(file) if m.startswith("services.rustyface")]
+        allowed = (f"services.rustyface.{room}", "services.rustyface.settings")
+        rest = {m for m in own if m != "services.rustyface" and not m.startswith(allowed)}
+        assert not rest, f"{file} imports {', '.join(sorted(rest))}"
 
 
 def test_there_are_no_circles():

@@ -8,10 +8,10 @@ from bus.instance import join
 from bus.process import run
 from bus.settings import Settings
 from services.rustyface.assembly import assemble
-from services.rustyface.encoder import open_encoder
+from services.rustyface.photos.encoder import open_encoder
+from services.rustyface.photos.weights import shipped
 from services.rustyface.service import SERVED
 from services.rustyface.settings import RustyfaceSettings, settings_of
-from services.rustyface.weights import shipped
 
 
 async def main() -> None:

@@ -14,16 +14,16 @@ from bus.subjects import (
 )
 from services.rustyface import calibration
 from services.rustyface.calibration import Thresholds
-from services.rustyface.encoder import Encoder
 from services.rustyface.faces import Faces
-from services.rustyface.galleries import Galleries
-from services.rustyface.kept import KeptImages
+from services.rustyface.galleries.galleries import Galleries
 from services.rustyface.manage import Manage
+from services.rustyface.photos.encoder import Encoder
+from services.rustyface.photos.kept import KeptImages
+from services.rustyface.photos.workers import Workers
 from services.rustyface.service import Rustyface
 from services.rustyface.settings import RustyfaceSettings
-from services.rustyface.sheet import Sheets
-from services.rustyface.transfer import GalleryJobs
-from services.rustyface.workers import Workers
+from services.rustyface.sheets.sheet import Sheets
+from services.rustyface.transfers.transfer import GalleryJobs
 
 
 def assemble(

@@ -15,10 +15,9 @@ import structlog
 
 from bus import messages as m
 from bus.errors import InvalidRequest, NotFound
-from services.rustyface import calibration, images, quality
+from services.rustyface import calibration
 from services.rustyface.calibration import Thresholds
-from services.rustyface.encoder import Encoder
-from services.rustyface.galleries import (
+from services.rustyface.galleries.galleries import (
     LITTLE_ENDIAN,
     Found,
     Galleries,
@@ -27,9 +26,11 @@ from services.rustyface.galleries import (
     Query,
     check_metadata,
 )
-from services.rustyface.kept import KeptImages
-from services.rustyface.pipeline import Face
-from services.rustyface.workers import Workers
+from services.rustyface.photos import images, quality
+from services.rustyface.photos.encoder import Encoder
+from services.rustyface.photos.kept import KeptImages
+from services.rustyface.photos.pipeline import Face
+from services.rustyface.photos.workers import Workers
 
 Floats = npt.NDArray[np.float32]
 

@@ -11,7 +11,7 @@ import structlog
 from bus import codec
 from bus import messages as m
 from bus.errors import InvalidRequest, NotFound
-from services.rustyface.galleries import Galleries
+from services.rustyface.galleries.galleries import Galleries
 
 # What has left a dataset leaves its exported files as well.
 _DELETIONS: Final = {"delete-dataset", "remove-entry", "remove-subject", "undo-import"}

@@ -26,10 +26,10 @@ from bus.subjects import (
     Endpoint,
 )
 from services.rustyface.calibration import Thresholds
-from services.rustyface.galleries import Galleries
+from services.rustyface.galleries.galleries import Galleries
+from services.rustyface.photos.workers import Workers
 from services.rustyface.settings import RustyfaceSettings, settings_of
-from services.rustyface.transfer import take_in
-from services.rustyface.workers import Workers
+from services.rustyface.transfers.transfer import take_in
 
 SERVED: Final = (
     FACES_ENCODE,

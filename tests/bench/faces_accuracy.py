@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from bus.errors import BusError
-from services.rustyface import images, pipeline
-from services.rustyface.embedding import Pixel32
+from services.rustyface.photos import images, pipeline
+from services.rustyface.photos.embedding import Pixel32
 from tests.bench.faces_photos import (
     Counts,
     Photo,

@@ -12,7 +12,7 @@ import numpy as np
 
 from bus.client import Client
 from bus.tasks import beside
-from services.rustyface.galleries import Galleries, NewEntry
+from services.rustyface.galleries.galleries import Galleries, NewEntry
 from tests.bench import faces_search
 from tests.bench.faces_platform import FOLDER, ask_child, empty_broker, plugin_env
 from tests.bench.faces_search import DIMENSIONS, Floats

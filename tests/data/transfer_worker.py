@@ -12,8 +12,8 @@ from bus.client import connect
 from bus.instance import join
 from bus.settings import Settings
 from bus.tasks import beside
-from services.rustyface.galleries import Galleries
-from services.rustyface.transfer import GalleryJobs
+from services.rustyface.galleries.galleries import Galleries
+from services.rustyface.transfers.transfer import GalleryJobs
 
 
 class Tiny:

@@ -25,11 +25,11 @@ from bus.testing import until
 from services.gateway.app import Options, gateway
 from services.gateway.pages import Pages
 from services.gateway.parts import Parts
-from services.rustyface import pipeline as pipelines
 from services.rustyface import samples
 from services.rustyface.assembly import assemble
-from services.rustyface.encoder import Encoder, FaceEncoder
-from services.rustyface.galleries import Galleries
+from services.rustyface.galleries.galleries import Galleries
+from services.rustyface.photos import pipeline as pipelines
+from services.rustyface.photos.encoder import Encoder, FaceEncoder
 from services.rustyface.settings import RustyfaceSettings
 from tests.gateway.dataset_asking import PEOPLE, ask
 

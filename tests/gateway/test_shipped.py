@@ -10,7 +10,7 @@ from bus.messages import ShippedModel
 from bus.settings import Settings
 from bus.testing import until
 from services.candle.models.shipped import shipped as samples
-from services.rustyface import weights
+from services.rustyface.photos import weights
 
 WEIGHTS = ShippedModel(
     name="net.onnx",

@@ -12,13 +12,14 @@ import pytest
 from bus.client import connect
 from bus.instance import join
 from bus.testing import until
-from services.rustyface import images, samples
-from services.rustyface import pipeline as pipelines
+from services.rustyface import samples
 from services.rustyface.assembly import assemble
-from services.rustyface.encoder import FaceEncoder
-from services.rustyface.galleries import Galleries
-from services.rustyface.images import Image
-from services.rustyface.pipeline import Pipeline
+from services.rustyface.galleries.galleries import Galleries
+from services.rustyface.photos import images
+from services.rustyface.photos import pipeline as pipelines
+from services.rustyface.photos.encoder import FaceEncoder
+from services.rustyface.photos.images import Image
+from services.rustyface.photos.pipeline import Pipeline
 from services.rustyface.settings import RustyfaceSettings
 from tests.rustyface.transfers import hurry, starting
 

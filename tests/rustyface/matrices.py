@@ -2,7 +2,7 @@
 
 import numpy.typing as npt
 
-from services.rustyface.search import NOBODY, Hit, Matrix, Search
+from services.rustyface.galleries.search import NOBODY, Hit, Matrix, Search
 
 
 def put(matrix: Matrix, entry: str, vector: npt.ArrayLike, group: int = NOBODY) -> None:

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bus.errors import Unprocessable
-from services.rustyface.alignment import SIDE, TEMPLATE, align, similarity
-from services.rustyface.images import Image
-from services.rustyface.pipeline import Pipeline
+from services.rustyface.photos.alignment import SIDE, TEMPLATE, align, similarity
+from services.rustyface.photos.images import Image
+from services.rustyface.photos.pipeline import Pipeline
 
 Photo = Callable[[str], Image]
 POINTS = np.array(TEMPLATE, np.float32)

@@ -6,7 +6,7 @@ import pytest
 
 from bus.errors import Unavailable
 from bus.testing import until
-from services.rustyface.asking import AT_ONCE, Asking
+from services.rustyface.galleries.asking import AT_ONCE, Asking
 
 
 class Asked:

@@ -7,10 +7,10 @@ import cv2
 import numpy as np
 import pytest
 
-from services.rustyface import weights
-from services.rustyface.detection import TILE_OVERLAP, Detector, _begins
-from services.rustyface.images import Image
-from services.rustyface.pipeline import Pipeline
+from services.rustyface.photos import weights
+from services.rustyface.photos.detection import TILE_OVERLAP, Detector, _begins
+from services.rustyface.photos.images import Image
+from services.rustyface.photos.pipeline import Pipeline
 
 Photo = Callable[[str], Image]
 

@@ -6,10 +6,10 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from services.rustyface import weights
-from services.rustyface.embedding import Pixel32
-from services.rustyface.images import Image
-from services.rustyface.pipeline import Pipeline
+from services.rustyface.photos import weights
+from services.rustyface.photos.embedding import Pixel32
+from services.rustyface.photos.images import Image
+from services.rustyface.photos.pipeline import Pipeline
 
 Photo = Callable[[str], Image]
 

@@ -15,9 +15,9 @@ from bus.errors import Unavailable
 from bus.streams import Stream
 from bus.subjects import GALLERY_ENTRY, gallery_events
 from bus.testing import until
-from services.rustyface import clearing
-from services.rustyface.galleries import Galleries, NewEntry
-from services.rustyface.projection import LITTLE_ENDIAN
+from services.rustyface.galleries import clearing
+from services.rustyface.galleries.galleries import Galleries, NewEntry
+from services.rustyface.galleries.projection import LITTLE_ENDIAN
 
 D = 16
 # Of length 1 already, so that a moved entry and a rejection have the very same bytes.

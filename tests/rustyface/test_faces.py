@@ -18,9 +18,10 @@ from bus.subjects import (
     FACES_VERIFY,
 )
 from bus.testing import until
-from services.rustyface import calibration, images
-from services.rustyface.encoder import FaceEncoder, PixelEncoder
-from services.rustyface.pipeline import Pipeline
+from services.rustyface import calibration
+from services.rustyface.photos import images
+from services.rustyface.photos.encoder import FaceEncoder, PixelEncoder
+from services.rustyface.photos.pipeline import Pipeline
 from tests.rustyface.files import SECRETS, encoded, exif_of, with_exif
 
 

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bus.errors import Unprocessable
-from services.rustyface.files import (
+from services.rustyface.transfers.files import (
     Head,
     Row,
     format_of,
@@ -24,7 +24,7 @@ from services.rustyface.files import (
     reader,
     writer,
 )
-from services.rustyface.files import rows as rows_module
+from services.rustyface.transfers.files import rows as rows_module
 
 FORMATS = ("json", "npz", "parquet")
 D = 4

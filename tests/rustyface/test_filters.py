@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from bus import codec
 from bus.errors import InvalidRequest
-from services.rustyface.filters import COLUMNS_MAX, VALUES_MAX, Columns, compiled, read
-from services.rustyface.search import Matrix, Search
+from services.rustyface.galleries.filters import COLUMNS_MAX, VALUES_MAX, Columns, compiled, read
+from services.rustyface.galleries.search import Matrix, Search
 
 values = st.one_of(
     st.none(),

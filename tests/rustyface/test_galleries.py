@@ -15,7 +15,7 @@ from bus import messages as m
 from bus.errors import Conflict, DeadlineExceeded, InvalidRequest, NotFound, TooLarge, Unavailable
 from bus.subjects import GALLERY_ENTRY, GALLERY_HEAD, gallery_events
 from bus.testing import until
-from services.rustyface.galleries import METADATA_MAX_BYTES, Galleries, NewEntry, Query
+from services.rustyface.galleries.galleries import METADATA_MAX_BYTES, Galleries, NewEntry, Query
 
 EAST, NORTH = np.array([1, 0], np.float32), np.array([0, 1], np.float32)
 
@@ -310,7 +310,7 @@ async def test_the_longest_ids_in_any_alphabet_are_entries_too(client):
 async def test_events_that_were_deleted_from_the_stream_by_hand_are_not_waited_for(
     client, monkeypatch
 ):
-    monkeypatch.setattr("services.rustyface.ledger.WAIT_S", 1.5)
+    monkeypatch.setattr("services.rustyface.galleries.ledger.WAIT_S", 1.5)
     async with replica(client) as galleries:
         await galleries.create("g")
         await enrol(galleries, "g", "a", EAST, None)

@@ -9,8 +9,8 @@ from bus import codec
 from bus import messages as m
 from bus.errors import Conflict, InvalidRequest, NotFound
 from bus.subjects import GALLERY_IMPORT, gallery_events
-from services.rustyface.galleries import NewEntry, Outcome, Query
-from services.rustyface.ledger import Ledger
+from services.rustyface.galleries.galleries import NewEntry, Outcome, Query
+from services.rustyface.galleries.ledger import Ledger
 
 EAST, NORTH = np.array([1, 0], np.float32), np.array([0, 1], np.float32)
 

@@ -8,8 +8,8 @@ import pytest
 from bus import codec
 from bus import messages as m
 from bus.subjects import GALLERY_CHANGE
-from services.rustyface import history
-from services.rustyface.galleries import NewEntry
+from services.rustyface.galleries import history
+from services.rustyface.galleries.galleries import NewEntry
 
 EAST, NORTH = np.array([1, 0], np.float32), np.array([0, 1], np.float32)
 

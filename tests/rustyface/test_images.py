@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bus.errors import BusError, InvalidRequest, TooLarge, Unprocessable
-from services.rustyface.formats import JPEG_SCAN, jpeg_parts
-from services.rustyface.images import decode, from_base64
+from services.rustyface.photos.formats import JPEG_SCAN, jpeg_parts
+from services.rustyface.photos.images import decode, from_base64
 from tests.rustyface.files import PICTURE, SLOPES, chunk, encoded, exif_of, tiff, with_exif
 
 FORMATS = [".jpg", ".png", ".webp", ".bmp", ".tiff", ".gif"]
@@ -197,7 +197,7 @@ def test_a_jpeg_that_keeps_a_decoder_busy_with_empty_scans_is_refused():
 MEASURE = """
 import sys
 import cv2
-from services.rustyface.images import MAX_BYTES, decode
+from services.rustyface.photos.images import MAX_BYTES, decode
 cv2.setNumThreads(1)
 def peak():
     with open("/proc/self/status") as status:

@@ -11,9 +11,9 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 
 from bus.testing import until
-from services.rustyface.cosines import units
-from services.rustyface.joined import AT_ONCE_MAX, Joined
-from services.rustyface.search import NOBODY, Matrix, Search
+from services.rustyface.galleries.cosines import units
+from services.rustyface.galleries.joined import AT_ONCE_MAX, Joined
+from services.rustyface.galleries.search import NOBODY, Matrix, Search
 from tests.rustyface.matrices import put
 
 RNG = np.random.default_rng(3)

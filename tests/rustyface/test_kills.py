@@ -15,7 +15,7 @@ from bus.client import connect
 from bus.errors import BusError
 from bus.subjects import gallery_events
 from bus.testing import until
-from services.rustyface.galleries import Galleries, NewEntry
+from services.rustyface.galleries.galleries import Galleries, NewEntry
 
 COUNT = 1_000
 CALLERS = 16
@@ -26,7 +26,7 @@ import asyncio, sys
 import numpy as np
 from bus.client import connect
 from bus.tasks import beside
-from services.rustyface.galleries import Galleries, NewEntry
+from services.rustyface.galleries.galleries import Galleries, NewEntry
 
 async def main(url, root, count, callers):
     async with connect(url, name="replica", root=root) as client:

@@ -17,7 +17,7 @@ from bus.instance import join
 from bus.subjects import DATASET_MANAGE, FACES_ENCODE, FACES_SEARCH
 from bus.testing import until
 from services.rustyface.assembly import assemble
-from services.rustyface.encoder import PixelEncoder
+from services.rustyface.photos.encoder import PixelEncoder
 from services.rustyface.settings import RustyfaceSettings
 
 

@@ -5,7 +5,7 @@ import pytest
 
 from bus import messages as m
 from bus.errors import Conflict, InvalidRequest, NotFound
-from services.rustyface.galleries import NewEntry
+from services.rustyface.galleries.galleries import NewEntry
 from services.rustyface.manage import Manage
 
 EAST, NORTH = np.array([1, 0], np.float32), np.array([0, 1], np.float32)

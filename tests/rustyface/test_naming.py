@@ -9,9 +9,9 @@ import pytest
 from bus import messages as m
 from bus.errors import Conflict, InvalidRequest
 from bus.subjects import DATASET_MANAGE, FACES_SEARCH
-from services.rustyface.encoder import PixelEncoder
-from services.rustyface.galleries import NewEntry, Query
-from services.rustyface.ledger import Ledger
+from services.rustyface.galleries.galleries import NewEntry, Query
+from services.rustyface.galleries.ledger import Ledger
+from services.rustyface.photos.encoder import PixelEncoder
 
 THRESHOLD = 0.45
 

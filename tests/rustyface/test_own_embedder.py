@@ -10,10 +10,10 @@ from onnx import TensorProto
 from bus import messages as m
 from bus.errors import BusError, InvalidRequest, NotFound, Unprocessable
 from bus.subjects import DATASET_MANAGE, FACES_ENCODE, FACES_SEARCH, FACES_VERIFY
-from services.rustyface import weights
-from services.rustyface.embedding import ArcFace
-from services.rustyface.encoder import open_encoder
-from services.rustyface.nets import Nets
+from services.rustyface.photos import weights
+from services.rustyface.photos.embedding import ArcFace
+from services.rustyface.photos.encoder import open_encoder
+from services.rustyface.photos.nets import Nets
 from services.rustyface.settings import NetFiles, OwnEmbedder, RustyfaceSettings
 from tests.rustyface.nets import arcface
 

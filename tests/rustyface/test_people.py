@@ -19,9 +19,9 @@ from bus.subjects import (
     GALLERY_SUBJECT,
     gallery_events,
 )
-from services.rustyface.galleries import Galleries, NewEntry, Query
-from services.rustyface.ledger import Ledger
-from services.rustyface.persons import moved
+from services.rustyface.galleries.galleries import Galleries, NewEntry, Query
+from services.rustyface.galleries.ledger import Ledger
+from services.rustyface.galleries.persons import moved
 
 EAST, NORTH = np.array([1, 0], np.float32), np.array([0, 1], np.float32)
 NEARLY_EAST = np.array([1, 0.1], np.float32)

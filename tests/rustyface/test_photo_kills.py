@@ -16,7 +16,7 @@ from bus.client import connect
 from bus.errors import BusError
 from bus.subjects import DATASET_MANAGE, FACES_ENCODE, gallery_events
 from bus.testing import until
-from services.rustyface.encoder import PixelEncoder
+from services.rustyface.photos.encoder import PixelEncoder
 from tests.rustyface.calls import answers, started
 
 COUNT = 1_000

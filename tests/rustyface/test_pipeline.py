@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from bus.errors import Unavailable
-from services.rustyface import pipeline as pipelines
-from services.rustyface.images import Image
-from services.rustyface.pipeline import Face, Pipeline
+from services.rustyface.photos import pipeline as pipelines
+from services.rustyface.photos.images import Image
+from services.rustyface.photos.pipeline import Face, Pipeline
 
 Photo = Callable[[str], Image]
 

@@ -22,9 +22,9 @@ from bus.subjects import (
     GALLERY_SETTINGS,
     GALLERY_SUBJECT,
 )
-from services.rustyface.persons import Moves, moved
-from services.rustyface.projection import Dead, Projection
-from services.rustyface.search import Search
+from services.rustyface.galleries.persons import Moves, moved
+from services.rustyface.galleries.projection import Dead, Projection
+from services.rustyface.galleries.search import Search
 
 THREADS = ThreadPoolExecutor(1)
 NAMES = ["ann", "bob", "cat"]

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from bus import messages as m
 from bus.errors import Unprocessable
-from services.rustyface.images import Image
-from services.rustyface.pipeline import Face, Pipeline
-from services.rustyface.quality import _HEAD, Quality, pose, refuse, shortfalls
+from services.rustyface.photos.images import Image
+from services.rustyface.photos.pipeline import Face, Pipeline
+from services.rustyface.photos.quality import _HEAD, Quality, pose, refuse, shortfalls
 
 Photo = Callable[[str], Image]
 GOOD = Quality(score=0.95, size_px=120, sharpness=300, yaw=-5, pitch=3, roll=1)

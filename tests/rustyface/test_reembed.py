@@ -12,10 +12,10 @@ import pytest
 
 from bus import messages as m
 from bus.testing import until
-from services.rustyface.embedding import Pixel32
-from services.rustyface.galleries import NewEntry, Query
-from services.rustyface.images import decode
-from services.rustyface.reembed import Reembed
+from services.rustyface.galleries.galleries import NewEntry, Query
+from services.rustyface.photos.embedding import Pixel32
+from services.rustyface.photos.images import decode
+from services.rustyface.transfers.reembed import Reembed
 
 EAST = np.array([1, 0], np.float32)
 WORK = m.GalleryWork(action="reembed", dataset="old", into="new", by="me")

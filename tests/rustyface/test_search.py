@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bus.errors import InvalidRequest
-from services.rustyface.search import Hit, Matrix, Search, Snapshot
+from services.rustyface.galleries.search import Hit, Matrix, Search, Snapshot
 from tests.rustyface.matrices import nearest, put
 
 # Small whole numbers, so that equal scores are common.

@@ -16,9 +16,9 @@ from bus import messages as m
 from bus.errors import BusError, InvalidRequest, NotFound, Overloaded, Unprocessable
 from bus.subjects import DATASET_MANAGE, GALLERY_ENTRY, gallery_events
 from bus.testing import until
-from services.rustyface.encoder import PixelEncoder
-from services.rustyface.galleries import NewEntry, Query
-from services.rustyface.quality import SIZE_MIN_PX
+from services.rustyface.galleries.galleries import NewEntry, Query
+from services.rustyface.photos.encoder import PixelEncoder
+from services.rustyface.photos.quality import SIZE_MIN_PX
 from tests.rustyface.calls import as_png, encode, manage, search
 
 

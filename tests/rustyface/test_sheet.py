@@ -14,12 +14,12 @@ from bus.errors import InvalidRequest, NotFound, Overloaded, TooLarge
 from bus.subjects import FACES_ENCODE, FACES_SHEET
 from bus.testing import until
 from services.rustyface.calibration import Thresholds
-from services.rustyface.encoder import FaceEncoder, PixelEncoder
 from services.rustyface.faces import Faces
-from services.rustyface.galleries import NewEntry
-from services.rustyface.kept import KeptImages
-from services.rustyface.sheet import SHEETS_AT_ONCE, WAITING_MAX, Sheets
-from services.rustyface.workers import Workers
+from services.rustyface.galleries.galleries import NewEntry
+from services.rustyface.photos.encoder import FaceEncoder, PixelEncoder
+from services.rustyface.photos.kept import KeptImages
+from services.rustyface.photos.workers import Workers
+from services.rustyface.sheets.sheet import SHEETS_AT_ONCE, WAITING_MAX, Sheets
 from tests.rustyface.files import encoded
 
 EAST = np.eye(1, 128, dtype=np.float32)[0]

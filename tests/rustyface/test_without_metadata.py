@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bus.errors import BusError, TooLarge, Unprocessable
-from services.rustyface.exif import orientation_of
-from services.rustyface.images import decode, without_metadata
+from services.rustyface.photos.exif import orientation_of
+from services.rustyface.photos.images import decode, without_metadata
 from tests.rustyface.files import (
     PICTURE,
     SECRETS,

@@ -14,11 +14,11 @@ from bus.client import connect
 from bus.instance import join
 from bus.tasks import beside
 from bus.testing import until
-from services.rustyface.embedding import Pixel32
-from services.rustyface.files import Head, Row, writer
-from services.rustyface.galleries import Galleries, Query
-from services.rustyface.images import decode
-from services.rustyface.transfer import GalleryJobs
+from services.rustyface.galleries.galleries import Galleries, Query
+from services.rustyface.photos.embedding import Pixel32
+from services.rustyface.photos.images import decode
+from services.rustyface.transfers.files import Head, Row, writer
+from services.rustyface.transfers.transfer import GalleryJobs
 
 REPOSITORY = Path(__file__).parents[2]
 D = 8

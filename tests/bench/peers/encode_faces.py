@@ -14,8 +14,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from services.rustyface import images, pipeline, weights
-from services.rustyface.alignment import SIDE, TEMPLATE
+from services.rustyface.photos import images, pipeline, weights
+from services.rustyface.photos.alignment import SIDE, TEMPLATE
 
 Encode = Callable[[bytes], object]
 

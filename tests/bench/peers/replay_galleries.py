@@ -17,7 +17,7 @@ import psutil
 
 from bus.client import connect
 from bus.tasks import beside
-from services.rustyface.galleries import Galleries, Query
+from services.rustyface.galleries.galleries import Galleries, Query
 from tests.bench.peers.search_loop import Floats, K, load
 
 EMBEDDER: Final = "sface"

@@ -7,8 +7,8 @@ from typing import Final
 
 import numpy as np
 
-from services.rustyface.search import NOBODY, Matrix
-from services.rustyface.search import Search as Asked
+from services.rustyface.galleries.search import NOBODY, Matrix
+from services.rustyface.galleries.search import Search as Asked
 from tests.bench.peers.search_loop import THREADS, Floats, K, Search, load, serve
 
 # Above what strangers mostly have, below what the same person has.

@@ -1,0 +1,1 @@
+"""What datasets hold, as a replica follows it from the broker, and the search in it."""

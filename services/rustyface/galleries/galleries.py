@@ -1,0 +1,454 @@
+"""The galleries: what they are asked, and how they are changed. Every change is one event.
+
+An entry is appended under the condition that its gallery's subject has not had another message
+since: an entry is never accepted into a gallery that was deleted meanwhile. What others may change
+at the same moment (a person's moves, an import) is appended under the condition that its own
+subject has not; whoever comes second looks again, so that nobody's change is lost.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from typing import Final, Literal
+
+import msgspec
+import structlog
+
+from bus import codec
+from bus import messages as m
+from bus.errors import BusError, Conflict, NotFound
+from bus.subjects import GALLERY_IMPORT, GALLERY_SETTINGS
+from services.rustyface.galleries import filters
+from services.rustyface.galleries.asked import (
+    METADATA_MAX_BYTES,
+    Found,
+    Match,
+    NewEntry,
+    Outcome,
+    Query,
+    check_metadata,
+)
+from services.rustyface.galleries.cosines import Floats
+from services.rustyface.galleries.enrolment import Plan, event_of
+from services.rustyface.galleries.gallery import Gallery
+from services.rustyface.galleries.ledger import TRIES
+from services.rustyface.galleries.people import People, contended
+from services.rustyface.galleries.projection import LITTLE_ENDIAN, utc
+
+__all__ = [
+    "LITTLE_ENDIAN",
+    "METADATA_MAX_BYTES",
+    "Floats",
+    "Found",
+    "Galleries",
+    "Match",
+    "NewEntry",
+    "Outcome",
+    "Query",
+    "check_metadata",
+]
+
+# A broker on the same host acknowledges some thousand appends a second, once enough wait for it.
+APPENDED_AT_ONCE: Final = 128
+
+log = structlog.get_logger("rustyface.galleries")
+
+
+class Galleries(People):
+    """Every gallery of the deployment: asked, and changed."""
+
+    async def create(
+        self,
+        gallery: str,
+        *,
+        at: datetime | None = None,
+        settings: m.DatasetSettings | None = None,
+        by: str | None = None,
+    ) -> int:
+        """Create a gallery and return its revision; one that is there stays as it is.
+
+        Args:
+            gallery: Its name.
+            at: When it was created; now if None.
+            settings: What it is set to.
+            by: Who asks.
+
+        Raises:
+            Conflict: There is an event of that gallery which this worker cannot read.
+        """
+        await self.wait(await self.newest())
+        if (there := self._galleries.get(gallery)) is not None:
+            return there.revision
+        self._ledger.check_readable(gallery)
+        head = m.GalleryHead(
+            id=gallery,
+            at=utc(at or m.now()),
+            embedder=self._embedder,
+            dimensions=self._dimensions,
+            embedder_digest=self._digest,
+        )
+        try:
+            revision = await self._ledger.append_head(
+                head, self._ledger.projection.heads.get(gallery, 0)
+            )
+        except Conflict:
+            # Another replica has created it at the same moment.
+            revision = await self.newest()
+            await self.wait(revision)
+            return revision
+        await self.wait(revision)
+        self._tell(gallery, "create", revision, by)
+        if settings is not None:
+            revision = await self.configure(gallery, settings, by=by)
+        return revision
+
+    async def configure(
+        self,
+        gallery: str,
+        settings: m.DatasetSettings | Callable[[m.DatasetSettings], m.DatasetSettings],
+        *,
+        by: str | None = None,
+        since: int | None = None,
+    ) -> int:
+        """Set what can be set for a gallery; of two at the same moment, neither is lost.
+
+        Args:
+            gallery: Which.
+            settings: To what; or what is made of what it is set to.
+            by: Who asks.
+            since: Only if it has not been set to anything else since this revision.
+
+        Raises:
+            NotFound: There is no such gallery.
+            Conflict: It has been.
+        """
+        subject = GALLERY_SETTINGS.subject(self._root, gallery=gallery)
+        for _ in range(TRIES):
+            there = await self._ledger.known(gallery)
+            last, seq = await self._ledger.last(subject, there)
+            if last is not None and last.seq > self.revision:
+                # Set again between the two questions, and not read yet.
+                continue
+            if since is not None and last is not None and last.seq > since:
+                raise Conflict(
+                    f"the settings of dataset {gallery!r} were changed at revision {last.seq}, "
+                    f"after revision {since}; read them again",
+                    revision=there.revision,
+                )
+            made = settings if isinstance(settings, m.DatasetSettings) else settings(there.settings)
+            event = m.GallerySettings(at=m.now(), settings=made)
+            try:
+                revision = await self._ledger.append_after(there, subject, seq, event)
+            except Conflict:
+                continue
+            self._tell(gallery, "configure", revision, by)
+            return revision
+        raise contended(f"the settings of {gallery!r}")
+
+    async def delete(self, gallery: str, *, by: str | None = None) -> int:
+        """Delete a gallery with all that it has, here, in the stream and in the history.
+
+        Raises:
+            NotFound: There is none.
+            Conflict: Another replica deletes it at the same moment.
+        """
+        there = await self._ledger.known(gallery)
+        head = msgspec.structs.replace(there.head, at=m.now(), deleted=True)
+        with self._ledger.taking() as (message_id, dead):
+            revision = await self._ledger.append_head(head, there.head_seq, message_id)
+            log.info("dataset.deleted", dataset=gallery, revision=revision, by=by)
+            await self.wait(revision)
+        # Killed in between, the next worker that starts does it.
+        await self._ledger.all_told()
+        await self._history.forget(gallery)
+        await self._ledger.clear(dead, below=(gallery, revision))
+        return revision
+
+    # --- Entries ----------------------------------------------------------------------------------
+
+    async def enrol(self, gallery: str, entry: NewEntry, *, by: str | None = None) -> int:
+        """Store an entry, replacing one of the same id; return the revision that has it.
+
+        Waits for the broker alone: once that has the entry, nothing here makes it an error.
+
+        Raises:
+            NotFound: There is no such gallery, or it was deleted at this moment.
+            InvalidRequest: Its vectors come from another embedder, or the metadata cannot be
+                stored.
+            TooLarge: The metadata are.
+            Conflict: The import that it is from was undone.
+        """
+        check_metadata(entry.metadata)
+        there = await self._ledger.known(gallery)
+        self._check_embedder(there)
+        self._check_import(there, entry.imported)
+        action = "replaced" if entry.id in there.entries else "enrolled"
+        revision = await self._ledger.append_entry(there, event_of(entry))
+        self._tell(
+            gallery,
+            action,
+            revision,
+            by,
+            entry=entry.id,
+            subject=entry.subject,
+            imported=entry.imported,
+        )
+        return revision
+
+    async def enrol_many(
+        self,
+        gallery: str,
+        entries: Sequence[NewEntry],
+        *,
+        existing: Literal["skip", "replace", "fail"],
+        by: str | None = None,
+    ) -> Outcome:
+        """Store entries, many at a time; all are acknowledged when this returns.
+
+        An entry that replaces another bears no import: undoing the import leaves it. One that the
+        same import has brought already counts as added, so that an import may be taken up again.
+
+        Args:
+            gallery: Where.
+            entries: Which; of several with one id the last one counts, if they may replace.
+            existing: What is done with those that are there already.
+            by: Who asks.
+
+        Raises:
+            NotFound: There is no such gallery, or it was deleted meanwhile.
+            InvalidRequest: A vector or metadata cannot be stored; nothing was then.
+            Conflict: Some are there already and `existing` is `fail`; nothing was stored then. Or
+                the import that they are from was undone.
+        """
+        for entry in entries:
+            self.check_vector(entry.vector)
+            check_metadata(entry.metadata)
+        there = await self._ledger.known(gallery)
+        self._check_embedder(there)
+        for imported in {entry.imported for entry in entries}:
+            self._check_import(there, imported)
+        plan = Plan(there, entries, existing)
+        revisions = await self._append_all(there, plan.events)
+        revision = max(revisions, default=there.revision)
+        if revisions:
+            imports = {entry.imported for entry in entries}
+            self._tell(
+                gallery,
+                "enrolled",
+                revision,
+                by,
+                count=len(revisions),
+                imported=imports.pop() if len(imports) == 1 else None,
+            )
+        return Outcome(plan.added, plan.replaced, plan.skipped, revision)
+
+    async def remove(self, gallery: str, entry: str, *, by: str | None = None) -> int:
+        """Remove an entry, here and from the stream's files.
+
+        Raises:
+            NotFound: There is no such gallery or entry.
+        """
+        there = await self._ledger.known(gallery)
+        kept = self._entry(there, entry)
+        person = kept.person
+        tombstone = m.GalleryEntry(id=entry, at=m.now())
+        with self._ledger.taking() as (message_id, dead):
+            revision = await self._ledger.append_entry(there, tombstone, message_id)
+            await self.wait(revision)
+        self._tell(
+            gallery,
+            "remove-entry",
+            revision,
+            by,
+            entry=entry,
+            subject=person.name if person and person.entries else None,
+        )
+        if person is not None and not person.entries:
+            await self._forget_history(there, person.name)
+        await self._ledger.settle(there, dead)
+        return revision
+
+    async def move_entry(
+        self, gallery: str, entry: str, subject: str | None, *, by: str | None = None
+    ) -> int:
+        """Say whom an entry shows; None is nobody.
+
+        Raises:
+            NotFound: There is no such gallery or entry, or one of them was removed at this moment.
+        """
+        for _ in range(TRIES):
+            there = await self._ledger.known(gallery)
+            kept = self._entry(there, entry)
+            vector = there.matrix.vector(entry)
+            before, since = kept.person.name if kept.person else None, kept.since
+            if before == subject or vector is None:
+                return there.revision
+            event = m.GalleryEntry(
+                id=entry,
+                at=kept.at,
+                embedding=vector.astype(LITTLE_ENDIAN).tobytes(),
+                metadata=filters.read(kept.metadata),
+                subject=subject,
+                image=kept.image,
+                quality=filters.measures(kept.quality),
+                imported=kept.imported,
+            )
+            try:
+                revision = await self._ledger.append_after(
+                    there,
+                    self._ledger.entry_subject(there, entry),
+                    kept.seq,
+                    event,
+                    content_type=codec.MSGPACK,
+                )
+            except Conflict:
+                continue
+            now = self._galleries.get(gallery)
+            if now is not None and now is not there:
+                # The gallery was deleted and made anew: a deleted face must not be in the new one.
+                await self._ledger.append_entry(now, m.GalleryEntry(id=entry, at=m.now()))
+                raise NotFound(
+                    f"the dataset {gallery!r} was deleted at this moment", field="dataset"
+                )
+            if before is not None and there.moves.walk(before, since, revision)[0] is None:
+                # Whom it showed was removed meanwhile, and all their faces with them. What was
+                # enrolled in its place since is another.
+                await self._bury(there, entry, revision)
+                raise NotFound(
+                    f"{before!r}, whom the entry {entry!r} showed, was removed at this moment",
+                    field="entry_id",
+                )
+            # One for each of them: what one person's ring says goes with that person alone.
+            if before is not None:
+                self._tell(gallery, "move-entry", revision, by, entry=entry, subject=before)
+            if subject is not None:
+                self._tell(gallery, "move-entry", revision, by, entry=entry, subject=subject)
+            await self._ledger.settle(there, [])
+            return revision
+        raise contended(f"the entry {entry!r}")
+
+    # --- Imports ----------------------------------------------------------------------------------
+
+    async def begin_import(self, gallery: str, record: m.GalleryImport) -> int:
+        """Record that an import begins, or goes on.
+
+        Raises:
+            NotFound: There is no such gallery.
+            Conflict: It was undone.
+        """
+        return await self._record(gallery, record)
+
+    async def end_import(self, gallery: str, record: m.GalleryImport) -> int:
+        """Record how an import ended; raises as `begin_import` does."""
+        revision = await self._record(gallery, record)
+        count = record.added + record.replaced
+        self._tell(gallery, "import", revision, record.by, count=count, imported=record.id)
+        return revision
+
+    async def undo_import(
+        self, gallery: str, imported: str, *, by: str | None = None, dry_run: bool = False
+    ) -> tuple[int, int]:
+        """Take out all entries that an import has added and nobody has replaced since.
+
+        Returns:
+            How many that concerns, and the revision.
+
+        Raises:
+            NotFound: There is no such gallery or import.
+        """
+        for _ in range(TRIES):
+            there = await self._ledger.known(gallery)
+            record = there.imports.get(imported)
+            if record is None:
+                raise NotFound(
+                    f"the dataset {gallery!r} has no import {imported!r}", field="imported"
+                )
+            brought = [one for one in there.entries.values() if one.imported == imported]
+            if dry_run or record.state == "undone":
+                return len(brought), there.revision
+            people = {one.person.name for one in brought if one.person}
+            undone = msgspec.structs.replace(record, state="undone")
+            with self._ledger.taking() as (message_id, dead):
+                try:
+                    revision = await self._append_import(there, record, undone, message_id)
+                except Conflict:
+                    continue
+            for name in people:
+                if there.named(name) is None:
+                    await self._forget_history(there, name)
+            self._tell(gallery, "undo-import", revision, by, count=len(dead), imported=imported)
+            await self._ledger.settle(there, dead)
+            return len(dead), revision
+        raise contended(f"the import {imported!r}")
+
+    # --- Beneath ----------------------------------------------------------------------------------
+
+    async def _record(self, gallery: str, record: m.GalleryImport) -> int:
+        for _ in range(TRIES):
+            there = await self._ledger.known(gallery)
+            self._check_import(there, record.id)
+            seen = there.imports.get(record.id)
+            try:
+                return await self._append_import(there, seen, record, None)
+            except Conflict:
+                continue
+        raise contended(f"the import {record.id!r}")
+
+    async def _append_import(
+        self,
+        there: Gallery,
+        seen: m.GalleryImport | None,
+        record: m.GalleryImport,
+        message_id: str | None,
+    ) -> int:
+        """Record an import if what it was decided by, `seen`, still is what is there."""
+        subject = GALLERY_IMPORT.subject(self._root, gallery=there.head.id, imported=record.id)
+        stored, expected = await self._ledger.last(subject, there)
+        newest = None if stored is None else codec.decode(stored.body, m.GalleryImport)
+        # Not what is known by now: an undoing that was read meanwhile would be written over.
+        if newest != seen:
+            raise Conflict(f"the import {record.id!r} was changed at this moment")
+        return await self._ledger.append_after(
+            there, subject, expected, record, message_id=message_id
+        )
+
+    async def _bury(self, there: Gallery, entry: str, seq: int) -> None:
+        """Remove an entry that still is as one event has left it."""
+        tombstone = m.GalleryEntry(id=entry, at=m.now())
+        subject = self._ledger.entry_subject(there, entry)
+        with self._ledger.taking() as (message_id, dead), contextlib.suppress(Conflict):
+            await self._ledger.append_after(
+                there,
+                subject,
+                seq,
+                tombstone,
+                content_type=codec.MSGPACK,
+                message_id=message_id,
+            )
+        await self._ledger.settle(there, dead)
+
+    async def _append_all(self, there: Gallery, events: Sequence[m.GalleryEntry]) -> list[int]:
+        """Append entries, many at a time; ends when each one of them was stored or refused."""
+        left, revisions, failed = iter(events), list[int](), list[BusError]()
+
+        async def work() -> None:
+            for event in left:
+                if failed:
+                    return
+                try:
+                    revisions.append(await self._ledger.append_entry(there, event))
+                except BusError as error:
+                    failed.append(error)
+
+        async with asyncio.TaskGroup() as tasks:
+            for _ in range(min(APPENDED_AT_ONCE, len(events))):
+                tasks.create_task(work())
+        if failed:
+            raise failed[0]
+        return revisions
+
+    def _check_import(self, there: Gallery, imported: str | None) -> None:
+        record = there.imports.get(imported) if imported is not None else None
+        if record is not None and record.state == "undone":
+            raise Conflict(f"the import {record.id!r} was undone", field="imported")

@@ -1,0 +1,132 @@
+"""What was done to galleries, and by whom: a ring for each person, so that it can go with them."""
+
+import contextlib
+import hashlib
+from collections.abc import Iterable
+from typing import Final
+
+import msgspec
+import structlog
+
+from bus import codec
+from bus import messages as m
+from bus.errors import BusError
+from bus.streams import Stored, Stream
+from bus.subjects import GALLERY_CHANGE
+from services.rustyface.galleries.projection import addressed
+
+NOBODY: Final = "-"
+_WINDOW: Final = 2_000
+
+log = structlog.get_logger("rustyface.history")
+
+
+class History:
+    """The changes of all galleries. They say who and what, and never carry a vector.
+
+    A change is told after its event was acknowledged, so one may be missing after a crash, but
+    none is told that did not happen.
+
+    Args:
+        stream: Where they are kept; None keeps none.
+        root: The first token of their subjects.
+    """
+
+    def __init__(self, stream: Stream | None, root: str) -> None:
+        self._stream = stream
+        self._root = root
+
+    async def tell(self, change: m.GalleryChange) -> int | None:
+        """Store a change, in the ring of the person that it is about.
+
+        Returns:
+            Its number; None if it could not be stored.
+        """
+        if self._stream is None:
+            return None
+        try:
+            return await self._stream.append(
+                self._subject(change.dataset, change.subject), codec.encode(change)
+            )
+        except BusError as error:
+            log.warning(
+                "history.not_kept",
+                dataset=change.dataset,
+                action=change.action,
+                cause=error.message,
+            )
+            return None
+
+    async def take_back(self, seq: int) -> None:
+        """Delete one change; raises Unavailable where that is not possible now."""
+        if self._stream is not None:
+            await self._stream.remove(seq)
+
+    async def forget(self, gallery: str, persons: Iterable[str] | None = None) -> None:
+        """Delete the rings of persons, or all of a gallery."""
+        if self._stream is None:
+            return
+        subjects = (
+            [GALLERY_CHANGE.subject(self._root, gallery=gallery)]
+            if persons is None
+            else [self._subject(gallery, person) for person in persons]
+        )
+        for subject in subjects:
+            try:
+                await self._stream.purge(subject)
+            except BusError as error:
+                log.warning("history.not_cleared", dataset=gallery, cause=error.message)
+
+    async def read(
+        self, gallery: str, *, limit: int, before: int | None
+    ) -> tuple[list[m.GalleryChange], int | None]:
+        """Return the changes of a gallery, the newest first, and where the next ones begin.
+
+        Args:
+            gallery: Whose.
+            limit: How many at most.
+            before: Only those with a smaller number.
+        """
+        if self._stream is None:
+            return [], None
+        first, last = await self._stream.bounds()
+        end = last if before is None else min(last, before - 1)
+        found: list[Stored] = []
+        window = _WINDOW
+        # The stream can be read forwards alone, and others' changes stand between: so in windows
+        # from the end, each larger than the one before.
+        while end >= max(first, 1) and len(found) <= limit:
+            begin = max(first, end - window + 1, 1)
+            found = await self._between(self._stream, gallery, begin, end) + found
+            end, window = begin - 1, 4 * window
+        more = len(found) > limit
+        shown = found[-limit:]
+        changes = [_change(stored) for stored in reversed(shown)]
+        return [one for one in changes if one is not None], shown[0].seq if more else None
+
+    async def _between(self, stream: Stream, gallery: str, begin: int, end: int) -> list[Stored]:
+        subject = GALLERY_CHANGE.subject(self._root, gallery=gallery)
+        found = []
+        reading = stream.read(subject, after=begin - 1)
+        async with contextlib.aclosing(reading) as events:  # type: ignore[type-var]
+            async for stored in events:
+                if stored.seq > end:
+                    break
+                found.append(stored)
+        return found
+
+    def _subject(self, gallery: str, person: str | None) -> str:
+        ring = NOBODY if person is None else addressed(person)
+        if person == NOBODY:
+            # Somebody may be called so.
+            ring = f"sha256-{hashlib.sha256(person.encode()).hexdigest()}"
+        return GALLERY_CHANGE.subject(self._root, gallery=gallery, subject=ring)
+
+
+def _change(stored: Stored) -> m.GalleryChange | None:
+    try:
+        change = codec.decode(stored.body, m.GalleryChange)
+    except BusError as error:
+        log.warning("history.unreadable", seq=stored.seq, cause=error.message)
+        return None
+    return msgspec.structs.replace(change, seq=stored.seq)

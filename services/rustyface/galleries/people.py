@@ -1,0 +1,229 @@
+"""The persons of galleries, and how they change: one event each, however many entries they have.
+
+What others may change at the same moment is appended under the condition that its own subject has
+not had another message; whoever comes second looks again, so that nobody's change is lost.
+"""
+
+import secrets
+from collections.abc import Sequence
+from typing import Any
+
+import structlog
+
+from bus import codec
+from bus import messages as m
+from bus.errors import Conflict, InvalidRequest, NotFound
+from bus.subjects import GALLERY_REJECTION, GALLERY_SUBJECT
+from services.rustyface.galleries.cosines import Floats
+from services.rustyface.galleries.gallery import Gallery, Kept
+from services.rustyface.galleries.ledger import TRIES
+from services.rustyface.galleries.persons import MOVES_MAX_BYTES, Person, moved
+from services.rustyface.galleries.projection import LITTLE_ENDIAN, addressed
+from services.rustyface.galleries.questions import Questions
+
+log = structlog.get_logger("rustyface.galleries")
+
+
+class People(Questions):
+    """Every gallery of the deployment: their persons renamed, merged, removed, and told apart."""
+
+    async def move_subjects(
+        self,
+        gallery: str,
+        subjects: Sequence[str],
+        into: str,
+        *,
+        fresh: bool = False,
+        by: str | None = None,
+    ) -> tuple[int, int]:
+        """Let persons be called otherwise, all their entries at once; an event for each of them.
+
+        Args:
+            gallery: Where.
+            subjects: Who.
+            into: Their new name: somebody's, whom they are merged into, or nobody's yet.
+            fresh: Whether it has to be nobody's.
+            by: Who asks.
+
+        Returns:
+            How many entries that concerned, and the revision.
+
+        Raises:
+            NotFound: There is no such gallery or person.
+            Conflict: The new name is somebody's, with `fresh`.
+            InvalidRequest: It is nobody but `into` who would be moved.
+        """
+        there = await self._ledger.known(gallery)
+        sources = [one for one in dict.fromkeys(subjects) if one != into]
+        if not sources:
+            raise InvalidRequest(f"{into!r} is called so already", field="into")
+        people = [person_of(there, one) for one in sources]
+        if fresh and there.named(into) is not None:
+            raise Conflict(
+                f"the dataset {gallery!r} has somebody called {into!r} already; merge-subjects "
+                "makes one person of both",
+                field="into",
+            )
+        concerned = [len(one.entries) for one in people]
+        revision = 0
+        for source, count in zip(sources, concerned, strict=True):
+            revision = await self._move(gallery, source, into, None)
+            self._tell(
+                gallery,
+                "rename-subject" if fresh else "merge-subjects",
+                revision,
+                by,
+                subject=source,
+                into=into,
+                count=count,
+            )
+        return sum(concerned), revision
+
+    async def remove_subject(
+        self, gallery: str, subject: str, *, by: str | None = None, dry_run: bool = False
+    ) -> tuple[int, int]:
+        """Remove a person: all their entries and rejections, here, in the stream, in the history.
+
+        Returns:
+            How many entries that concerns, and the revision.
+
+        Raises:
+            NotFound: There is no such gallery or person.
+        """
+        there = await self._ledger.known(gallery)
+        person = person_of(there, subject)
+        if dry_run:
+            return len(person.entries), there.revision
+        with self._ledger.taking() as (message_id, dead):
+            revision = await self._move(gallery, subject, None, message_id)
+        await self._forget_history(there, subject)
+        gone = sum(one.entry is not None for one in dead)
+        self._tell(gallery, "remove-subject", revision, by, count=gone)
+        await self._ledger.settle(there, dead)
+        return gone, revision
+
+    async def reject(
+        self,
+        gallery: str,
+        subject: str,
+        *,
+        entry: str | None = None,
+        vector: Floats | None = None,
+        by: str | None = None,
+    ) -> tuple[str, int]:
+        """Say of a face that it is not somebody: who looks like it is not named so again.
+
+        Args:
+            gallery: Where.
+            subject: Who it is not.
+            entry: The face, if it is an entry.
+            vector: The face, if it is not.
+            by: Who asks.
+
+        Returns:
+            The rejection's id, and the revision.
+
+        Raises:
+            NotFound: There is no such gallery, person or entry.
+            Conflict: The entry is that person's.
+            InvalidRequest: There is no face, or it is none for this gallery.
+        """
+        there = await self._ledger.known(gallery)
+        person = person_of(there, subject)
+        if entry is not None:
+            if self._entry(there, entry).person is person:
+                raise Conflict(
+                    f"the entry {entry!r} is enrolled as {subject!r}; move-entry says whom it "
+                    "shows instead",
+                    field="entry_id",
+                )
+            vector = there.matrix.vector(entry)
+        if vector is None:
+            raise InvalidRequest("reject-match needs an entry_id or an embedding", field="entry_id")
+        event = m.GalleryRejection(
+            id=secrets.token_hex(8),
+            at=m.now(),
+            subject=subject,
+            embedding=there.matrix.unit(vector).astype(LITTLE_ENDIAN).tobytes(),
+            entry=entry,
+        )
+        address = GALLERY_REJECTION.subject(self._root, gallery=gallery, rejection=event.id)
+        revision = await self._ledger.append(there, address, event, content_type=codec.MSGPACK)
+        await self.wait(revision)
+        self._tell(gallery, "reject-match", revision, by, subject=subject)
+        return event.id, revision
+
+    async def withdraw(self, gallery: str, rejection: str, *, by: str | None = None) -> int:
+        """Take a rejection back; raises NotFound if there is no such gallery or rejection."""
+        there = await self._ledger.known(gallery)
+        known = there.rejections.get(rejection)
+        if known is None:
+            raise NotFound(
+                f"the dataset {gallery!r} has no rejection {rejection!r}", field="rejection"
+            )
+        subject = known.person.name
+        with self._ledger.taking() as (message_id, dead):
+            revision = await self._ledger.withdraw(there, rejection, message_id)
+            await self.wait(revision)
+        self._tell(gallery, "withdraw-rejection", revision, by, subject=subject)
+        await self._ledger.clear(dead)
+        return revision
+
+    async def _move(self, gallery: str, name: str, into: str | None, message_id: str | None) -> int:
+        """Append one move of a name."""
+        for _ in range(TRIES):
+            there = await self._ledger.known(gallery)
+            person_of(there, name)
+            seen = there.moves.last(name)
+            subject = GALLERY_SUBJECT.subject(self._root, gallery=gallery, subject=addressed(name))
+            stored, expected = await self._ledger.last(subject, there)
+            if (0 if stored is None else stored.seq) != seen:
+                # They were moved since: it would be nobody who is moved now.
+                continue
+            before = None if stored is None else codec.decode(stored.body, m.GallerySubject)
+            event = moved(before, expected, name, into)
+            if len(codec.encode(event)) > MOVES_MAX_BYTES:
+                raise Conflict(
+                    f"the name {name!r} was moved {len(event.moves) - 1:,} times already, which is "
+                    "all that can be kept of it; use another name",
+                    field="subject",
+                )
+            try:
+                return await self._ledger.append_after(
+                    there, subject, expected, event, message_id=message_id
+                )
+            except Conflict:
+                continue
+        raise contended(f"the name {name!r}")
+
+    def _entry(self, there: Gallery, entry: str) -> Kept:
+        kept = there.entries.get(entry)
+        if kept is None:
+            raise NotFound(
+                f"the dataset {there.head.id!r} has no entry {entry!r}", field="entry_id"
+            )
+        return kept
+
+    async def _forget_history(self, there: Gallery, person: str) -> None:
+        """Delete the history of somebody who is gone, under all names that led to theirs."""
+        await self._ledger.all_told()
+        await self._history.forget(there.head.id, there.moves.names_of(person))
+
+    def _tell(self, gallery: str, action: str, revision: int, by: str | None, **more: Any) -> None:
+        change = m.GalleryChange(
+            dataset=gallery, at=m.now(), action=action, by=by, revision=revision, **more
+        )
+        self._ledger.tell(change)
+
+
+def person_of(there: Gallery, name: str) -> Person:
+    """Return who bears a name in a gallery; raises NotFound if nobody does."""
+    person = there.named(name)
+    if person is None:
+        raise NotFound(f"the dataset {there.head.id!r} has nobody called {name!r}", field="subject")
+    return person
+
+
+def contended(what: str) -> Conflict:
+    """Return what is said to whoever came second too often."""
+    return Conflict(f"others keep changing {what}; try again", retry_after_s=1)

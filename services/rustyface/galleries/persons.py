@@ -1,0 +1,130 @@
+"""Who a name stands for: the walk from the name that was given along the moves that came later."""
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import Final
+
+from bus import messages as m
+from bus.errors import InvalidRequest
+from services.rustyface.galleries.cosines import Floats
+
+# A name's event has to fit into one message; it takes some thousand moves to come here.
+MOVES_MAX_BYTES: Final = 256 * 1024
+
+
+@dataclass(eq=False, slots=True)
+class Rejection:
+    """A face of which it was said that it is not a person.
+
+    Attributes:
+        id: Its own.
+        seq: Its event.
+        since: Since which event the person has borne the name.
+        person: Who it is not.
+        vector: The face.
+        entry: The entry that it was, if it was one.
+    """
+
+    id: str
+    seq: int
+    since: int
+    person: "Person"
+    vector: Floats
+    entry: str | None
+
+
+@dataclass(eq=False, slots=True)
+class Person:
+    """Somebody in a gallery.
+
+    Attributes:
+        name: What they are called now.
+        group: Their number in the matrix; nobody else ever has it.
+        entries: Their entries.
+        rejections: What is not them.
+    """
+
+    name: str
+    group: int
+    entries: set[str] = field(default_factory=set)
+    rejections: dict[str, Rejection] = field(default_factory=dict)
+
+
+class Moves:
+    """What became of each name of a gallery: every move, at the event that made it."""
+
+    def __init__(self) -> None:
+        self._of: dict[str, list[tuple[int, str | None]]] = {}
+
+    def learn(self, event: m.GallerySubject, seq: int) -> None:
+        """Take in a name's moves as its newest event tells all of them.
+
+        Raises:
+            InvalidRequest: They are not in the order in which they were made.
+        """
+        moves = [(seq if move.seq is None else move.seq, move.into) for move in event.moves]
+        seqs = [at for at, _ in moves]
+        if not moves or seqs != sorted(set(seqs)) or seqs[-1] != seq:
+            raise InvalidRequest(f"its moves are at {seqs}; they have to rise up to {seq}, its own")
+        self._of[event.id] = moves
+
+    def last(self, name: str) -> int:
+        """Return the event that moved a name last; 0 if none did."""
+        moves = self._of.get(name)
+        return moves[-1][0] if moves else 0
+
+    def walk(self, name: str, since: int, before: int | None = None) -> tuple[str | None, int]:
+        """Return what who bore a name since an event bears now, and since which event.
+
+        None when they were removed. Ends, because each step leads to a later event.
+
+        Args:
+            name: What they were called.
+            since: The event.
+            before: Bear just before this event, instead of now.
+        """
+        while True:
+            step = next((one for one in self._of.get(name, ()) if one[0] > since), None)
+            if step is None or (before is not None and step[0] >= before):
+                return name, since
+            since, into = step
+            if into is None:
+                return None, since
+            name = into
+
+    def names_of(self, name: str) -> set[str]:
+        """Return every name from which a move has ever led to this one, and itself."""
+        into: defaultdict[str, set[str]] = defaultdict(set)
+        for before, moves in self._of.items():
+            for _, after in moves:
+                if after is not None:
+                    into[after].add(before)
+        found, left = {name}, [name]
+        while left:
+            new = into[left.pop()] - found
+            found |= new
+            left += new
+        return found
+
+
+def moved(
+    before: m.GallerySubject | None, seq: int, name: str, into: str | None
+) -> m.GallerySubject:
+    """Return the event that moves a name once more.
+
+    Args:
+        before: The name's last event, if it has one in this gallery.
+        seq: That event's sequence.
+        name: Who.
+        into: The new name; None removes.
+
+    Raises:
+        InvalidRequest: A move leads to itself.
+    """
+    if name == into:
+        raise InvalidRequest(f"{name!r} is called {name!r} already", field="into")
+    earlier = [
+        m.SubjectMove(into=move.into, seq=seq if move.seq is None else move.seq)
+        for move in (before.moves if before else ())
+    ]
+    return m.GallerySubject(id=name, at=m.now(), moves=[*earlier, m.SubjectMove(into=into)])

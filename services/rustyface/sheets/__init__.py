@@ -1,0 +1,1 @@
+"""Contact sheets: photos, boxes and scores for people who would rather look."""

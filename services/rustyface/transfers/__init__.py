@@ -1,0 +1,1 @@
+"""Jobs on whole datasets: import, export, embedding anew."""

@@ -1,0 +1,333 @@
+"""Dataset files in JSON, as the original kept them, read piece by piece.
+
+``{id, created_at, updated_at, entries: [{id, embedding, metadata, last_seen}]}``, and beside these
+`embedder`, and of an entry `subject` and `quality`. A file may be larger than the memory: so the
+ends of its values are looked for here, and each value is decoded by itself.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO, Any, Final
+
+import msgspec
+import numpy as np
+import orjson
+
+from bus import codec
+from bus.errors import BusError, Unprocessable
+from services.rustyface.transfers.files.rows import (
+    BATCH,
+    ENTRIES_MAX,
+    Head,
+    Row,
+    check_length,
+    metadata_in,
+    moment_in,
+    quality_in,
+    refuse,
+    text_in,
+    unit_rows,
+)
+
+# One value: an entry with the longest vector and the largest metadata has less.
+PIECE_MAX_BYTES: Final = 2 * 1024 * 1024
+_READ_BYTES: Final = 1024 * 1024
+# Whole strings, so that brackets in them do not count; one that is cut off has no `end`. Lists of
+# numbers are taken in one go, and what lies between as well: three times as fast as a search for
+# the brackets alone.
+_STRING: Final = re.compile(rb'"(?:[^"\\]++|\\.)*+(?P<end>")?', re.DOTALL)
+_TOKEN: Final = re.compile(
+    rb'[^"\[\]{}]*+(?P<token>"(?:[^"\\]++|\\.)*+(?P<end>")?'
+    rb'|(?P<flat>\[[^"\[\]{}]*+\])|[\[\]{}])',
+    re.DOTALL,
+)
+_QUOTE: Final = ord('"')
+_SPACE: Final = re.compile(rb"[ \t\r\n]*")
+_SCALAR: Final = re.compile(rb"[^,\[\]{}:\"\s]*")
+_BOM: Final = b"\xef\xbb\xbf"
+
+
+class _Entry(msgspec.Struct):
+    id: str
+    embedding: list[float]
+    metadata: Any = None
+    last_seen: str | None = None
+    subject: str | None = None
+    quality: dict[str, float] | None = None
+
+
+class _Written(msgspec.Struct, omit_defaults=True):
+    """An entry as it is written: `embedding` is JSON already."""
+
+    id: str
+    embedding: msgspec.Raw
+    metadata: Any
+    last_seen: datetime | None
+    subject: str | None = None
+    quality: dict[str, float] = {}
+
+
+class JsonReader:
+    """Reads a dataset file in JSON.
+
+    Args:
+        path: Where it lies.
+        dimensions: How long its vectors have to be.
+    """
+
+    total = None
+
+    def __init__(self, path: Path, dimensions: int) -> None:
+        self._path = path
+        self._dimensions = dimensions
+        self._said: dict[str, Any] = {}
+
+    @property
+    def head(self) -> Head:
+        """See `Reader.head`."""
+        created = self._said.get("created_at")
+        try:
+            since = None if created is None else moment_in(created, 0, "")
+        except Unprocessable:
+            since = None
+        return Head(
+            id=self._text("id"),
+            created_at=since,
+            embedder=self._text("embedder"),
+            embedder_digest=self._text("embedder_digest"),
+        )
+
+    def batches(self) -> Iterator[list[Row]]:
+        """See `Reader.batches`."""
+        with self._path.open("rb") as file:
+            waiting: list[_Entry] = []
+            first = 0
+            for index, piece in enumerate(self._entries(_Text(file))):
+                if index >= ENTRIES_MAX:
+                    refuse(index, None, f"a file may have {ENTRIES_MAX:,} entries")
+                waiting.append(self._entry_in(piece, index))
+                if len(waiting) == BATCH:
+                    yield self._rows(waiting, first)
+                    first += len(waiting)
+                    waiting = []
+            if waiting:
+                yield self._rows(waiting, first)
+
+    def _text(self, name: str) -> str | None:
+        said = self._said.get(name)
+        return said if isinstance(said, str) else None
+
+    def _entries(self, text: "_Text") -> Iterator[bytes]:
+        """Give the JSON of each entry; what else the file says goes to `_said`."""
+        text.take(b"{", "a dataset file is an object: {id, entries: [...]}")
+        found = False
+        more = text.peek() != b"}"
+        while more:
+            key = _decoded(text.value(), "a name")
+            if not isinstance(key, str):
+                raise Unprocessable(f"the file is no JSON: {str(key)[:40]!r} is no name of a field")
+            text.take(b":", f"behind {key[:40]!r}")
+            if key == "entries":
+                if found:
+                    raise Unprocessable("the file has entries twice", field="entries")
+                found = True
+                text.take(b"[", "entries must be a list")
+                yield from text.listed()
+            else:
+                self._said[key[:256]] = _decoded(text.value(), key[:40])
+            more = text.comma_or(b"}", f"behind {key[:40]!r}")
+        text.take(b"}", "the file ends so")
+        if text.peek():
+            raise Unprocessable("the file is no JSON: something stands behind its end")
+        if not found:
+            raise Unprocessable("the file has no entries: it is no dataset file", field="entries")
+
+    def _entry_in(self, piece: bytes, index: int) -> _Entry:
+        try:
+            return codec.decode(piece, _Entry)
+        except BusError as error:
+            refuse(index, _id_in(piece), error.message)
+        except (OverflowError, ValueError) as error:
+            refuse(index, _id_in(piece), f"it cannot be read: {error}")
+
+    def _rows(self, entries: list[_Entry], first: int) -> list[Row]:
+        ids = [text_in(e.id, i, None, "id") for i, e in enumerate(entries, first)]
+        for index, entry in enumerate(entries, first):
+            check_length(len(entry.embedding), self._dimensions, index, entry.id)
+        vectors = unit_rows(np.array([e.embedding for e in entries], np.float64), first, ids)
+        return [
+            Row(
+                entry.id,
+                vector,
+                metadata_in(entry.metadata, index, entry.id),
+                None
+                if entry.subject is None
+                else text_in(entry.subject, index, entry.id, "subject"),
+                moment_in(entry.last_seen, index, entry.id),
+                quality_in(entry.quality, index, entry.id),
+            )
+            for index, (entry, vector) in enumerate(zip(entries, vectors, strict=True), first)
+        ]
+
+
+class JsonWriter:
+    """Writes a dataset file in JSON, an entry a line.
+
+    Args:
+        path: Where.
+        head: What it says of itself.
+        dimensions: How long the vectors are.
+    """
+
+    def __init__(self, path: Path, head: Head, dimensions: int) -> None:
+        self._file = path.open("wb")
+        self._comma = b""
+        said = {
+            "id": head.id,
+            "created_at": head.created_at,
+            "updated_at": datetime.now(UTC),
+            "embedder": head.embedder,
+            "embedder_digest": head.embedder_digest,
+            "dimensions": dimensions,
+        }
+        self._file.write(msgspec.json.encode(said)[:-1] + b',"entries":[')
+
+    def add(self, rows: Sequence[Row]) -> None:
+        """See `Writer.add`."""
+        for row in rows:
+            # orjson writes a float32 with as many digits as it needs to come back the same.
+            vector = orjson.dumps(row.vector, option=orjson.OPT_SERIALIZE_NUMPY)
+            entry = _Written(
+                row.id, msgspec.Raw(vector), row.metadata, row.last_seen, row.subject, row.quality
+            )
+            self._file.write(self._comma + b"\n" + msgspec.json.encode(entry))
+            self._comma = b","
+
+    def finish(self) -> None:
+        """See `Writer.finish`."""
+        self._file.write(b"\n]}\n")
+        self._file.close()
+
+    def abandon(self) -> None:
+        """See `Writer.abandon`."""
+        self._file.close()
+
+
+class _Text:
+    """JSON that is read from a file as far as it is needed."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._buffer = file.read(_READ_BYTES).removeprefix(_BOM)
+        self._at = 0
+
+    def peek(self) -> bytes:
+        """Return the next character that is no space; empty at the end."""
+        while True:
+            space = _SPACE.match(self._buffer, self._at)
+            self._at = space.end() if space else self._at
+            if self._at < len(self._buffer) or not self._more():
+                return self._buffer[self._at : self._at + 1]
+
+    def take(self, wanted: bytes, why: str) -> None:
+        """Pass over a character that has to come next; raises Unprocessable if it does not."""
+        if (found := self.peek()) != wanted:
+            there = f"{found.decode(errors='replace')!r} stands" if found else "the file ends"
+            raise Unprocessable(
+                f"the file is no dataset in JSON: {there} where {wanted.decode()!r} should: {why}"
+            )
+        self._at += 1
+
+    def comma_or(self, end: bytes, where: str) -> bool:
+        """Tell whether a comma comes next, and pass over it; else `end` has to, and stays."""
+        if self.peek() == b",":
+            self._at += 1
+            if self.peek() == end:
+                raise Unprocessable(f"the file is no JSON: nothing follows the comma {where}")
+            return True
+        if self.peek() != end:
+            self.take(end, where)
+        return False
+
+    def listed(self) -> Iterator[bytes]:
+        """Give the values of a list whose first bracket was taken, and take the last one."""
+        more = self.peek() != b"]"
+        count = 0
+        while more:
+            yield self.value()
+            count += 1
+            more = self.comma_or(b"]", f"behind entry {count - 1:,}")
+        self.take(b"]", "the list of entries ends so")
+
+    def value(self) -> bytes:
+        """Return the JSON of the next value, which may still be wrong inside.
+
+        Raises:
+            Unprocessable: The file ends in it, or it is larger than any that is allowed.
+        """
+        first = self.peek()
+        if not first:
+            raise Unprocessable("the file ends in the middle: a part of it is missing")
+        if first in (b"{", b"["):
+            return self._bracketed()
+        pattern = _STRING if first == b'"' else _SCALAR
+        while True:
+            found = pattern.match(self._buffer, self._at)
+            whole = found is not None and (
+                found["end"] is not None if first == b'"' else found.end() < len(self._buffer)
+            )
+            if found is not None and (whole or not self._more()):
+                return self._cut(max(found.end(), self._at + 1))
+
+    def _bracketed(self) -> bytes:
+        depth, scanned = 0, self._at
+        while True:
+            # Never a search: where no token follows it would begin anew at every character.
+            while (token := _TOKEN.match(self._buffer, scanned)) is not None:
+                sign = self._buffer[token.start("token")]
+                if sign == _QUOTE:
+                    if token["end"] is None:
+                        break
+                elif token["flat"] is None:
+                    depth += 1 if sign in b"[{" else -1
+                if depth == 0 and sign != _QUOTE:
+                    return self._cut(token.end())
+                scanned = token.end()
+            ahead = scanned - self._at
+            if not self._more():
+                raise Unprocessable("the file ends in the middle of a value: a part is missing")
+            scanned = self._at + ahead
+
+    def _cut(self, end: int) -> bytes:
+        piece = self._buffer[self._at : end]
+        self._at = end
+        return piece
+
+    def _more(self) -> bool:
+        """Read on, with what was passed over let go; tell whether there was anything."""
+        if len(self._buffer) - self._at > PIECE_MAX_BYTES:
+            raise Unprocessable(
+                f"a value of the file has more than {PIECE_MAX_BYTES:,} bytes; an entry never has"
+            )
+        block = self._file.read(_READ_BYTES)
+        self._buffer, self._at = self._buffer[self._at :] + block, 0
+        return bool(block)
+
+
+def _decoded(piece: bytes, what: str) -> Any:
+    try:
+        return msgspec.json.decode(piece)
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:
+        raise Unprocessable(f"the file is no JSON: {what}: {error}") from None
+
+
+def _id_in(piece: bytes) -> str | None:
+    """Return the id of an entry that cannot be read, if at least that can."""
+    try:
+        found = msgspec.json.decode(piece)
+    except (msgspec.DecodeError, ValueError, RecursionError):
+        return None
+    name = found.get("id") if isinstance(found, dict) else None
+    return name if isinstance(name, str) else None

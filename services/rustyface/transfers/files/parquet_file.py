@@ -1,0 +1,275 @@
+"""Dataset files in Parquet: `id`, `embedding`, and `subject`, `metadata`, `quality`, `last_seen`.
+
+`embedding` is a list of floating point numbers, `metadata` and `quality` are texts with JSON in
+them, `last_seen` is a timestamp. pyarrow is an extra: without it a file is refused in a sentence.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+import numpy as np
+
+from bus.errors import BusError, Unprocessable
+from services.rustyface.transfers.files.rows import (
+    BATCH,
+    Head,
+    Row,
+    as_json,
+    check_length,
+    check_total,
+    from_json,
+    metadata_in,
+    moment_in,
+    quality_in,
+    refuse,
+    text_in,
+    unit_rows,
+)
+
+NEEDED: Final = ("id", "embedding")
+KNOWN: Final = (*NEEDED, "subject", "metadata", "quality", "last_seen")
+# What one group of rows says that it unpacks to: it is held as a whole.
+GROUP_MAX_BYTES: Final = 1024 * 1024 * 1024
+GROUP_ROWS: Final = 10_000
+_SAID: Final = b"bkg"
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+class ParquetReader:
+    """Reads a dataset file in Parquet, a group of rows at a time.
+
+    Args:
+        path: Where it lies.
+        dimensions: How long its vectors have to be.
+
+    Raises:
+        Unprocessable: It is none, or pyarrow is missing.
+    """
+
+    def __init__(self, path: Path, dimensions: int) -> None:
+        self._path = path
+        self._dimensions = dimensions
+        with _reading(path) as file:
+            self.total: int | None = int(file.metadata.num_rows)
+            check_total(self.total)
+            self._check(file)
+            self.head = _head_in(file.schema_arrow.metadata or {})
+
+    def batches(self) -> Iterator[list[Row]]:
+        """See `Reader.batches`."""
+        first = 0
+        with _reading(self._path) as file:
+            columns = [name for name in KNOWN if name in file.schema_arrow.names]
+            for batch in file.iter_batches(BATCH, columns=columns, use_threads=False):
+                rows = self._rows(batch, first)
+                first += len(rows)
+                yield rows
+        if first != self.total:
+            raise Unprocessable(f"the file says that it has {self.total:,} rows, it has {first:,}")
+
+    def _check(self, file: Any) -> None:
+        schema, arrow = file.schema_arrow, _pyarrow()
+        for name in NEEDED:
+            if name not in schema.names:
+                known = ", ".join(one[:40] for one in schema.names[:20]) or "none"
+                raise Unprocessable(
+                    f"the file has no column {name}; there are: {known}", field=name
+                )
+        for name in KNOWN:
+            if schema.names.count(name) > 1:
+                raise Unprocessable(f"the file has the column {name} twice", field=name)
+            if name in schema.names:
+                found = schema.field(name).type
+                if not _fits(name, found, arrow.types):
+                    wanted = {"embedding": "a list of floats", "last_seen": "a timestamp or texts"}
+                    raise Unprocessable(
+                        f"{name} must be {wanted.get(name, 'texts')}, it is {str(found)[:80]}",
+                        field=name,
+                    )
+        for at in range(file.metadata.num_row_groups):
+            size = file.metadata.row_group(at).total_byte_size
+            if not 0 <= size <= GROUP_MAX_BYTES:
+                raise Unprocessable(
+                    f"row group {at} has {size:,} bytes, allowed are {GROUP_MAX_BYTES:,}; write "
+                    "smaller groups of rows"
+                )
+
+    def _rows(self, batch: Any, first: int) -> list[Row]:
+        said = {name: batch.column(name) for name in batch.schema.names}
+
+        def column(name: str) -> list[Any]:
+            if name not in said:
+                return [None] * batch.num_rows
+            found = said[name]
+            if _pyarrow().types.is_timestamp(found.type):
+                return _moments(found, first)
+            values: list[Any] = found.to_pylist()
+            return values
+
+        ids = [text_in(one, i, None, "id") for i, one in enumerate(column("id"), first)]
+        vectors = unit_rows(self._block(said["embedding"], first, ids), first, ids)
+        subjects, metadata, quality = column("subject"), column("metadata"), column("quality")
+        seen = column("last_seen")
+        rows = []
+        for at, entry in enumerate(ids):
+            index = first + at
+            subject = text_in(subjects[at], index, entry, "subject") if subjects[at] else None
+            row = Row(
+                entry,
+                vectors[at],
+                metadata_in(from_json(metadata[at], index, entry, "metadata"), index, entry),
+                subject,
+                moment_in(seen[at], index, entry),
+                quality_in(from_json(quality[at], index, entry, "quality"), index, entry),
+            )
+            rows.append(row)
+        return rows
+
+    def _block(self, column: Any, first: int, ids: Sequence[str]) -> Any:
+        """Return the vectors of a batch, shape ``[n, dimensions]``."""
+        lengths = _pyarrow().compute.list_value_length(column).to_pylist()
+        for at, length in enumerate(lengths):
+            if length is None:
+                refuse(first + at, ids[at], "its embedding is missing")
+            check_length(length, self._dimensions, first + at, ids[at])
+        values = column.flatten()
+        if values.null_count:
+            at = int(np.flatnonzero(values.is_null().to_numpy(zero_copy_only=False))[0])
+            row, place = divmod(at, self._dimensions)
+            refuse(first + row, ids[row], f"embedding[{place}] is null, not a finite number")
+        return values.to_numpy(zero_copy_only=False).reshape(len(ids), self._dimensions)
+
+
+class ParquetWriter:
+    """Writes a dataset file in Parquet.
+
+    Args:
+        path: Where.
+        head: What it says of itself.
+        dimensions: How long the vectors are.
+
+    Raises:
+        Unprocessable: pyarrow is missing.
+    """
+
+    def __init__(self, path: Path, head: Head, dimensions: int) -> None:
+        arrow = _pyarrow()
+        self._schema = arrow.schema(
+            [
+                arrow.field("id", arrow.string(), nullable=False),
+                arrow.field("embedding", arrow.list_(arrow.float32()), nullable=False),
+                arrow.field("subject", arrow.string()),
+                arrow.field("metadata", arrow.string()),
+                arrow.field("quality", arrow.string()),
+                arrow.field("last_seen", arrow.timestamp("us", tz="UTC")),
+            ],
+            metadata={_SAID: msgspec.json.encode(head)},
+        )
+        self._dimensions = dimensions
+        self._waiting: list[Row] = []
+        self._file = arrow.parquet.ParquetWriter(str(path), self._schema, compression="zstd")
+
+    def add(self, rows: Sequence[Row]) -> None:
+        """See `Writer.add`."""
+        self._waiting += rows
+        if len(self._waiting) >= GROUP_ROWS:
+            self._put()
+
+    def finish(self) -> None:
+        """See `Writer.finish`."""
+        if self._waiting:
+            self._put()
+        self._file.close()
+
+    def abandon(self) -> None:
+        """See `Writer.abandon`."""
+        self._file.close()
+
+    def _put(self) -> None:
+        arrow, rows = _pyarrow(), self._waiting
+        self._waiting = []
+        values = np.concatenate([row.vector for row in rows]).astype(np.float32)
+        offsets = np.arange(len(rows) + 1, dtype=np.int32) * self._dimensions
+        columns = [
+            arrow.array([row.id for row in rows], arrow.string()),
+            arrow.ListArray.from_arrays(arrow.array(offsets), arrow.array(values)),
+            arrow.array([row.subject for row in rows], arrow.string()),
+            arrow.array([as_json(row.metadata) or None for row in rows], arrow.string()),
+            arrow.array([as_json(row.quality) or None for row in rows], arrow.string()),
+            arrow.array([row.last_seen for row in rows], arrow.timestamp("us", tz="UTC")),
+        ]
+        self._file.write_table(arrow.Table.from_arrays(columns, schema=self._schema))
+
+
+def _pyarrow() -> Any:
+    """Return pyarrow with what is used of it, or say what is missing."""
+    try:
+        import pyarrow as pa  # noqa: PLC0415 - an extra, and half a second of loading
+        import pyarrow.compute  # noqa: PLC0415
+        import pyarrow.parquet  # noqa: PLC0415
+    except ImportError:
+        raise Unprocessable(
+            "Parquet needs the package pyarrow, which is not installed on this host: "
+            "pip install 'bkg[parquet]'; json and npz need nothing",
+            field="format",
+        ) from None
+    return pa
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[Any]:
+    """Have the file open while inside; whatever is wrong with it comes out as Unprocessable."""
+    arrow = _pyarrow()
+    try:
+        with arrow.parquet.ParquetFile(str(path)) as file:
+            yield file
+    except BusError:
+        raise
+    except (
+        arrow.ArrowException,
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        ArithmeticError,
+        MemoryError,
+    ) as error:
+        said = str(error).partition("\n")[0][:200] or type(error).__name__
+        raise Unprocessable(f"the file is no sound Parquet: {said}") from None
+
+
+def _moments(column: Any, first: int) -> list[datetime | None]:
+    """Return timestamps; Arrow keeps them in UTC, whatever zone it says."""
+    per_s = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}[column.type.unit]
+    moments: list[datetime | None] = []
+    for at, value in enumerate(column.view(_pyarrow().int64()).to_pylist()):
+        try:
+            micros = None if value is None else value * 10**6 // per_s
+            moments.append(None if micros is None else _EPOCH + timedelta(microseconds=micros))
+        except OverflowError:
+            refuse(first + at, None, "last_seen is no time that there can be")
+    return moments
+
+
+def _fits(name: str, found: Any, types: Any) -> bool:
+    if name == "embedding":
+        listed = (
+            types.is_list(found) or types.is_large_list(found) or types.is_fixed_size_list(found)
+        )
+        return bool(listed and types.is_floating(found.value_type))
+    if types.is_dictionary(found):
+        found = found.value_type
+    text = types.is_string(found) or types.is_large_string(found) or types.is_null(found)
+    return bool(text or (name == "last_seen" and types.is_timestamp(found)))
+
+
+def _head_in(metadata: dict[bytes, bytes]) -> Head:
+    """Return what the file says of itself; nothing, where others wrote it."""
+    try:
+        return msgspec.json.decode(metadata.get(_SAID, b"{}"), type=Head)
+    except (msgspec.DecodeError, ValueError, RecursionError, OverflowError):
+        return Head()

@@ -1,0 +1,230 @@
+"""The rows of dataset files, whatever the format, and what has to be true of them."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Final, NamedTuple, NoReturn, Protocol
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from bus.errors import BusError, Unprocessable
+from services.rustyface.galleries.galleries import check_metadata
+
+Floats = npt.NDArray[np.float32]
+
+# So many rows are read, checked and stored at a time: some megabytes.
+BATCH: Final = 1_000
+ENTRIES_MAX: Final = 10_000_000
+TEXT_MAX: Final = 256
+QUALITY_MAX: Final = 32
+# A vector that is this near to length 1 stays as it is, to the last bit.
+UNIT_WITHIN: Final = 1e-6
+
+
+class Row(NamedTuple):
+    """One entry of a dataset file.
+
+    Attributes:
+        id: Its id.
+        vector: Of length 1, shape ``[dimensions]``.
+        metadata: Whatever JSON can carry.
+        subject: The person, if it says.
+        last_seen: In UTC, if it says.
+        quality: Of the face, by measure.
+    """
+
+    id: str
+    vector: Floats
+    metadata: Any = None
+    subject: str | None = None
+    last_seen: datetime | None = None
+    quality: dict[str, float] = {}  # noqa: RUF012 - never changed
+
+
+@dataclass(frozen=True)
+class Head:
+    """What a dataset file says of itself; the original's files name no embedder.
+
+    Attributes:
+        id: The dataset that it was.
+        created_at: When that was created.
+        embedder: What made the vectors.
+        embedder_digest: Which version of it.
+    """
+
+    id: str | None = None
+    created_at: datetime | None = None
+    embedder: str | None = None
+    embedder_digest: str | None = None
+
+
+class Reader(Protocol):
+    """A dataset file that is read once, from the first row to the last."""
+
+    @property
+    def head(self) -> Head:
+        """What the file says of itself; certain once all its batches were given."""
+
+    @property
+    def total(self) -> int | None:
+        """How many rows there are, where the format says so."""
+
+    def batches(self) -> Iterator[list[Row]]:
+        """Give the rows, up to `BATCH` at a time.
+
+        Raises:
+            Unprocessable: The file is broken, or a row cannot be taken; says which, and why.
+        """
+
+
+class Writer(Protocol):
+    """A dataset file that is written once, from the first row to the last."""
+
+    def add(self, rows: Sequence[Row]) -> None:
+        """Write rows."""
+
+    def finish(self) -> None:
+        """Write what has to stand at the end, and close the file.
+
+        Raises:
+            Unprocessable: What was added cannot be said in this format; says what.
+        """
+
+    def abandon(self) -> None:
+        """Close the file as it is."""
+
+
+def refuse(index: int, entry: str | None, sentence: str) -> NoReturn:
+    """Raise Unprocessable for a row, numbered from 0."""
+    named = f" ({entry[:80]!r})" if entry else ""
+    raise Unprocessable(f"entry {index:,}{named}: {sentence}", field=f"entries[{index}]")
+
+
+def text_in(value: object, index: int, entry: str | None, name: str) -> str:
+    """Return a text of 1 to `TEXT_MAX` characters, such as an id.
+
+    Raises:
+        Unprocessable: It is none.
+    """
+    if not isinstance(value, str) or not 1 <= len(value) <= TEXT_MAX:
+        found = f"{len(value):,} characters" if isinstance(value, str) else _kind_of(value)
+        refuse(index, entry, f"{name} must be a text of 1 to {TEXT_MAX} characters, it is {found}")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        refuse(index, None, f"{name} has half a character in it")
+    return value
+
+
+def unit_rows(block: npt.NDArray[Any], first: int, ids: Sequence[str]) -> Floats:
+    """Return vectors at length 1, those that are already as they are.
+
+    Args:
+        block: Shape ``[n, dimensions]``, of any numbers.
+        first: Which row of the file is the first one.
+        ids: Of the rows.
+
+    Raises:
+        Unprocessable: One has a value that is not finite, or is all zeros; says which.
+    """
+    wide = np.asarray(block, np.float64)
+    if len(bad := np.flatnonzero(~np.isfinite(wide).all(axis=1))):
+        at = int(bad[0])
+        place = int(np.flatnonzero(~np.isfinite(wide[at]))[0])
+        refuse(first + at, ids[at], f"embedding[{place}] is {wide[at, place]}, not a finite number")
+    largest = np.abs(wide).max(axis=1, initial=0)
+    if len(bad := np.flatnonzero(largest == 0)):
+        at = int(bad[0])
+        refuse(first + at, ids[at], "its embedding is all zeros: it has no direction")
+    # First by the largest value: the squares of huge or tiny ones leave what float64 can hold.
+    scaled = wide / largest[:, None]
+    lengths = np.linalg.norm(scaled, axis=1) * largest
+    close = np.abs(lengths - 1) <= UNIT_WITHIN
+    units = scaled / np.linalg.norm(scaled, axis=1, keepdims=True)
+    units[close] = wide[close]
+    return np.asarray(units, np.float32)
+
+
+def check_length(found: int, dimensions: int, index: int, entry: str | None) -> None:
+    """Raise Unprocessable unless an embedding is as long as those of the dataset."""
+    if found != dimensions:
+        refuse(
+            index, entry, f"its embedding has {found:,} values, the dataset has vectors of "
+            f"{dimensions}"
+        )  # fmt: skip
+
+
+def metadata_in(value: Any, index: int, entry: str) -> Any:
+    """Return metadata; raises Unprocessable if they cannot be stored."""
+    try:
+        check_metadata(value)
+    except BusError as error:
+        refuse(index, entry, error.message)
+    return value
+
+
+def moment_in(value: object, index: int, entry: str) -> datetime | None:
+    """Return a time in UTC; one without a zone is taken as that.
+
+    Raises:
+        Unprocessable: It is no time, or beyond what can be said in UTC.
+    """
+    if value is None:
+        return None
+    try:
+        if isinstance(value, str):
+            value = msgspec.convert(value, datetime)
+        if not isinstance(value, datetime):
+            refuse(index, entry, f"last_seen must be a time (RFC 3339), it is {_kind_of(value)}")
+        return value.astimezone(UTC) if value.tzinfo else value.replace(tzinfo=UTC)
+    except (ValueError, OverflowError, msgspec.ValidationError):
+        refuse(index, entry, f"last_seen: {str(value)[:40]!r} is no time that there can be")
+
+
+def quality_in(value: object, index: int, entry: str) -> dict[str, float]:
+    """Return the measures of a face; raises Unprocessable unless they are numbers by name."""
+    if value is None:
+        return {}
+    if not isinstance(value, dict) or len(value) > QUALITY_MAX:
+        refuse(index, entry, f"quality must be up to {QUALITY_MAX} numbers by name")
+    for name, measure in value.items():
+        number = isinstance(measure, int | float) and not isinstance(measure, bool)
+        if not isinstance(name, str) or not number or not np.isfinite(float(measure)):
+            refuse(index, entry, f"quality: {str(name)[:40]!r} is no finite number")
+    return {name: float(measure) for name, measure in value.items()}
+
+
+def from_json(text: object, index: int, entry: str, name: str) -> Any:
+    """Return what a column says that has JSON in it; None where it says nothing.
+
+    Raises:
+        Unprocessable: It is no JSON.
+    """
+    if text is None or text == "":
+        return None
+    if not isinstance(text, str):
+        refuse(index, entry, f"{name} must be a text with JSON in it, it is {_kind_of(text)}")
+    try:
+        return msgspec.json.decode(text)
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:
+        refuse(index, entry, f"{name} is no JSON: {error}")
+
+
+def as_json(value: Any) -> str:
+    """Return a value as such a column has it; empty for nothing."""
+    return "" if value is None or value == {} else msgspec.json.encode(value).decode()
+
+
+def check_total(total: int) -> None:
+    """Raise Unprocessable if a file says that it has more rows than any dataset."""
+    if not 0 <= total <= ENTRIES_MAX:
+        raise Unprocessable(
+            f"the file says that it has {total:,} entries; allowed are {ENTRIES_MAX:,}",
+            field="entries",
+        )
+
+
+def _kind_of(value: object) -> str:
+    return "missing" if value is None else f"of type {type(value).__name__}"
