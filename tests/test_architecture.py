@@ -37,7 +37,8 @@ FLOORS = (
 )
 OUTSIDERS = {
     "nats": {"bus/client.py", "bus/state.py", "bus/streams.py"},
-    "orjson": {"services/candle/kserve.py", "services/rustyface/transfers/files/json_file.py"},
+    "orjson": {"services/candle/serving/kserve.py",
+               "services/rustyface/transfers/files/json_file.py"},
     "pyarrow": {"services/rustyface/transfers/files/parquet_file.py"},
     "psutil": {
         "bus/telemetry.py", "bus/metrics.py", "services/supervisor/process.py", "services/cli",
@@ -50,9 +51,9 @@ OUTSIDERS = {
     "numpy": {"services/candle", "services/rustyface"},
     "cv2": {"services/rustyface"},
     "aiohttp": {"bus/probes.py", "services/gateway", "services/cli",
-                "services/supervisor/health.py", "services/candle/downloads.py",
-                "services/candle/exchange.py"},
-    "huggingface_hub": {"services/candle/hub.py"},
+                "services/supervisor/health.py", "services/candle/fetching/downloads.py",
+                "services/candle/fetching/exchange.py"},
+    "huggingface_hub": {"services/candle/fetching/hub.py"},
     "prometheus_client": {"bus/metrics.py", "bus/probes.py"},
     "typer": {"services/cli"},
     "jsonschema": {"services/supervisor/config.py"},
@@ -64,11 +65,11 @@ OUTSIDERS = {
 # These know no subject: they can be read, tested and timed alone.
 DEAF = (
     "services/supervisor/reconcile.py",
-    "services/candle/batcher.py",
-    "services/candle/kserve.py",
-    "services/candle/tensors.py",
-    "services/candle/joining.py",
-    "services/candle/pace.py",
+    "services/candle/serving/batcher.py",
+    "services/candle/serving/kserve.py",
+    "services/candle/serving/tensors.py",
+    "services/candle/serving/joining.py",
+    "services/candle/serving/pace.py",
     "services/candle/runtimes",
     "services/rustyface/photos/exif.py",
     "services/rustyface/photos/formats.py",

@@ -5,10 +5,10 @@ from bus.client import connect
 from bus.instance import join
 from bus.process import run
 from bus.settings import Settings
-from services.candle.cache import Cache
 from services.candle.intake import taking_in
 from services.candle.models.shipped import shipped
-from services.candle.repository import Repository
+from services.candle.repository.cache import Cache
+from services.candle.repository.repository import Repository
 from services.candle.service import SERVED, Candle
 from services.candle.settings import MIB, CandleSettings
 

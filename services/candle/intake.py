@@ -9,9 +9,9 @@ from bus.client import Client
 from bus.instance import Instance
 from bus.jobs import Jobs
 from bus.subjects import MODEL_IMPORT, MODEL_LOAD
-from services.candle.folder import Folder
-from services.candle.imports import Imports
-from services.candle.repository import Repository
+from services.candle.fetching.imports import Imports
+from services.candle.repository.folder import Folder
+from services.candle.repository.repository import Repository
 from services.candle.settings import LIVE_IMPORTS, CandleSettings
 
 

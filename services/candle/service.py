@@ -35,11 +35,12 @@ from bus.subjects import (
 )
 from bus.tasks import beside
 from bus.telemetry import allowed
-from services.candle.garbage import Garbage, check_unused
-from services.candle.memory import Full, Memory, Tenant, to_evict
-from services.candle.metrics import PREFIX, gauges_of, series_of
-from services.candle.model import Model
-from services.candle.repository import Repository
+from services.candle.repository.garbage import Garbage, check_unused
+from services.candle.repository.repository import Repository
+from services.candle.serving.memory import Full, Memory, Tenant, to_evict
+from services.candle.serving.metrics import PREFIX, gauges_of, series_of
+from services.candle.serving.model import Model
+from services.candle.serving.version import Surroundings, Version
 from services.candle.settings import (
     LIVE,
     MIB,
@@ -48,7 +49,6 @@ from services.candle.settings import (
     threads_of,
     validation_limits,
 )
-from services.candle.version import Surroundings, Version
 
 SERVED: Final = (
     MODEL_LOAD,

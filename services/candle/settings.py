@@ -6,8 +6,8 @@ import msgspec
 from msgspec import Meta
 
 from bus import messages as m
+from services.candle.repository.validation import Limits
 from services.candle.runtimes.base import CPU
-from services.candle.validation import Limits
 
 INSTANCES_MAX: Final = 64
 """What a configuration may ask for, and what is started by itself on a large machine."""

@@ -299,7 +299,14 @@ def end_unsound(report: m.ModelReport) -> None:
 async def _validated_here(file: Path, sample: Path | None) -> m.ModelReport:
     """Return the report of candle's own validation, run as a process on this machine."""
     # -P: a folder `services` where the user stands must not be taken for ours.
-    command = [sys.executable, "-P", "-m", "services.candle.validation", str(file), "--json"]
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "services.candle.repository.validation",
+        str(file),
+        "--json",
+    ]
     if sample:
         command += ["--sample", str(sample)]
     process = await asyncio.create_subprocess_exec(

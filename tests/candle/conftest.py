@@ -19,9 +19,9 @@ from bus.client import Client, connect
 from bus.instance import join
 from bus.settings import Settings
 from bus.testing import until
-from services.candle.cache import Cache
 from services.candle.models import make
-from services.candle.repository import Repository
+from services.candle.repository.cache import Cache
+from services.candle.repository.repository import Repository
 from services.candle.service import Candle
 from services.candle.settings import CandleSettings
 

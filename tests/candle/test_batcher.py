@@ -21,9 +21,9 @@ from bus.errors import (
     Unprocessable,
 )
 from bus.testing import until
-from services.candle.batcher import Batcher, Limits
-from services.candle.joining import NextBatch, apart, count_rows, next_batch
-from services.candle.statistics import Statistics
+from services.candle.serving.batcher import Batcher, Limits
+from services.candle.serving.joining import NextBatch, apart, count_rows, next_batch
+from services.candle.serving.statistics import Statistics
 
 
 class Doubler:
@@ -303,7 +303,7 @@ async def test_who_waits_at_the_stop_is_told_at_once_and_what_runs_is_finished()
 
 
 async def test_a_run_that_does_not_end_does_not_hold_up_the_stop_for_ever(monkeypatch):
-    monkeypatch.setattr("services.candle.batcher.STOP_S", 0.05)
+    monkeypatch.setattr("services.candle.serving.batcher.STOP_S", 0.05)
     doubler = Doubler()
     with ThreadPoolExecutor(1) as threads:
         batcher = Batcher(

@@ -12,8 +12,8 @@ import pytest
 
 from bus.errors import NoSpace, Unprocessable
 from bus.testing import until
-from services.candle import cache as room
-from services.candle.cache import Cache
+from services.candle.repository import cache as room
+from services.candle.repository.cache import Cache
 
 
 class Source:

@@ -28,9 +28,9 @@ from bus.errors import (
 )
 from bus.job_rules import heals
 from bus.testing import until
-from services.candle import downloads, hub
-from services.candle.downloads import Downloads, Limits, Meter, Wanted
-from services.candle.outside import rules_from
+from services.candle.fetching import downloads, hub
+from services.candle.fetching.downloads import Downloads, Limits, Meter, Wanted
+from services.candle.fetching.outside import rules_from
 
 CONTENT = np.random.default_rng(7).bytes(3_000_000)
 DIGEST = hashlib.sha256(CONTENT).hexdigest()

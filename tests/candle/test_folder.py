@@ -12,11 +12,11 @@ from structlog.testing import capture_logs
 from bus import messages as m
 from bus.subjects import CANDLE_STATS, MODEL_LOAD, MODEL_RUN
 from bus.testing import until
-from services.candle import folder as folder_module
-from services.candle.cache import Cache
-from services.candle.folder import FILES_MAX, Folder, scanned
-from services.candle.garbage import Garbage
-from services.candle.repository import Repository
+from services.candle.repository import folder as folder_module
+from services.candle.repository.cache import Cache
+from services.candle.repository.folder import FILES_MAX, Folder, scanned
+from services.candle.repository.garbage import Garbage
+from services.candle.repository.repository import Repository
 
 
 @pytest.fixture(autouse=True)

@@ -32,9 +32,9 @@ from bus.job_rules import FAILURES_MAX
 from bus.masking import masked_settings
 from bus.subjects import JOB, JOB_CANCEL, JOB_RETRY, MODEL_IMPORT, MODEL_RUN
 from bus.testing import until
-from services.candle.cache import Cache
 from services.candle.intake import taking_in
-from services.candle.repository import Repository
+from services.candle.repository.cache import Cache
+from services.candle.repository.repository import Repository
 from services.candle.service import SERVED, Candle
 from services.candle.settings import CandleSettings
 

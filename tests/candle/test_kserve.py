@@ -15,9 +15,9 @@ from tritonclient.http import InferenceServerClient, InferInput, InferRequestedO
 
 from bus.errors import InvalidRequest, Unprocessable
 from services.candle import models
-from services.candle.kserve import HEADER_LENGTH, Codec, Output, Request
 from services.candle.runtimes.base import DTYPES, Signature, TensorSpec
 from services.candle.runtimes.onnx import Onnx
+from services.candle.serving.kserve import HEADER_LENGTH, Codec, Output, Request
 
 TINY = Signature((TensorSpec("x", "FP32", (-1, 2)),), (TensorSpec("y", "FP32", (-1, 2)),))
 NUMBERS = [name for name in DTYPES if name != "BYTES"]

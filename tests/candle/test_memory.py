@@ -14,8 +14,9 @@ from bus.errors import Unprocessable
 from bus.process import give_back
 from bus.subjects import MODEL_LOAD, MODEL_UNLOAD, MODEL_WAKE
 from bus.testing import until
-from services.candle import repository, version
-from services.candle.memory import Full, Memory, NoRoom, to_evict
+from services.candle.repository import repository
+from services.candle.serving import version
+from services.candle.serving.memory import Full, Memory, NoRoom, to_evict
 
 
 @dataclass

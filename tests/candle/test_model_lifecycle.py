@@ -23,8 +23,8 @@ from bus.subjects import (
     MODEL_WAKE,
 )
 from bus.testing import until
-from services.candle import version
-from services.candle.model import Model
+from services.candle.serving import version
+from services.candle.serving.model import Model
 
 ONES = {"inputs": [{"name": "inputs", "datatype": "FP32", "shape": [1, 2], "data": [1, 1]}]}
 

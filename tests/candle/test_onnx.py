@@ -197,7 +197,7 @@ def test_warming_up_a_model_that_refuses_zeros_or_is_huge_is_no_error():
 
 def test_the_runtimes_are_imported_without_onnxruntime():
     check = (
-        "import sys, services.candle.runtimes, services.candle.batcher;"
+        "import sys, services.candle.runtimes, services.candle.serving.batcher;"
         "sys.exit(bool({'onnx', 'onnxruntime'} & sys.modules.keys()))"
     )
     assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0

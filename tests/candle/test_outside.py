@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from yarl import URL
 
 from bus.errors import InvalidRequest, NotAllowed
-from services.candle.outside import (
+from services.candle.fetching.outside import (
     DeniedError,
     Door,
     on_the_internet,

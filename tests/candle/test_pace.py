@@ -10,9 +10,9 @@ import pytest
 
 from bus.errors import Unprocessable
 from bus.tasks import beside
-from services.candle.batcher import Batcher, Limits
-from services.candle.pace import QUICK_NS, Pace
-from services.candle.statistics import Statistics
+from services.candle.serving.batcher import Batcher, Limits
+from services.candle.serving.pace import QUICK_NS, Pace
+from services.candle.serving.statistics import Statistics
 
 
 def after(

@@ -23,8 +23,8 @@ from bus.subjects import (
     MODEL_VALIDATE,
 )
 from bus.testing import until
-from services.candle import garbage
-from services.candle.repository import Repository
+from services.candle.repository import garbage
+from services.candle.repository.repository import Repository
 
 SOURCE = m.ModelSource(kind="upload", file_name="mine.json", by="somebody")
 
@@ -517,7 +517,7 @@ async def test_a_sample_that_is_loaded_has_its_licence_whoever_comes_first(clien
 async def test_the_artefact_of_a_version_that_was_forgotten_is_garbage(
     client, worker, add, monkeypatch
 ):
-    monkeypatch.setattr("services.candle.specs.VERSIONS_KEPT", 2)
+    monkeypatch.setattr("services.candle.repository.specs.VERSIONS_KEPT", 2)
     monkeypatch.setattr(garbage, "ARTEFACT_GRACE", timedelta())
     async with worker():
         first, *_ = [await add(content(i, i)) for i in range(3)]

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from bus import messages as m
 from bus.errors import BusError, Conflict
-from services.candle import specs
+from services.candle.repository import specs
 
 NAMES = st.sampled_from(["1", "2", "9", "blue", "green"])
 BYTES = st.sampled_from([digit * 64 for digit in "abcd"])

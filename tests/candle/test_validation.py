@@ -22,9 +22,9 @@ from bus.errors import BusError, InvalidRequest, Unavailable, Unprocessable
 from bus.subjects import MODEL_LOAD
 from bus.telemetry import resident_bytes
 from services.candle import models
+from services.candle.repository.validation import Limits, validate
 from services.candle.runtimes.linear import Linear, faults_of
 from services.candle.runtimes.onnx_file import read_file
-from services.candle.validation import Limits, validate
 
 FLOAT, INT64, STRING, DOUBLE = (
     TensorProto.FLOAT, TensorProto.INT64, TensorProto.STRING, TensorProto.DOUBLE,
@@ -461,7 +461,7 @@ def test_a_damaged_file_always_gets_a_report(tmp_path, content):
 
 
 def said_of(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "services.candle.validation", *map(str, arguments)]
+    command = [sys.executable, "-m", "services.candle.repository.validation", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=100)
 
 

@@ -16,7 +16,7 @@ from bus import messages as m
 from bus.errors import Unavailable, Unprocessable
 from bus.subjects import MODEL_LOAD
 from bus.testing import until
-from services.candle.validation import Limits, validate
+from services.candle.repository.validation import Limits, validate
 
 FLOAT, INT64, BOOL = TensorProto.FLOAT, TensorProto.INT64, TensorProto.BOOL
 MIB = 1 << 20
@@ -81,7 +81,7 @@ def inspections(parent: int | None = None) -> list[psutil.Process]:
     found = []
     for process in psutil.Process(parent).children():
         with contextlib.suppress(psutil.NoSuchProcess):
-            if "services.candle.inspection" in process.cmdline():
+            if "services.candle.repository.inspection" in process.cmdline():
                 found.append(process)
     return found
 
@@ -173,7 +173,7 @@ def test_what_is_confined_reaches_neither_network_nor_files_nor_processes(tmp_pa
     other.write_text("secret")
     tried = f"""
 import ctypes, os, resource, socket, subprocess, sys, threading
-from services.candle.confine import confine
+from services.candle.repository.confine import confine
 
 import pathlib
 
@@ -279,7 +279,7 @@ async def test_a_validation_that_is_called_off_ends_its_process(endless):
 
 async def test_a_worker_that_is_killed_takes_its_validation_with_it(endless):
     code = (
-        "import asyncio, pathlib, sys; from services.candle.validation import validate;"
+        "import asyncio, pathlib, sys; from services.candle.repository.validation import validate;"
         "path = pathlib.Path(sys.argv[1]); asyncio.run(validate(path, name=path.name))"
     )
     worker = subprocess.Popen([sys.executable, "-c", code, str(endless)])

@@ -18,7 +18,7 @@ from bus.subjects import (
     MODEL_WAKE,
 )
 from bus.testing import until
-from services.candle import specs
+from services.candle.repository import specs
 
 
 async def load(client, path=None, version=None, name="m", **config) -> m.LoadedModel:

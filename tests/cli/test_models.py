@@ -22,11 +22,11 @@ from bus.messages import DesiredState, LoadModel, ModelSpec, PluginConfig, now
 from bus.settings import Settings
 from bus.subjects import MODEL_INFER, MODEL_LOAD
 from bus.testing import until
-from services.candle.cache import Cache
 from services.candle.intake import taking_in
 from services.candle.models import make
 from services.candle.models.shipped import shipped
-from services.candle.repository import Repository
+from services.candle.repository.cache import Cache
+from services.candle.repository.repository import Repository
 from services.candle.service import Candle
 from services.candle.settings import CandleSettings
 from services.cli import transfers

@@ -17,8 +17,8 @@ from bus.client import connect
 from bus.instance import join
 from bus.subjects import CAPABILITIES
 from bus.testing import until
-from services.candle.cache import Cache
-from services.candle.repository import Repository
+from services.candle.repository.cache import Cache
+from services.candle.repository.repository import Repository
 from services.candle.service import Candle
 from services.candle.settings import CandleSettings
 from services.gateway import inference

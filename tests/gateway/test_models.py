@@ -23,8 +23,8 @@ from bus.instance import join
 from bus.messages import now
 from bus.subjects import CAPABILITIES, MODEL_DESCRIBE, MODEL_GC, MODEL_REMOVE, MODEL_VALIDATE
 from bus.testing import until
-from services.candle.cache import Cache
-from services.candle.repository import Repository
+from services.candle.repository.cache import Cache
+from services.candle.repository.repository import Repository
 from services.candle.service import Candle
 from services.candle.settings import CandleSettings
 from services.gateway import contents, repository

@@ -14,10 +14,10 @@ from bus import messages as m
 from bus.errors import BusError, InvalidRequest, Unprocessable
 from bus.job_rules import Progress
 from bus.jobs import KeptError, Told
-from services.candle import hub
-from services.candle.downloads import Downloads, Fetched, Limits, Wanted
-from services.candle.outside import Rules, name_in, parsed, rules_from, shown, trusted
-from services.candle.repository import Repository
+from services.candle.fetching import hub
+from services.candle.fetching.downloads import Downloads, Fetched, Limits, Wanted
+from services.candle.fetching.outside import Rules, name_in, parsed, rules_from, shown, trusted
+from services.candle.repository.repository import Repository
 from services.candle.runtimes import FORMATS
 from services.candle.settings import MIB, CandleSettings
 

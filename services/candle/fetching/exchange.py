@@ -26,7 +26,7 @@ from bus.errors import (
     Unavailable,
     Unprocessable,
 )
-from services.candle.outside import (
+from services.candle.fetching.outside import (
     Door,
     Rules,
     name_in,

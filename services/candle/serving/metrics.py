@@ -6,7 +6,7 @@ from typing import Final
 from bus.messages import ModelStatistics
 from bus.metrics import Series
 from bus.statistics import sum_statistics
-from services.candle.version import Version
+from services.candle.serving.version import Version
 
 # In telemetry, which travels every few seconds: the models that were asked last.
 TOLD_MODELS: Final = 20

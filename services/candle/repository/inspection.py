@@ -20,7 +20,7 @@ import numpy as np
 from bus import codec
 from bus import messages as m
 from bus.errors import InvalidRequest, Unavailable, Unprocessable
-from services.candle.confine import confine, end_with, peak_bytes, resident_bytes_of
+from services.candle.repository.confine import confine, end_with, peak_bytes, resident_bytes_of
 from services.candle.runtimes import FORMATS, linear
 from services.candle.runtimes.base import (
     ANY_LENGTH,
@@ -304,7 +304,7 @@ def _run(model: Runtime, request: Request, found: Found, tell: Callable[[Stage],
             return
     else:
         # Reads requests as candle does when it serves; not imported where there is no sample.
-        from services.candle.kserve import Codec  # noqa: PLC0415
+        from services.candle.serving.kserve import Codec  # noqa: PLC0415
 
         try:
             # Inputs that come as JSON only; binary ones would stand behind it.

@@ -22,11 +22,11 @@ from bus import messages as m
 from bus.errors import Conflict, InvalidRequest, NotFound, TooLarge, Unprocessable
 from bus.state import Changes, Store
 from bus.tasks import to_its_end
-from services.candle import specs
-from services.candle.cache import Cache, sha256_of
 from services.candle.models.shipped import SAMPLES, licence_of
+from services.candle.repository import specs
+from services.candle.repository.cache import Cache, sha256_of
+from services.candle.repository.validation import Limits, validate
 from services.candle.runtimes import FORMATS
-from services.candle.validation import Limits, validate
 
 MAX_BYTES: Final = 2 * 1024**3
 FILE_NAME_MAX_BYTES: Final = 200

@@ -20,7 +20,7 @@ import orjson
 from bus import codec
 from bus.errors import InvalidRequest, Unprocessable
 from services.candle.runtimes.base import Array, Signature, TensorSpec
-from services.candle.tensors import (
+from services.candle.serving.tensors import (
     DATATYPES,
     TensorReader,
     classified,

@@ -23,7 +23,7 @@ from yarl import URL
 from bus.errors import NoSpace, TooLarge, Unavailable, Unprocessable
 from bus.job_rules import Progress
 from bus.tasks import to_its_end
-from services.candle.exchange import (
+from services.candle.fetching.exchange import (
     BLOCK_S,
     AnewError,
     Exchange,
@@ -32,8 +32,8 @@ from services.candle.exchange import (
     file_name,
     refusal,
 )
-from services.candle.outside import Rules, shown
-from services.candle.partial import Mark, Part, mark_of
+from services.candle.fetching.outside import Rules, shown
+from services.candle.fetching.partial import Mark, Part, mark_of
 
 MIB: Final = 1024 * 1024
 # Left free on the disk, beside what is fetched.

@@ -19,7 +19,7 @@ from bus.errors import BusError, Unavailable, error_from
 from bus.instance import Call, Instance
 from bus.models import DEFAULT, names_of
 from bus.subjects import MODEL_INFER, MODEL_RUN
-from services.candle.version import Surroundings, Version
+from services.candle.serving.version import Surroundings, Version
 
 AGAIN_S: Final = 5.0
 

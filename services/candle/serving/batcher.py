@@ -5,9 +5,9 @@ and a busy model gets the largest batches that the load makes. `Limits.max_delay
 that is not full wait for more, for models that gain more by it than their callers lose.
 
 Everything happens in callbacks of the event loop but the run itself; that, too, where earlier runs
-were over sooner than a thread is reached (`services.candle.pace`). Who asks is called when it is
-over. There is one timer for all requests; no task and no future, so that a small model is not
-dearer to reach than to run.
+were over sooner than a thread is reached (`services.candle.serving.pace`). Who asks is called when
+it is over. There is one timer for all requests; no task and no future, so that a small model is
+not dearer to reach than to run.
 """
 
 import asyncio
@@ -30,10 +30,17 @@ from bus.errors import (
     Overloaded,
     Unavailable,
 )
-from services.candle.joining import Outcome, Run, count_rows, kind_of, next_batch, outcome_of
-from services.candle.pace import Pace
 from services.candle.runtimes.base import Tensors
-from services.candle.statistics import Statistics
+from services.candle.serving.joining import (
+    Outcome,
+    Run,
+    count_rows,
+    kind_of,
+    next_batch,
+    outcome_of,
+)
+from services.candle.serving.pace import Pace
+from services.candle.serving.statistics import Statistics
 
 # How long the end of `Batcher.run` waits for a run that goes on in its thread.
 STOP_S: Final = 3.0

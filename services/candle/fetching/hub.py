@@ -7,7 +7,7 @@ from typing import Final
 from yarl import URL
 
 from bus.errors import InvalidRequest, Unprocessable
-from services.candle.downloads import Wanted
+from services.candle.fetching.downloads import Wanted
 
 SCHEME: Final = "hf://"
 # Of a file that is kept apart from git, the hub says the SHA-256 before it sends anybody on to it.

@@ -10,9 +10,9 @@ import structlog
 
 from bus import messages as m
 from bus.errors import Conflict
-from services.candle import specs
-from services.candle.folder import FILES_MAX, scanned
-from services.candle.repository import Repository
+from services.candle.repository import specs
+from services.candle.repository.folder import FILES_MAX, scanned
+from services.candle.repository.repository import Repository
 
 # An artefact without a version may be about to become one.
 ARTEFACT_GRACE: Final = timedelta(minutes=10)

@@ -23,9 +23,9 @@ import structlog
 from bus import messages as m
 from bus.errors import BusError, Unavailable
 from bus.tasks import beside, to_its_end
-from services.candle.cache import sha256_of
 from services.candle.models.shipped import licence_of
-from services.candle.repository import Repository
+from services.candle.repository.cache import sha256_of
+from services.candle.repository.repository import Repository
 from services.candle.runtimes import FORMATS
 
 LOOK_S: Final = 2.0

@@ -5,7 +5,7 @@ is read, checked, opened and run once by a process that has no network, may chan
 limits on memory and time (`confine.py`); what it does there is in `inspection.py`. Here is the
 worker's side: it starts that process, watches it, and makes a report of whatever comes of it.
 
-`python -m services.candle.validation FILE` does the same without a worker.
+`python -m services.candle.repository.validation FILE` does the same without a worker.
 """
 
 import argparse
@@ -29,9 +29,9 @@ from bus.errors import InvalidRequest, NotFound, Unavailable
 from bus.process import in_words, run
 from bus.tasks import beside, to_its_end
 from bus.telemetry import allowed
-from services.candle.cache import sha256_of
-from services.candle.confine import resident_bytes_of
-from services.candle.inspection import MAX_FOUND_BYTES, Found, Request, Stage, readable
+from services.candle.repository.cache import sha256_of
+from services.candle.repository.confine import resident_bytes_of
+from services.candle.repository.inspection import MAX_FOUND_BYTES, Found, Request, Stage, readable
 
 _MIB: Final = 1 << 20
 # On top of what is in use from the start, so that the limit of the process itself comes first; this
@@ -187,7 +187,7 @@ class _Inspection:
         """
         try:
             child = await asyncio.create_subprocess_exec(
-                sys.executable, "-P", "-m", "services.candle.inspection",
+                sys.executable, "-P", "-m", "services.candle.repository.inspection",
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.PIPE,
@@ -313,7 +313,8 @@ async def _last(stream: asyncio.StreamReader | None) -> bytes:
 def main() -> int:
     """Validate a file from the command line; return 0 if it is sound, and 1 otherwise."""
     parser = argparse.ArgumentParser(
-        prog="python -m services.candle.validation", description="Say whether a model is sound."
+        prog="python -m services.candle.repository.validation",
+        description="Say whether a model is sound.",
     )
     parser.add_argument("file", type=Path, help="a model, .onnx or .json")
     parser.add_argument("--sample", type=Path, help="an inference request in JSON to run it on")

@@ -18,17 +18,17 @@ from bus.errors import BusError, ErrorBody, Internal, NotFound, Unavailable, bod
 from bus.instance import DRAIN_S, Call
 from bus.process import give_back, trim
 from bus.tasks import to_its_end
-from services.candle import rows
-from services.candle.batcher import Asked, Batcher, Limits, Ran
-from services.candle.kserve import HEADER_LENGTH, Codec, Request
-from services.candle.memory import FACTOR, Memory, NoRoom
-from services.candle.pace import QUICK_NS, Pace
-from services.candle.repository import Repository
+from services.candle.repository.repository import Repository
+from services.candle.repository.specs import tensors_of
 from services.candle.runtimes import open_model
 from services.candle.runtimes.base import CPU, Array, Runtime, Tensors
+from services.candle.serving import rows
+from services.candle.serving.batcher import Asked, Batcher, Limits, Ran
+from services.candle.serving.kserve import HEADER_LENGTH, Codec, Request
+from services.candle.serving.memory import FACTOR, Memory, NoRoom
+from services.candle.serving.pace import QUICK_NS, Pace
+from services.candle.serving.statistics import Statistics
 from services.candle.settings import INSTANCES_MAX, CandleSettings, instances_of
-from services.candle.specs import tensors_of
-from services.candle.statistics import Statistics
 
 VERSION: Final = "Bkg-Model-Version"
 DIGEST: Final = "Bkg-Model-Digest"
@@ -162,7 +162,7 @@ class Version:
             self._loaded.batcher.limit(self._limits())
 
     def infer(self, call: Call) -> None:
-        """Answer a request of the Open Inference Protocol; see `services.candle.kserve`.
+        """Answer a request of the Open Inference Protocol; see `services.candle.serving.kserve`.
 
         Raises:
             BusError: It cannot even wait for a run.

@@ -1,0 +1,1 @@
+"""What models there are, whether their files are sound, and how they go."""

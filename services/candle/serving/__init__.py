@@ -1,0 +1,1 @@
+"""Models that answer: from the body of a request through a batch and back."""
