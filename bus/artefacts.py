@@ -74,11 +74,15 @@ class Artefacts:
         stream: The stream behind it.
         bucket: Its name.
         setting: What says how much it may hold, where something does; named in errors.
+        erases: Whether the bytes of what is deleted are written over in the broker's files.
     """
 
-    def __init__(self, stream: Stream, bucket: str, setting: str | None = None) -> None:
+    def __init__(
+        self, stream: Stream, bucket: str, setting: str | None = None, *, erases: bool = False
+    ) -> None:
         self._bucket = bucket
         self._stream = stream
+        self._erases = erases
         self._limit = f" ({setting})" if setting else ""
         more = f", or allow the store more{self._limit}" if setting else ""
         self._way_out = f"remove what nobody needs{more}"
@@ -307,7 +311,7 @@ class Artefacts:
         names = [_info_of(stored) async for stored in self._names()]
         if any(info is not None and info.nuid == upload_id for info in names):
             raise Conflict(f"the upload {upload_id!r} has become an artefact")
-        await self._stream.purge(self._chunks_of(upload_id))
+        await self.drop(upload_id)
 
     async def delete(self, digest: str, *, unless_since: datetime | None = None) -> bool:
         """Delete an artefact; tell whether it was there.
@@ -325,7 +329,7 @@ class Artefacts:
         if again is not None and again.nuid == info.nuid:
             # Brought again in between.
             return False
-        await self._stream.purge(self._chunks_of(info.nuid))
+        await self.drop(info.nuid)
         return True
 
     # --- For uploads ------------------------------------------------------------------------------
@@ -367,9 +371,17 @@ class Artefacts:
             except StoreFullError as error:
                 raise await self.full(error, upload.offset) from None
             if info is not None and not stays and info.nuid != upload.id:
-                await self._stream.purge(self._chunks_of(info.nuid))
+                await self.drop(info.nuid)
             return not stays
         raise Conflict(f"others keep storing the artefact {digest}; try again")
+
+    async def drop(self, upload_id: str) -> None:
+        """Delete chunks; what does not come to its end is garbage without a name."""
+        chunks = self._chunks_of(upload_id)
+        if self._erases:
+            await self._stream.erase(chunks)
+        else:
+            await self._stream.purge(chunks)
 
     async def _write_name(self, subject: str, body: dict[str, Any], before: int) -> None:
         body = body | {"mtime": datetime.now(UTC).isoformat()}

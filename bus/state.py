@@ -204,7 +204,7 @@ class Store:
         self.served = Bucket(nc, f"{root}-observed", m.ServedModels, 2, "models")
         self.galleries = Stream(nc, f"{root}-galleries")
         self.changes = Stream(nc, f"{root}-gallery-history")
-        self.faces = Artefacts(Stream(nc, f"OBJ_{root}-faces"), f"{root}-faces")
+        self.faces = Artefacts(Stream(nc, f"OBJ_{root}-faces"), f"{root}-faces", erases=True)
         self._objects = Stream(nc, f"OBJ_{root}-artefacts")
         self.artefacts = Artefacts(self._objects, f"{root}-artefacts", ARTEFACTS_MAX_BYTES)
         self._logs = LogStream(Stream(nc, f"{root}-logs"), root)

@@ -221,6 +221,16 @@ class Stream:
             self._nc, f"$JS.API.STREAM.PURGE.{self.name}", json.dumps(asked).encode()
         )
 
+    async def erase(self, subject: str) -> None:
+        """Delete the messages of a subject one by one, and write over their bytes; see `remove`.
+
+        Cut short, it leaves the later ones.
+        """
+        after = 0
+        while (found := await self.at_or_after(after + 1, subject)) is not None:
+            await self.remove(found.seq, erase=True)
+            after = found.seq
+
     async def follow(
         self,
         subject: str | Sequence[str],

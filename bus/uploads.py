@@ -48,6 +48,9 @@ class Naming(Protocol):
     async def full(self, error: StoreFullError, taken_bytes: int) -> NoSpace:
         """Return the error for whoever wanted to store more than there is room for."""
 
+    async def drop(self, upload_id: str) -> None:
+        """Delete what is stored of an upload."""
+
 
 @dataclass
 class _Sent:
@@ -183,7 +186,7 @@ class Upload:
         self._ended = True
         try:
             async with asyncio.timeout(LEAVE_S):
-                await self._stream.purge(self._subject)
+                await self._naming.drop(self.id)
         except (BusError, TimeoutError) as error:
             # Whoever collects garbage finds it.
             log.warning("upload.left", upload=self.id, cause=str(error))

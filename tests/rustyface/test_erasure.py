@@ -18,8 +18,11 @@ from bus.testing import until
 from services.rustyface.galleries import clearing
 from services.rustyface.galleries.galleries import Galleries, NewEntry
 from services.rustyface.galleries.projection import LITTLE_ENDIAN
+from services.rustyface.photos.kept import KeptImages
 
 D = 16
+# Three chunks of the object store; nothing in it repeats.
+PHOTO = np.random.default_rng(7).bytes(300 * 1024)
 # Of length 1 already, so that a moved entry and a rejection have the very same bytes.
 FACE = np.eye(D, dtype=np.float32)[3] * np.float32(0.6) - np.eye(D, dtype=np.float32)[7] * 0.8
 OTHER = np.eye(D, dtype=np.float32)[5]
@@ -68,6 +71,18 @@ def copies(tmp_path):
         needle = FACE.astype(LITTLE_ENDIAN).tobytes()
         files = [path for path in Path(tmp_path).rglob("*") if path.is_file()]
         return sum(path.read_bytes().count(needle) for path in files)
+
+    return count
+
+
+@pytest.fixture
+def pieces(tmp_path):
+    """Counts in all files of the broker the pieces of the photo, one for each of its chunks."""
+    needles = [PHOTO[at : at + 64] for at in (1_000, 140 * 1024, 290 * 1024)]
+
+    def count() -> int:
+        contents = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
+        return sum(content.count(needle) for content in contents for needle in needles)
 
     return count
 
@@ -226,3 +241,44 @@ async def test_what_the_first_try_at_the_start_has_left_is_erased_later(
     fail_thrice()
     async with reading(client):
         await until(lambda: copies() == 0)
+
+
+async def test_a_kept_image_that_nobody_needs_is_in_no_file(client, pieces):
+    kept = KeptImages(client.store.faces)
+    digest = await kept.keep(PHOTO)
+    # Beside it in the same block, so that no file goes away as a whole.
+    other = await kept.keep(PHOTO[::-1])
+    assert pieces() == 3
+    await kept.gone([digest])
+    assert pieces() == 0
+    assert await client.store.faces.size(other) == len(PHOTO)
+
+
+async def test_of_an_image_kept_twice_no_second_copy_stays_in_a_file(client, pieces):
+    kept = KeptImages(client.store.faces)
+    digest = await kept.keep(PHOTO)
+    assert await kept.keep(PHOTO) == digest
+    assert pieces() == 3
+
+
+async def test_an_upload_of_a_photo_that_broke_off_is_in_no_file(client, pieces):
+    faces = client.store.faces
+    async with faces.writing() as upload:
+        await upload.write(PHOTO)
+        await until(lambda: pieces() >= 2)
+    assert pieces() == 0
+    async with faces.writing() as upload:
+        await upload.write(PHOTO)
+        await upload.keep()
+    await faces.discard(upload.id)
+    assert pieces() == 0
+
+
+async def test_a_model_that_is_deleted_costs_no_erasing(client, pieces):
+    kept = []
+    for photo in (PHOTO, PHOTO[::-1]):
+        async with client.store.artefacts.writing() as upload:
+            await upload.write(photo)
+            kept.append((await upload.commit()).digest)
+    await client.store.artefacts.delete(kept[0])
+    assert pieces() == 3
