@@ -236,7 +236,9 @@ def _configuration(name: str, port: int, password: str, home: Path, sync_interva
 
     There is no monitoring port: it asks for no password, and others may share this host. `max_file`
     is far above what the streams' own limits come to: the broker sets those aside, an update's once
-    more, and makes or loads no stream beyond it.
+    more, and makes or loads no stream beyond it. `max_pending` is twice what a gateway has under
+    way at most (512 MiB): the broker counts what it is just writing until all of it is written.
+    Beyond that it cuts a reader off, and what was on its way to it is lost.
     """
     store = json.dumps(str(home), ensure_ascii=False)
     return f"""\
@@ -244,7 +246,7 @@ server_name: {name}
 listen: "{HOST}:{port}"
 authorization {{ user: {USER}, password: "{password}", timeout: 2 }}
 max_payload: 8MB
-max_pending: 64MB
+max_pending: 1GB
 write_deadline: "5s"
 lame_duck_duration: "30s"
 lame_duck_grace_period: "2s"

@@ -50,6 +50,35 @@ async def test_a_model_and_a_version_of_it_are_subjects_of_their_own(client, set
             await client.relay(MODEL_INFER.subject(client.root, "m.x", "3"), b"")
 
 
+async def test_a_reader_that_falls_behind_a_burst_of_large_requests_is_not_cut_off(
+    client, connected, settings
+):
+    async def size(call: RawCall) -> Answer:
+        return Answer(str(len(call.body)).encode(), {})
+
+    behind = await connected()
+    async with (
+        join(behind, settings, plugin="candle", description="a test") as candle,
+        candle.serving_raw(MODEL_INFER, size, "m"),
+    ):
+        socket = behind._nc._transport._io_writer.transport
+        socket.pause_reading()
+        subject, body = MODEL_INFER.subject(client.root, "m"), bytes(1024**2)
+        asked = [asyncio.create_task(client.relay(subject, body, timeout_s=60)) for _ in range(96)]
+        sending = client._nc
+        await until(
+            lambda: (
+                sending.stats["out_msgs"] >= 96
+                and not sending.pending_data_size
+                and not sending._transport._io_writer.transport.get_write_buffer_size()
+            )
+        )
+        socket.resume_reading()
+        answers = await asyncio.gather(*asked)
+    assert {answer.body for answer in answers} == {b"1048576"}
+    assert behind._nc.stats["reconnects"] == 0
+
+
 def test_more_values_than_keys_are_refused():
     with pytest.raises(ValueError, match="keyed by"):
         MODEL_INFER.subject("bkg", "m", "2", "3")
