@@ -18,7 +18,9 @@ from bus import codec
 from bus.errors import BusError, InvalidRequest, Unavailable
 from bus.log_search import LEVELS
 from bus.messages import Level, PluginName, State
-from services.gateway.feeds import Feeds, Framing, Line, Listener, Tail
+from services.gateway.feeds import Feeds
+from services.gateway.lines import Framing, Line, Tail
+from services.gateway.listener import Listener
 from services.gateway.parts import PARTS
 
 PROTOCOL: Final = "bkg.v1"

@@ -15,7 +15,8 @@ from bus.messages import PluginState
 from bus.models import ModelsView
 from bus.plugins import PluginsView
 from services.gateway.auth import Gate
-from services.gateway.feeds import BUDGET_BYTES, Feeds
+from services.gateway.feeds import Feeds
+from services.gateway.listener import BUDGET_BYTES
 from services.gateway.pages import Pages
 from services.gateway.uploads import Uploads
 

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bus.messages import Event, InstanceState, PluginState, Replicas, TelemetrySnapshot
-from services.gateway.feeds import EVENTS_OWED_MAX, Line, Listener, Tail, Tick
+from services.gateway.lines import Line, Tail, Tick
+from services.gateway.listener import EVENTS_OWED_MAX, Listener
 from services.gateway.telemetry import summed
 
 START = datetime(2026, 1, 1, tzinfo=UTC)

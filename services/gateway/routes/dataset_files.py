@@ -18,6 +18,7 @@ from services.gateway.bodies import begun, blocks_of, chunks_of, parts_of, whole
 from services.gateway.parts import PARTS, Parts
 from services.gateway.routes.datasets import manage
 from services.gateway.routes.jobs import idempotency_key
+from services.gateway.stored import stored
 from services.gateway.translate import answer, asked, problem, read
 from services.gateway.upload_headers import OFFSET, SHA256, Told, told_by
 from services.gateway.uploads import take as take_blocks
@@ -117,7 +118,7 @@ async def content(request: web.Request) -> web.StreamResponse:
             details={"state": job.state},
         )
     store = at.client.store.faces
-    size = await at.feeds.ask_store(store.size(done.artefact), "exports")
+    size = await stored(at.client, store.size(done.artefact), "exports")
     if size is None:
         return problem(
             410,
@@ -210,7 +211,7 @@ async def _check_room(at: Parts, told: Told) -> None:
     """
     if told.total_bytes is None:
         return
-    room = await at.feeds.ask_store(at.client.store.faces.room(), "files")
+    room = await stored(at.client, at.client.store.faces.room(), "files")
     if room is not None and told.total_bytes > room:
         raise web.HTTPInsufficientStorage(
             text=f"{told.total_bytes:,} bytes are to come, the store of images and dataset files "
@@ -236,7 +237,7 @@ async def _export(request: web.Request) -> Job:
     job = None
     # The broker hangs up on a subject that is too long; no job's id is.
     if len(name) <= JOB_MAX_CHARS:
-        entry = await at.feeds.ask_store(at.client.store.jobs.get(name), "jobs")
+        entry = await stored(at.client, at.client.store.jobs.get(name), "jobs")
         job = entry.value if entry else None
     work = job and job.gallery
     if job is None or not work or (work.action, work.dataset) != ("export", dataset):

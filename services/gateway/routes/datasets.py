@@ -30,6 +30,7 @@ from services.gateway.ranges import is_known
 from services.gateway.repository import page_in, switch
 from services.gateway.routes import faces
 from services.gateway.routes.capabilities import why_nobody
+from services.gateway.stored import stored
 from services.gateway.translate import answer, asked, read, timeout_of
 
 # Who changes something, as far as this gateway can tell.
@@ -199,7 +200,7 @@ async def image(request: web.Request) -> web.StreamResponse:
             field="entry",
         )
     store = at.client.store.faces
-    size = await at.feeds.ask_store(store.size(found.image), "images")
+    size = await stored(at.client, store.size(found.image), "images")
     if size is None:
         raise NotFound(f"the image of entry {found.id[:100]!r} is gone", field="entry")
     kind = _kind_of(b"".join([block async for block in store.read(found.image, 0, 16)]))

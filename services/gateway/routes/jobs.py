@@ -15,6 +15,7 @@ from bus.messages import ImportModel, Job, JobState, NameJob
 from bus.subjects import JOB_CANCELS, JOB_RETRIES, MODEL_IMPORT
 from services.gateway.parts import PARTS
 from services.gateway.repository import one_of, page_in
+from services.gateway.stored import stored
 from services.gateway.translate import answer, asked, read
 
 IDEMPOTENCY_KEY: Final = "Idempotency-Key"
@@ -71,7 +72,7 @@ async def list_all(request: web.Request) -> web.Response:
     state = one_of(request.query.get("state"), "state", get_args(JobState))
     kind = one_of(request.query.get("kind"), "kind", tuple(JOB_CANCELS))
     page = page_in(request.query)
-    entries = await at.feeds.ask_store(at.client.store.jobs.all(), "jobs")
+    entries = await stored(at.client, at.client.store.jobs.all(), "jobs")
     jobs = [
         without_query(one.value)
         for one in entries
@@ -122,7 +123,7 @@ def idempotency_key(request: web.Request) -> str | None:
 async def _found(request: web.Request) -> Job:
     at = request.app[PARTS]
     ask = _named(request)
-    entry = await at.feeds.ask_store(at.client.store.jobs.get(ask.job), "jobs")
+    entry = await stored(at.client, at.client.store.jobs.get(ask.job), "jobs")
     if entry is None or entry.value is None:
         raise NotFound(
             f"there is no job {ask.job!r}: jobs are kept for a week; GET /api/jobs lists them"

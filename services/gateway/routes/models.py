@@ -35,6 +35,7 @@ from services.gateway.examples import Examples, Place, examples_of
 from services.gateway.models import wanted_version
 from services.gateway.parts import PARTS, Parts
 from services.gateway.repository import detail_of, list_query, served_of, summary_of, switch
+from services.gateway.stored import stored
 from services.gateway.translate import answer, asked, read
 
 CHANGE_S: Final = 30.0
@@ -126,7 +127,7 @@ async def content(request: web.Request) -> web.StreamResponse:
     """
     at = request.app[PARTS]
     spec, found = _version(request)
-    size = await at.feeds.ask_store(at.client.store.artefacts.size(found.checksum), "artefacts")
+    size = await stored(at.client, at.client.store.artefacts.size(found.checksum), "artefacts")
     if size is None:
         raise NotFound(f"the bytes of version {found.version!r} of {spec.id!r} are gone")
     name = f"{spec.id}-{found.version}{PurePosixPath(found.path).suffix.lower()}"
@@ -268,7 +269,7 @@ def _version(request: web.Request) -> tuple[ModelSpec, ModelVersion]:
 
 
 async def _report(at: Parts, found: ModelVersion) -> ModelReport | None:
-    entry = await at.feeds.ask_store(at.client.store.reports.get(found.checksum), "reports")
+    entry = await stored(at.client, at.client.store.reports.get(found.checksum), "reports")
     return entry.value if entry else None
 
 

@@ -14,6 +14,7 @@ from bus.logs import UNLISTED, tell_log_level
 from bus.messages import Level, Message, SetLogLevel, State, now
 from bus.subjects import BROKER_TELEMETRY, HOST_TELEMETRY, TELEMETRY, Feed
 from services.gateway.parts import PARTS
+from services.gateway.stored import stored
 from services.gateway.telemetry import Measured, downsampled, of_broker, of_host, of_plugin
 from services.gateway.translate import answer, read
 
@@ -52,7 +53,7 @@ async def logs(request: web.Request) -> web.Response:
     """
     at = request.app[PARTS]
     name = request.match_info.get("name")
-    page = await at.feeds.search(_log_query(request, name))
+    page = await stored(at.client, at.client.store.search_logs(_log_query(request, name)), "logs")
     if name is not None and not page.records and name not in UNLISTED:
         at.state_of(request)
     response = answer(page.records)
@@ -70,7 +71,7 @@ async def set_log_level(request: web.Request) -> web.Response:
     ask = await read(request, AskLogLevel)
     wish = SetLogLevel(level=ask.level, seconds=ask.seconds, by="admin")
     name = request.match_info["name"]
-    return answer(await at.feeds.ask_store(tell_log_level(at.client, name, wish), "instances"))
+    return answer(await stored(at.client, tell_log_level(at.client, name, wish), "instances"))
 
 
 async def telemetry_history(request: web.Request) -> web.Response:
@@ -98,9 +99,7 @@ async def host_history(request: web.Request) -> web.Response:
     at = request.app[PARTS]
     host = request.match_info["host"]
     _, told = await _history(request, HOST_TELEMETRY, of_host, {"host": host})
-    newest = await at.feeds.ask_store(
-        at.client.store.newest(HOST_TELEMETRY, host=host), "telemetry"
-    )
+    newest = await stored(at.client, at.client.store.newest(HOST_TELEMETRY, host=host), "telemetry")
     if newest is None:
         raise NotFound(f"no host {host[:100]!r} has sent telemetry yet")
     return answer({"host": host, "latest": newest, **told})
@@ -113,7 +112,7 @@ async def broker_history(request: web.Request) -> web.Response:
     """
     at = request.app[PARTS]
     _, told = await _history(request, BROKER_TELEMETRY, of_broker, {})
-    newest = await at.feeds.ask_store(at.client.store.newest(BROKER_TELEMETRY), "telemetry")
+    newest = await stored(at.client, at.client.store.newest(BROKER_TELEMETRY), "telemetry")
     if newest is None:
         raise NotFound("nobody has measured the broker yet")
     return answer({"latest": newest, **told})
@@ -141,7 +140,7 @@ async def events(request: web.Request) -> web.Response:
         since=_moment(request, "since"),
         oldest=after is not None,
     )
-    found = await at.feeds.ask_store(asked, "events")
+    found = await stored(at.client, asked, "events")
     response = answer(found)
     response.headers[NEXT_AFTER] = str(found[-1].seq if found else after or 0)
     return response
@@ -159,7 +158,7 @@ async def _history(
     if since >= until:
         raise InvalidRequest("since is not in the past", field="since")
     points = _whole(request, "points", least=1, most=POINTS_MAX) or POINTS_DEFAULT
-    found = await at.feeds.ask_store(at.client.store.history(feed, since, **tokens), "telemetry")
+    found = await stored(at.client, at.client.store.history(feed, since, **tokens), "telemetry")
     # Thousands of snapshots: the event loop has better things to do meanwhile.
     buckets = await asyncio.to_thread(lambda: downsampled(measured(found), since, until, points))
     return found, {

@@ -38,6 +38,7 @@ from services.gateway.parts import PARTS, Parts
 from services.gateway.repository import label_in, switch
 from services.gateway.routes.jobs import idempotency_key
 from services.gateway.routes.models import SEEN_S, load_now
+from services.gateway.stored import stored
 from services.gateway.translate import answer, asked, problem_of
 from services.gateway.upload_headers import COMPLETE, LENGTH, OFFSET, SHA256, Told, told_by
 from services.gateway.uploads import (
@@ -214,7 +215,7 @@ async def _check_room(at: Parts, told: Told) -> None:
         return
     room = at.client.store.artefacts.check_room(told.total_bytes - told.offset, told.sha256)
     try:
-        await at.feeds.ask_store(room, "artefacts")
+        await stored(at.client, room, "artefacts")
     except TooLarge as error:
         # Not for its sender to mend, who keeps to what the gateway allows.
         raise NoSpace(error.message, retry_after_s=NEVER) from None
