@@ -15,7 +15,7 @@ from services.cli import up
 from services.cli.faces_parser import faces_app
 from services.gateway.routes import capabilities
 from services.rustyface import calibration
-from services.supervisor import process, reconcile, service
+from services.supervisor import process, reconcile, replicas
 
 DOCS = Path(__file__).parents[1] / "docs"
 PROTOCOL = (DOCS / "worker-protocol.md").read_text()
@@ -55,7 +55,7 @@ def test_every_error_stands_in_the_workers_protocol_with_its_number():
         f"may be silent for {reconcile.STARTUP_GRACE_S:g} s",
         f"it has {reconcile.STARTUP_MAX_S:g} s to become",
         f"{reconcile.STOP_GRACE_S:g} s after SIGTERM",
-        f"already after {service.STOP_ALL_S:g} s",
+        f"already after {replicas.STOP_ALL_S:g} s",
         f"again after {reconcile.BACKOFF_FIRST_S:g} s, then 1 s, 2 s",
         f"up to {reconcile.BACKOFF_MAX_S:g} s; after {reconcile.HEALTHY_S:g} s of running well",
         f"more than {process.LINE_MAX_BYTES:,} bytes",

@@ -87,7 +87,7 @@ def supervise(client: Client, settings: Settings) -> Supervise:
                 )
                 yield supervisor
             finally:
-                children = [r.child.pid for r in supervisor._replicas.values() if r.child]
+                children = [r.child.pid for r in supervisor._replicas.here.values() if r.child]
                 running.cancel()
                 results = await asyncio.gather(running, return_exceptions=True)
                 assert isinstance(results[0], asyncio.CancelledError), results

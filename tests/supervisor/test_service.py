@@ -23,7 +23,7 @@ from bus.subjects import (
     STATUS,
 )
 from bus.testing import until
-from services.supervisor import health, reconcile, service
+from services.supervisor import chronicle, health, reconcile, replicas, service
 from services.supervisor.reconcile import Key, Start, Stop
 
 # Blocks its event loop for good, but only the first time.
@@ -149,7 +149,7 @@ async def test_a_restart_replaces_one_replica_at_a_time(
     ready: list[int] = []
     async with follow_plugins(client.store) as view, supervise(plugin(replicas=3)) as supervisor:
         await until(lambda: view.get("w") and view.get("w").replicas.ready == 3)
-        await until(lambda: all(r.mem_bytes for r in supervisor._replicas.values()))
+        await until(lambda: all(r.mem_bytes for r in supervisor._replicas.here.values()))
         pids = {i.pid for i in view.get("w").instances}
         watching = True
 
@@ -229,12 +229,12 @@ async def test_a_worker_that_ends_before_it_is_stopped_does_not_block_its_place(
 ):
     async with supervise(plugin()) as supervisor:
         await until(lambda: _is(client, "running"))
-        replica = supervisor._replicas[Key("w", 0)]
+        replica = supervisor._replicas.here[Key("w", 0)]
         replica.child.kill()
         await until(lambda: replica.child is None)
         # Decided while it still ran.
-        await supervisor._do(Stop(Key("w", 0)))
-        await supervisor._do(Start(Key("removed-meanwhile", 0), 1))
+        await supervisor._replicas.do(Stop(Key("w", 0)))
+        await supervisor._replicas.do(Start(Key("removed-meanwhile", 0), 1))
         await until(lambda: _is(client, "running"))
 
 
@@ -251,7 +251,7 @@ async def test_a_worker_that_ignores_being_asked_is_killed(client, supervise, pl
 async def test_stopping_the_supervisor_kills_what_does_not_stop_in_time(
     client, supervise, plugin, monkeypatch
 ):
-    monkeypatch.setattr(service, "STOP_ALL_S", 0.5)
+    monkeypatch.setattr(replicas, "STOP_ALL_S", 0.5)
     ignore = "import signal; asyncio.get_running_loop().remove_signal_handler(signal.SIGTERM)\n"
     ignore += "        signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
     ignore += "        await asyncio.Event().wait()"
@@ -357,7 +357,7 @@ async def test_a_worker_that_is_killed_has_that_in_its_own_log(client, supervise
 async def test_only_changes_are_published_and_not_what_is_written_again(
     client, supervise, plugin, monkeypatch
 ):
-    monkeypatch.setattr(service, "WRITE_AGAIN_S", 0.05)
+    monkeypatch.setattr(chronicle, "WRITE_AGAIN_S", 0.05)
     async with client.follow(STATUS, plugin="w", slot=0) as changes, supervise(plugin()):
         await until(lambda: _is(client, "running"))
         revisions = set()
@@ -400,7 +400,7 @@ async def test_the_workers_of_a_killed_supervisor_end_and_the_next_one_starts_th
 async def test_a_worker_that_hung_when_its_supervisor_was_killed_leaves_before_its_successor_comes(
     client, settings, plugin, supervise, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(service, "STOP_ALL_S", 0.5)
+    monkeypatch.setattr(replicas, "STOP_ALL_S", 0.5)
     config = plugin(then=HANG_ONCE)
     supervisor = await _supervisor_process(settings, tmp_path, config)
     await until(lambda: _is(client, "running"))
@@ -517,9 +517,9 @@ async def test_what_a_worker_printed_last_is_told_with_its_end(client, supervise
 
 
 async def test_its_ends_are_forgotten_after_it_ran_well(client, supervise, plugin, monkeypatch):
-    monkeypatch.setattr(service, "HEALTHY_S", 1.0)
+    monkeypatch.setattr(replicas, "HEALTHY_S", 1.0)
     monkeypatch.setattr(service, "MEASURE_S", 0.1)
-    monkeypatch.setattr(service, "WRITE_AGAIN_S", 0.2)
+    monkeypatch.setattr(chronicle, "WRITE_AGAIN_S", 0.2)
     async with follow_plugins(client.store) as view, supervise(plugin()):
         await until(lambda: _is(client, "running"))
         pid = view.get("w").pid
@@ -585,7 +585,7 @@ async def test_a_worker_that_passes_its_health_checks_stays(client, supervise, p
         supervise(plugin(healthcheck=check)) as supervisor,
     ):
         await until(lambda: _is(client, "running"))
-        [replica] = supervisor._replicas.values()
+        [replica] = supervisor._replicas.here.values()
         await until(replica.port.done)
         pid = view.get("w").pid
         await until(lambda: len(asked) >= 10, 30)
