@@ -7,41 +7,35 @@ supervisor with its workers), last what carries (the broker).
 
 import asyncio
 import contextlib
-import ctypes
-import fcntl
 import http.client
-import ipaddress
 import json
 import os
 import random
 import signal
 import socket
-import subprocess
 import sys
 import time
-from asyncio.subprocess import Process
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Final, Protocol, TypeVar
-
-import psutil
+from typing import Any, Final, Protocol, TypeVar
 
 from bus.broker import running_broker
 from bus.errors import BusError, Unavailable
 from bus.messages import now
-from bus.process import in_words
 from bus.tasks import beside
+from services.cli.children import Child, child, first_line
 from services.cli.console import Progress, out
-from services.cli.running import (
-    RunFile,
-    is_ours,
-    read_run_file,
-    remove_run_file,
-    version,
-    write_run_file,
+from services.cli.descendants import adopt_orphans, kill_all, memory, reap_orphans
+from services.cli.preflight import (
+    check_broker,
+    check_port,
+    check_reach,
+    only_one,
+    wait_for_last_run,
 )
+from services.cli.running import RunFile, remove_run_file, version, write_run_file
 
 READY_S: Final = 30.0
 # Together below the five seconds in which all of it has stopped.
@@ -51,10 +45,6 @@ BROKER_STOP_S: Final = 0.3
 # A part that ran this long was well; its next end counts as the first.
 WELL_S: Final = 60.0
 LONGEST_WAIT_S: Final = 10.0
-LOG_MAX_BYTES: Final = 1_000_000
-# What we started is waited for at once; a zombie that stays for this long is somebody else's.
-ORPHAN_S: Final = 0.3
-_PR_SET_CHILD_SUBREAPER: Final = 36
 
 T = TypeVar("T")
 
@@ -81,8 +71,10 @@ class Options:
 def run(options: Options) -> int:
     """Run the platform until SIGINT, SIGTERM or SIGHUP; return the exit status."""
     try:
-        with _only_one(options.data_dir):
-            _check(options)
+        with only_one(options.data_dir):
+            check_reach(options.host, no_auth=options.no_auth)
+            wait_for_last_run(options.data_dir)
+            check_port(options.host, options.port)
             return asyncio.run(_until_signal(options))
     except BusError as error:
         sys.stderr.write(f"bkg: {error.message}\n")
@@ -128,9 +120,9 @@ class _Platform:
         """
         began = time.monotonic()
         async with contextlib.AsyncExitStack() as stack:
-            await stack.enter_async_context(beside(_reap_orphans()))
+            await stack.enter_async_context(beside(reap_orphans()))
             if self._options.nats:
-                await _check_broker(self._options.nats)
+                await check_broker(self._options.nats)
                 self._progress.say("broker", "answers", "green")
             else:
                 await self._or_failure(await stack.enter_async_context(self._kept("broker")))
@@ -198,28 +190,26 @@ class _Platform:
 
     @asynccontextmanager
     async def _supervisor(self) -> AsyncIterator[_Part]:
-        async with self._child("supervisor", SUPERVISOR_STOP_S) as child:
-            yield child
+        async with self._service("supervisor", SUPERVISOR_STOP_S) as supervisor:
+            yield supervisor
 
     @asynccontextmanager
     async def _gateway(self) -> AsyncIterator[_Part]:
         reads, writes = os.pipe()
         with os.fdopen(reads, "rb", 0) as told, os.fdopen(writes, "wb", 0) as tell:
-            async with self._child("gateway", GATEWAY_STOP_S, ready_fd=writes) as child:
+            async with self._service("gateway", GATEWAY_STOP_S, ready_fd=writes) as gateway:
                 # The child has its own end; ours must not keep the pipe open when it dies.
                 tell.close()
-                line = await _first_line(told)
+                line = await first_line(told)
                 if not line:
-                    raise Unavailable(await child.ended())
+                    raise Unavailable(await gateway.ended())
                 self._port, self._listens = int(line), True
-                yield child
+                yield gateway
 
-    @asynccontextmanager
-    async def _child(
+    def _service(
         self, name: str, stop_s: float, ready_fd: int | None = None
-    ) -> AsyncIterator["_Child"]:
-        """Run a service while inside."""
-        env = os.environ | {
+    ) -> AbstractAsyncContextManager[Child]:
+        env = {
             "BKG_NATS_URL": self._nats_url,
             "BKG_DATA_DIR": str(self._options.data_dir),
             "BKG_HOST": self._options.host,
@@ -227,25 +217,8 @@ class _Platform:
             "BKG_NO_AUTH": "1" if self._options.no_auth else "",
             "BKG_PARENT_PID": str(os.getpid()),
         }
-        if ready_fd is not None:
-            env["BKG_READY_FD"] = str(ready_fd)
         log = self._options.data_dir / "log" / f"{name}.log"
-        log_start = _prepare(log)
-        with log.open("ab") as output:
-            # -P: a folder `services` or `bus` where the user stands must not be taken for ours.
-            process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-P", "-m", f"services.{name}"),
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                env=env,
-                start_new_session=True,
-                pass_fds=() if ready_fd is None else (ready_fd,),
-            )
-        try:
-            yield _Child(name, process, log, log_start)
-        finally:
-            await _stop(process, stop_s)
+        return child(name, env, log, stop_s, ready_fd)
 
     async def _or_failure(self, wanted: "asyncio.Future[T]") -> T:
         """Wait for something, or for the first part that ended before all was up."""
@@ -293,7 +266,7 @@ class _Platform:
         if not self._options.no_auth:
             with contextlib.suppress(OSError):
                 link += f"?key={key_file.read_text().strip()}"
-        mem_bytes, processes = _memory()
+        mem_bytes, processes = memory()
         out.print(f"\nbkg {version()} is up, after {took_s:.1f} s\n")
         if missing:
             out.print(f"  not ready    {missing}", style="yellow")
@@ -305,28 +278,6 @@ class _Platform:
         out.print("  stop         with Ctrl-C\n")
 
 
-@dataclass(frozen=True)
-class _Child:
-    """A service's process."""
-
-    name: str
-    process: Process
-    log: Path
-    log_start: int
-
-    @property
-    def pid(self) -> int:
-        return self.process.pid
-
-    async def ended(self) -> str:
-        """Wait until it has ended; return how, with the last line that it left behind."""
-        how = f"the {self.name} {in_words(await self.process.wait())}"
-        with self.log.open("rb") as file:
-            file.seek(self.log_start)
-            lines = [line for line in file.read().decode(errors="replace").splitlines() if line]
-        return f"{how}: {lines[-1].strip()}" if lines else how
-
-
 def _say(text: str) -> None:
     """Print a line; a terminal that has gone is no reason to stop out of order."""
     with contextlib.suppress(OSError, SystemExit):
@@ -334,9 +285,8 @@ def _say(text: str) -> None:
 
 
 async def _until_signal(options: Options) -> int:
-    if sys.platform == "linux":
-        # Workers whose supervisor was killed become our children: none gets out of sight.
-        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    # Workers whose supervisor was killed.
+    adopt_orphans()
     stopping = False
     with Progress() as progress:
         working = asyncio.create_task(_Platform(options, progress).run())
@@ -344,7 +294,7 @@ async def _until_signal(options: Options) -> int:
         def stop(number: int) -> None:
             nonlocal stopping
             if stopping and number == signal.SIGINT:
-                _kill_all()
+                kill_all()
                 remove_run_file(options.data_dir)
                 os._exit(130)
             if not stopping:
@@ -364,81 +314,10 @@ async def _until_signal(options: Options) -> int:
             if not stopping:
                 raise
         finally:
-            _kill_all()
+            kill_all()
             remove_run_file(options.data_dir)
     _say("stopped")
     return 0
-
-
-@contextmanager
-def _only_one(data_dir: Path) -> Iterator[None]:
-    """Hold the data directory's lock while inside.
-
-    Raises:
-        Unavailable: It cannot be written, or another one runs on it.
-    """
-    try:
-        data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-        lock = (data_dir / "run.lock").open("a")
-    except OSError as error:
-        raise Unavailable(
-            f"the data directory {data_dir} cannot be written: {error.strerror}"
-        ) from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            run = read_run_file(data_dir)
-            who = f", process {run.pid} at {run.url}" if run else ", and is just starting"
-            raise Unavailable(f"bkg already runs with the data directory {data_dir}{who}") from None
-        yield
-
-
-def _check(options: Options) -> None:
-    """Refuse what cannot work, before anything is started.
-
-    Raises:
-        Unavailable: Says what.
-    """
-    if options.no_auth and not _is_loopback(options.host):
-        raise Unavailable(
-            f"--no-auth is for this host only: {options.host} can be reached from others; "
-            "leave it out, or listen on 127.0.0.1"
-        )
-    if stale := read_run_file(options.data_dir):
-        # It was killed. Its parts notice within moments; until then they hold their ports.
-        left = [psutil.Process(pid) for pid in stale.pids.values() if is_ours(pid)]
-        psutil.wait_procs(left, timeout=5)
-        remove_run_file(options.data_dir)
-    try:
-        found = socket.getaddrinfo(
-            options.host, options.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )
-        for family, kind, protocol, _, address in found:
-            with socket.socket(family, kind, protocol) as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                probe.bind(address)
-    except OSError as error:
-        raise Unavailable(
-            f"the gateway cannot listen on {options.host} port {options.port}: "
-            f"{error.strerror}; choose another one with --host and --port"
-        ) from None
-
-
-async def _check_broker(url: str) -> None:
-    # Only here: the client library costs start-up time and memory that we have no use for.
-    from bus.client import connect  # noqa: PLC0415
-
-    async with connect(url, name="bkg-up"):
-        pass
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    with contextlib.suppress(ValueError):
-        return ipaddress.ip_address(host).is_loopback
-    return False
 
 
 def _reachable(host: str) -> str:
@@ -462,91 +341,3 @@ def _missing(host: str, port: int) -> str | None:
     with contextlib.suppress(ValueError, TypeError, LookupError):
         return "; ".join(json.loads(body)["reasons"])
     return f"the gateway answers {answer.status} to /readyz"
-
-
-async def _first_line(file: IO[bytes]) -> bytes:
-    """Read a line from a pipe; empty when the other end closed without one."""
-    loop = asyncio.get_running_loop()
-    reader = asyncio.StreamReader()
-    transport, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), file)
-    try:
-        return await reader.readline()
-    finally:
-        transport.close()
-
-
-def _prepare(log: Path) -> int:
-    """Make room for a part's output; return where it begins in the file."""
-    log.parent.mkdir(mode=0o700, exist_ok=True)
-    log.touch(mode=0o600)
-    if log.stat().st_size > LOG_MAX_BYTES:
-        log.replace(log.with_suffix(".log.1"))
-        log.touch(mode=0o600)
-    return log.stat().st_size
-
-
-async def _stop(process: Process, stop_s: float) -> None:
-    if process.returncode is None:
-        with contextlib.suppress(ProcessLookupError):
-            process.terminate()
-        try:
-            async with asyncio.timeout(stop_s):
-                await process.wait()
-        except TimeoutError:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
-            await process.wait()
-
-
-async def _reap_orphans() -> None:
-    """Wait for the ends of workers that became our children, for ever.
-
-    Unwaited for, they stay as zombies, and a new supervisor takes them for workers that hang.
-    """
-    died = asyncio.Event()
-    asyncio.get_running_loop().add_signal_handler(signal.SIGCHLD, died.set)
-    seen: set[int] = set()
-    while True:
-        if not seen:
-            await died.wait()
-        died.clear()
-        await asyncio.sleep(ORPHAN_S)
-        seen = _reap(seen)
-
-
-def _reap(seen: set[int]) -> set[int]:
-    """Wait for those zombies that were seen before, and return the others."""
-    dead = set()
-    for child in psutil.Process().children():
-        with contextlib.suppress(psutil.Error, ChildProcessError):
-            if child.status() != psutil.STATUS_ZOMBIE:
-                continue
-            if child.pid in seen:
-                os.waitpid(child.pid, os.WNOHANG)
-            else:
-                dead.add(child.pid)
-    return dead
-
-
-def _kill_all() -> None:
-    """Kill whatever is still there of what this process and its children started."""
-    left = psutil.Process().children(recursive=True)
-    for process in left:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-    psutil.wait_procs(left, timeout=1)
-
-
-def _memory() -> tuple[int, int]:
-    """Return the memory of the whole platform, and in how many processes.
-
-    Shared pages count once where the kernel tells (PSS), else in each process (RSS).
-    """
-    used = count = 0
-    own = psutil.Process()
-    for process in [own, *own.children(recursive=True)]:
-        with contextlib.suppress(psutil.Error):
-            told = process.memory_full_info()
-            used += getattr(told, "pss", told.rss)
-            count += 1
-    return used, count
