@@ -1,29 +1,30 @@
 """This process as others see it: it registers, beats, serves, drains and leaves.
 
-What it is asked is worked on in `bus.serving`, how it is stands in `bus.vitals`, and how others
-find it in `bus.discovery`.
+What it is asked is worked on in `bus.serving`, how it is stands in `bus.vitals`, what it says of
+itself is written down in `bus.registration`, its configuration changes in `bus.live_config`, and
+how others find it stands in `bus.discovery`.
 """
 
 import asyncio
-import contextlib
 import os
 import secrets
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, Final, TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 import structlog
 
 from bus import codec, logs
 from bus import messages as m
-from bus.assets import OBSERVED_TTL_S
 from bus.client import INSTANCE, SLOT, Answer, Client
 from bus.discovery import Identity, discoverable
-from bus.errors import BusError, Conflict, DeadlineExceeded, NobodyListens, Unavailable
+from bus.errors import DeadlineExceeded, NobodyListens
+from bus.live_config import LiveConfig
 from bus.probes import Facts, Probes, Route
 from bus.process import settle
+from bus.registration import FIRST_FREE_SLOT, Registered, claim_free_slot
 from bus.serving import DRAIN_S, MAX_IN_FLIGHT, Call, Served, Serving, in_task
 from bus.settings import Settings
 from bus.subjects import (
@@ -40,10 +41,6 @@ __all__ = [
     "DRAIN_S", "FIRST_FREE_SLOT", "MAX_IN_FLIGHT", "Call", "Instance", "RawCall", "bkg_version",
     "join",
 ]  # fmt: skip
-
-REGISTER_AGAIN_S: Final = OBSERVED_TTL_S / 3
-FIRST_FREE_SLOT: Final = 100
-LAST_FREE_SLOT: Final = 999
 
 log = structlog.get_logger("bus.instance")
 
@@ -82,8 +79,6 @@ class Instance:
         plugin: What it is an instance of.
         slot: The place that it fills.
         host: Where it runs.
-        config: The plugin's configuration as this process has it: as it was when it joined, and
-            what it has taken live since.
         counts: `models_loaded`, `datasets` or `entries`, for telemetry.
         gauges: Further numbers for telemetry.
         series: Give further metrics for Prometheus, whenever somebody asks.
@@ -103,12 +98,10 @@ class Instance:
         self.plugin = registration.plugin
         self.slot = registration.slot
         self.host = registration.host
-        self.config = config
         self._client = client
-        self._registration = registration
         self._listed = listed
-        self._revision = 0
-        self._registering = asyncio.Lock()
+        self._registered = Registered(client, registration, listed=listed)
+        self._live = LiveConfig(client, self._registered, config)
         who = {INSTANCE: self.id}
         if listed:
             who[SLOT] = f"{self.plugin}.{self.slot}"
@@ -133,10 +126,13 @@ class Instance:
             description=description,
             metadata={"host": self.host, "slot": str(self.slot), "pid": str(os.getpid())},
         )
-        self._waiting_config: tuple[m.DesiredState, int] | None = None
-        self._takers: list[tuple[frozenset[str], Callable[[], None]]] = []
         if telemetry_s is None:
             self.on_config(["telemetry_interval"], self._take_telemetry_interval)
+
+    @property
+    def config(self) -> m.PluginConfig | None:
+        """The plugin's configuration as this process has it: what it has taken live included."""
+        return self._live.present
 
     @property
     def in_flight(self) -> int:
@@ -160,15 +156,12 @@ class Instance:
                 values then. If it raises a `BusError`, nothing is taken. It is called at once when
                 such a change came between joining and now.
         """
-        self._takers.append((frozenset(names), callback))
-        live = sorted({*self._registration.live_settings, *names})
-        self._registration = msgspec.structs.replace(self._registration, live_settings=live)
-        if self._waiting_config:
-            self._take(*self._waiting_config)
+        self._live.on_change(names, callback)
 
     async def ready(self) -> None:
         """Tell everybody that this instance can do its work."""
-        await self._become("running")
+        self._registered.say(status="running", since=m.now())
+        await self._registered.write()
         settle()
         port = self._registration.port
         log.info("instance.ready", slot=self.slot, pid=os.getpid(), port=port)
@@ -317,103 +310,46 @@ class Instance:
             async for cancel in cancels:
                 self._asked.cancel(cancel.payload.inbox)
 
-    async def _follow_config(self) -> None:
-        """Take what can be taken live of every change of the plugin's configuration."""
-        async for changes in self._client.store.desired.follow(self.plugin):
-            for entry in changes.entries:
-                if entry.value is None or entry.revision <= self._registration.config_revision:
-                    continue
-                if self._take(entry.value, entry.revision):
-                    with contextlib.suppress(Unavailable):
-                        await self._register()
-
-    def _take(self, desired: m.DesiredState, revision: int) -> bool:
-        """Take a configuration, all of it or nothing; tell whether it was taken."""
-        if 0 < self._registration.generation < desired.generation:
-            # This process is about to be replaced.
-            return False
-        self._waiting_config = None
-        before, after = self.config, desired.config
-        old = before.settings if before else {}
-        # As they travel: in Python true is 1, and 1 is 1.0.
-        changed = {
-            name
-            for name in {*old, *after.settings}
-            if (name in old) != (name in after.settings)
-            or codec.encode(old.get(name)) != codec.encode(after.settings.get(name))
-        }
-        if before and any(getattr(before, name) != getattr(after, name) for name in _AT_START):
-            changed.add("entrypoint")
-        if waits := sorted(changed.difference(self._registration.live_settings)):
-            log.warning("config.needs_restart", revision=revision, settings=waits)
-            self._waiting_config = desired, revision
-            return False
-        self.config = after
-        try:
-            for names, callback in self._takers:
-                if names & changed:
-                    callback()
-        except BusError as error:
-            self.config = before
-            log.error("config.refused", revision=revision, cause=error.message)
-            return False
-        self._registration = msgspec.structs.replace(self._registration, config_revision=revision)
-        if changed:
-            log.info("config.taken", revision=revision, settings=sorted(changed))
-        return True
+    @property
+    def _registration(self) -> m.Registration:
+        return self._registered.told
 
     def _take_telemetry_interval(self) -> None:
         self._vitals.report_every(_telemetry_interval(self.config))
 
-    async def _become(self, status: m.Status) -> None:
-        self._registration = msgspec.structs.replace(
-            self._registration, status=status, since=m.now()
+    @asynccontextmanager
+    async def _present(self, settings: Settings) -> AsyncGenerator[None]:
+        """Be seen and heard by others while inside; for `join`."""
+        about = m.LogEvent(
+            plugin=self.plugin,
+            level="info",
+            message="",
+            timestamp=m.now(),
+            slot=self.slot,
+            instance=self.id,
+            host=self.host,
         )
-        await self._register()
-
-    async def _register(self) -> None:
-        """Write the registration, unless another instance has taken the slot.
-
-        Raises:
-            Conflict: It has.
-        """
-        if not self._listed:
-            return
-        async with self._registering:
-            self._registration = msgspec.structs.replace(self._registration, last_heartbeat=m.now())
-            bucket, names = self._client.store.instances, (self.plugin, self.slot)
+        async with (
+            logs.shipping(self._client, about, settings.log_level),
+            discoverable(self._identity, self._asked),
+            self._addressed(),
+            self._probed(settings.probe_port),
+        ):
+            await self._registered.write()
             try:
-                self._revision = await bucket.update(self._registration, self._revision, *names)
-            except Conflict:
-                entry = await bucket.get(*names)
-                if entry and entry.value and entry.value.id != self.id and self._revision:
-                    raise Conflict(
-                        f"slot {self.slot} of {self.plugin} was taken by process "
-                        f"{entry.value.pid} on {entry.value.host}"
-                    ) from None
-                # A predecessor's key, or ours that expired while the broker was away.
-                self._revision = await bucket.put(self._registration, *names)
-
-    async def _unregister(self) -> None:
-        if not self._listed:
-            return
-
-        async def leave() -> None:
-            async with self._registering:
-                await self._client.store.instances.delete(
-                    self.plugin, self.slot, revision=self._revision
-                )
-
-        # A successor may have the slot already; a broker that is away lets the key expire.
-        await self._client.while_connected(leave(), 2)
-
-    async def _keep_registered(self) -> None:
-        while True:
-            await asyncio.sleep(REGISTER_AGAIN_S)
-            try:
-                await self._register()
-            except Unavailable as error:
-                log.warning("instance.not_registered", cause=error.message)
+                async with beside(
+                    self._registered.keep(),
+                    self._vitals.beat(),
+                    self._vitals.report(),
+                    self._follow_cancels(),
+                    *([self._live.follow()] if self._listed else []),
+                ):
+                    yield
+            except Exception as error:
+                log.exception("instance.failed", cause=str(error))
+                raise
+            finally:
+                await self._registered.withdraw()
 
     @asynccontextmanager
     async def _probed(self, wanted: int) -> AsyncGenerator[None]:
@@ -422,7 +358,7 @@ class Instance:
             yield
             return
         async with self._probes.listening(wanted) as port:
-            self._registration = msgspec.structs.replace(self._registration, port=port)
+            self._registered.say(port=port)
             yield
 
 
@@ -477,7 +413,7 @@ async def join(
         config_revision=wanted.revision if wanted else 0,
     )
     if listed and settings.slot is None:
-        registration = await _claim_free_slot(client, registration)
+        registration = await claim_free_slot(client, registration)
     instance = Instance(
         client,
         registration,
@@ -486,50 +422,8 @@ async def join(
         listed=listed,
         telemetry_s=telemetry_s,
     )
-    about = m.LogEvent(
-        plugin=plugin,
-        level="info",
-        message="",
-        timestamp=moment,
-        slot=instance.slot,
-        instance=instance.id,
-        host=instance.host,
-    )
-    async with (
-        logs.shipping(client, about, settings.log_level),
-        discoverable(instance._identity, instance._asked),  # noqa: SLF001
-        instance._addressed(),  # noqa: SLF001
-        instance._probed(settings.probe_port),  # noqa: SLF001
-    ):
-        await instance._register()  # noqa: SLF001
-        try:
-            async with beside(
-                instance._keep_registered(),  # noqa: SLF001
-                instance._vitals.beat(),  # noqa: SLF001
-                instance._vitals.report(),  # noqa: SLF001
-                instance._follow_cancels(),  # noqa: SLF001
-                *([instance._follow_config()] if listed else []),  # noqa: SLF001
-            ):
-                yield instance
-        except Exception as error:
-            log.exception("instance.failed", cause=str(error))
-            raise
-        finally:
-            await instance._unregister()  # noqa: SLF001
-
-
-async def _claim_free_slot(client: Client, registration: m.Registration) -> m.Registration:
-    """Register in the lowest slot that no desired state asks for and nobody has."""
-    for slot in range(FIRST_FREE_SLOT, LAST_FREE_SLOT + 1):
-        claimed = msgspec.structs.replace(registration, slot=slot)
-        with contextlib.suppress(Conflict):
-            await client.store.instances.create(claimed, registration.plugin, slot)
-            return claimed
-    raise Conflict(f"all slots of {registration.plugin} up to {LAST_FREE_SLOT} are taken")
-
-
-# What a process is started with.
-_AT_START: Final = ("entrypoint", "args", "env")
+    async with instance._present(settings):  # noqa: SLF001 - it is made here alone
+        yield instance
 
 
 def _telemetry_interval(config: m.PluginConfig | None) -> float:

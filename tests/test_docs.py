@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from bus import codec, instance
+from bus import codec, registration
 from bus import messages as m
 from bus.assets import OBSERVED_TTL_S
 from bus.errors import _KINDS as KINDS
@@ -49,8 +49,8 @@ def test_every_error_stands_in_the_workers_protocol_with_its_number():
     "says",
     [
         f"expire {OBSERVED_TTL_S} s after",
-        f"and every {instance.REGISTER_AGAIN_S:g} s",
-        f"from `{instance.FIRST_FREE_SLOT}` to `{instance.LAST_FREE_SLOT}`",
+        f"and every {registration.REGISTER_AGAIN_S:g} s",
+        f"from `{registration.FIRST_FREE_SLOT}` to `{registration.LAST_FREE_SLOT}`",
         f"silent for {reconcile.SILENCE_S:g} s is killed",
         f"may be silent for {reconcile.STARTUP_GRACE_S:g} s",
         f"it has {reconcile.STARTUP_MAX_S:g} s to become",
@@ -73,7 +73,7 @@ def test_the_figures_of_the_workers_protocol_are_those_of_the_code(says):
         f"forgotten after {reconcile.HEALTHY_S:g} s",
         f"at most {up.LONGEST_WAIT_S:g} s, less up to a fifth by chance | after {up.WELL_S:g} s",
         f"silent for {reconcile.SILENCE_S:g} s",
-        f"{instance.MAX_IN_FLIGHT:,} requests at a time",
+        f"{registration.MAX_IN_FLIGHT:,} requests at a time",
         f"waits for {capabilities.RELAYING_MAX} answers",
         f"killed {reconcile.STOP_GRACE_S:g} s after it was asked",
         f"killed after {reconcile.STARTUP_GRACE_S:g} s without",

@@ -7,7 +7,7 @@ import json
 import msgspec
 import pytest
 
-from bus import codec, instance, serving
+from bus import codec, registration, serving
 from bus import messages as m
 from bus.client import connect
 from bus.errors import Conflict, InvalidRequest, Overloaded
@@ -203,7 +203,7 @@ async def test_a_worker_started_by_hand_takes_the_lowest_free_slot(client, setti
 
 
 async def test_an_instance_whose_slot_was_taken_ends(client, settings, monkeypatch, connected):
-    monkeypatch.setattr(instance, "REGISTER_AGAIN_S", 0.1)
+    monkeypatch.setattr(registration, "REGISTER_AGAIN_S", 0.1)
     second = await connected()
     heir = join(second, settings, plugin="candle", description="a test")
 

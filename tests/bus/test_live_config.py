@@ -115,7 +115,7 @@ async def test_a_change_between_joining_and_listening_is_not_missed(client, sett
     await want(threshold=0.1)
     async with joined(client, settings) as instance:
         revision = await want(threshold=0.2)
-        await until(lambda: instance._waiting_config)
+        await until(lambda: instance._live._waiting)
         seen = taking(instance, "threshold")
         assert [one.threshold for one in seen] == [0.2]
         await instance.ready()
