@@ -30,6 +30,8 @@ from bus.subjects import (
 )
 from bus.tasks import beside
 from services.supervisor import config as rules
+from services.supervisor.missing import until_scaled, until_started, until_stopped, until_taken
+from services.supervisor.schemas import keep_schemas
 
 # How long the view may be behind what was just written, for who does not wait for more.
 SEEN_S = 2.0
@@ -47,7 +49,7 @@ async def answering(client: Client, instance: Instance, view: PluginsView) -> As
     commands = _Commands(client, view)
     serving = instance.serving
     async with (
-        beside(_keep_schemas(client)),
+        beside(keep_schemas(client)),
         serving(PLUGINS_LIST, commands.list),
         serving(PLUGINS_GET, commands.get),
         serving(PLUGINS_START, commands.start),
@@ -82,7 +84,7 @@ class _Commands:
                 raise Conflict(f"{request.name} is started already")
             return _next(now, request.by, enabled=True, generation=now.generation + 1)
 
-        return await self._change(request, enable, _started, verb="start-requested")
+        return await self._change(request, enable, until_started, verb="start-requested")
 
     async def stop(self, request: m.NamePlugin) -> m.PluginState:
         def disable(now: m.DesiredState) -> m.DesiredState:
@@ -90,13 +92,13 @@ class _Commands:
                 return now
             return _next(now, request.by, enabled=False, generation=now.generation + 1)
 
-        return await self._change(request, disable, _stopped, verb="stop-requested")
+        return await self._change(request, disable, until_stopped, verb="stop-requested")
 
     async def restart(self, request: m.NamePlugin) -> m.PluginState:
         def renew(now: m.DesiredState) -> m.DesiredState:
             return _next(now, request.by, enabled=True, generation=now.generation + 1)
 
-        return await self._change(request, renew, _started, verb="restart-requested")
+        return await self._change(request, renew, until_started, verb="restart-requested")
 
     async def scale(self, request: m.ScalePlugin) -> m.PluginState:
         def resize(now: m.DesiredState) -> m.DesiredState:
@@ -106,7 +108,7 @@ class _Commands:
             return _next(now, request.by, config=config)
 
         return await self._change(
-            request, resize, _all_there, verb="scaled", expected=request.revision
+            request, resize, until_scaled, verb="scaled", expected=request.revision
         )
 
     async def configure(self, request: m.ConfigurePlugin) -> m.PluginState:
@@ -188,7 +190,7 @@ class _Commands:
             )
 
         return await self._change(
-            request, replace, _all_taken, verb=verb, cause=cause, expected=expected
+            request, replace, until_taken, verb=verb, cause=cause, expected=expected
         )
 
     async def _change(
@@ -319,52 +321,6 @@ class _Commands:
         return state
 
 
-async def _keep_schemas(client: Client) -> None:
-    """Write the schema that each plugin's newest instances tell where it outlives them."""
-    told: dict[str, dict[str, m.Registration]] = {}
-    kept: dict[str, dict[str, Any]] = {}
-    async for changes in client.store.instances.follow():
-        for entry in changes.entries:
-            plugin, slot = entry.names
-            there = told.setdefault(plugin, {})
-            if entry.value is None:
-                there.pop(slot, None)
-            else:
-                there[slot] = entry.value
-        if not changes.caught_up:
-            continue
-        for plugin in {entry.names[0] for entry in changes.entries}:
-            # One rule for all supervisors, so that two versions side by side do not alternate.
-            newest = max(
-                told[plugin].values(), key=lambda r: (r.generation, r.version, r.id), default=None
-            )
-            # Registrations are written again every ten seconds: most say nothing new.
-            if newest and newest.config_schema and newest.config_schema != kept.get(plugin):
-                try:
-                    await _keep_schema(client, newest, newest.config_schema)
-                    kept[plugin] = newest.config_schema
-                except BusError as error:
-                    # The next registration, in ten seconds, is another chance.
-                    log.warning("schema.not_kept", plugin=plugin, cause=error.message)
-
-
-async def _keep_schema(
-    client: Client, registration: m.Registration, schema: dict[str, Any]
-) -> None:
-    plugin = registration.plugin
-    kept = await client.store.schemas.get(plugin)
-    if kept and kept.value and kept.value.config_schema == schema:
-        return
-    value = m.PluginSchema(config_schema=schema, version=registration.version, changed_at=m.now())
-    # Another supervisor came first, with the same.
-    with contextlib.suppress(Conflict):
-        if kept:
-            await client.store.schemas.update(value, kept.revision, plugin)
-        else:
-            await client.store.schemas.create(value, plugin)
-        log.info("schema.kept", plugin=plugin, version=registration.version)
-
-
 def _value(entry: Written) -> m.DesiredState:
     assert entry.value is not None  # noqa: S101 - an entry that is there has a value
     return entry.value
@@ -426,80 +382,3 @@ def _check_revision(name: str, present: int, expected: int | None) -> None:
             f"{name} is at revision {present}, not {expected}; read it and try again",
             revision=present,
         )
-
-
-def _check_not_overtaken(state: m.PluginState, desired: m.DesiredState) -> None:
-    """Raise Conflict when a later command wants a plugin to stop that was started, or to run."""
-    if desired.enabled and state.config and state.config.replicas and not state.replicas.desired:
-        raise Conflict(f"{state.name} was stopped meanwhile by another command")
-    if not desired.enabled and state.replicas.desired:
-        raise Conflict(f"{state.name} was started meanwhile by another command")
-
-
-def _started(state: m.PluginState, desired: m.DesiredState, revision: int) -> str | None:
-    if state.generation > desired.generation:
-        _check_not_overtaken(state, desired)
-    return _all_ready(state, desired, revision)
-
-
-def _stopped(state: m.PluginState, desired: m.DesiredState, _revision: int) -> str | None:
-    if state.generation > desired.generation:
-        _check_not_overtaken(state, desired)
-    return _all_gone(state)
-
-
-def _all_ready(state: m.PluginState, desired: m.DesiredState, _revision: int) -> str | None:
-    """Return what is missing until every replica runs a generation; None when nothing is."""
-    places = {place.slot: place for place in state.instances if place.slot < FIRST_FREE_SLOT}
-    missing, old = [], []
-    for slot in range(state.replicas.desired):
-        there = places.get(slot)
-        if there is None:
-            missing.append(f"replica {slot} is not there yet")
-        elif there.status != "running":
-            said = f" ({there.error})" if there.error else ""
-            missing.append(f"replica {slot} is {there.status}{said}")
-        elif (there.generation or 0) < desired.generation:
-            old.append(f"replica {slot} runs generation {there.generation} still")
-    failed = next(
-        (p for p in places.values() if p.error and (p.generation or 0) >= desired.generation), None
-    )
-    if failed and old:
-        missing.insert(
-            0,
-            f"the roll-out halts, because a replica of generation {failed.generation} does not "
-            f"come up ({failed.error})",
-        )
-    return "; ".join(missing + old) or None
-
-
-def _all_there(state: m.PluginState, desired: m.DesiredState, revision: int) -> str | None:
-    """Return what is missing until there are as many replicas as wanted, and not more."""
-    missing = [_all_ready(state, desired, revision)]
-    missing += [
-        f"replica {place.slot} is {place.status} still"
-        for place in state.instances
-        if state.replicas.desired <= place.slot < FIRST_FREE_SLOT
-    ]
-    return "; ".join(filter(None, missing)) or None
-
-
-def _all_taken(state: m.PluginState, desired: m.DesiredState, revision: int) -> str | None:
-    """Return what is missing until every replica has a configuration, of those that tell."""
-    missing = [_all_there(state, desired, revision)]
-    missing += [
-        f"replica {place.slot} has the configuration of revision {place.config_revision} still"
-        for place in state.instances
-        if place.slot < state.replicas.desired and 0 < (place.config_revision or 0) < revision
-    ]
-    return "; ".join(filter(None, missing)) or None
-
-
-def _all_gone(state: m.PluginState) -> str | None:
-    """Return what is missing until no replica is left; those started by hand do not count."""
-    left = [
-        f"replica {place.slot} is {place.status}"
-        for place in state.instances
-        if place.slot < FIRST_FREE_SLOT
-    ]
-    return "; ".join(left) or None
