@@ -42,8 +42,9 @@ from services.gateway.routes import (
     shipped,
     uploads,
 )
-from services.gateway.translate import dress, translated
+from services.gateway.translate import translated
 from services.gateway.uploads import Uploads
+from services.gateway.written import dress
 
 STOP_PATIENCE_S: Final = 5.0
 OPEN, READ, PRIVATE, ADMIN = Access.OPEN, Access.READ, Access.PRIVATE, Access.ADMIN

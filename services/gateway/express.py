@@ -29,12 +29,11 @@ from services.gateway.translate import (
     OUTCOME,
     TIMEOUT_DEFAULT_S,
     TRACED,
-    WHOLE_MAX_BYTES,
     is_request_id,
     is_traceparent,
     unreadable,
-    whole,
 )
+from services.gateway.written import WHOLE_MAX_BYTES, whole
 
 # Larger bodies are gathered by aiohttp, which tells their client to wait when it has to.
 GATHERED_MAX_BYTES: Final = 64 * 1024

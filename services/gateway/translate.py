@@ -8,25 +8,22 @@ import asyncio
 import math
 import random
 import re
-import time
 from collections.abc import Mapping
-from email.utils import formatdate
-from functools import lru_cache
 from http import HTTPStatus
 from typing import Any, Final, TypeVar
 
 import msgspec
 import structlog
-from aiohttp import HttpVersion11, hdrs, web
+from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler
 
 from bus import codec
 from bus.client import Answer, new_traceparent, trace
 from bus.errors import NEVER, BusError, DeadlineExceeded, InvalidRequest, TooLarge
 from bus.instance import Instance
+from services.gateway.written import ID_GIVEN, REQUEST_ID, protect
 
 PROBLEM: Final = "application/problem+json"
-REQUEST_ID: Final = "X-Request-Id"
 TRACEPARENT: Final = "traceparent"
 TIMEOUT: Final = "X-Timeout-Seconds"
 TIMEOUT_DEFAULT_S: Final = 30.0
@@ -36,17 +33,19 @@ RESPOND_ASYNC: Final = "respond-async"
 # Bodies that are no capability's payload: a configuration, a key.
 BODY_MAX_BYTES: Final = 1024 * 1024
 BODY_PATIENCE_S: Final = 60.0
-# A relayed answer beyond this waits for the client to take it, as aiohttp's responses do.
-WHOLE_MAX_BYTES: Final = 64 * 1024
 
 # What became of a request that was asked before aiohttp got to see it (`services.gateway.express`):
 # an `Answer` or a `BusError`; and the trace it was asked with.
 OUTCOME: Final = web.RequestKey("outcome", object)
 TRACED: Final = web.RequestKey("traced", str)
-_ID_GIVEN: Final = web.RequestKey("id", str)
 
 log = structlog.get_logger("services.gateway")
 
+_PRINTABLE = re.compile(r"[\x21-\x7e][\x20-\x7e]{0,199}")
+_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+# W3C Trace Context, version 00.
+_TRACEPARENT = re.compile(r"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
+_TRACEBACK = "Traceback (most recent call last)"
 # What encoding raises for values that an encoding has no form for.
 _NOT_CARRIED: Final = (OverflowError, TypeError, ValueError, RecursionError)
 
@@ -184,7 +183,7 @@ def headers_for_bus(request: web.Request) -> dict[str, str]:
     """Return what of the request's headers travels on with its body."""
     return {
         codec.CONTENT_TYPE: _content_type(request),
-        REQUEST_ID: request[_ID_GIVEN],
+        REQUEST_ID: request[ID_GIVEN],
         TRACEPARENT: trace.get() or new_traceparent(),
     }
 
@@ -275,7 +274,7 @@ def translated(instance: Instance, handler: Handler) -> Handler:
         # Counted already when it was asked.
         if OUTCOME not in request:
             counts["http_requests"] += 1
-        request[_ID_GIVEN] = _request_id(request)
+        request[ID_GIVEN] = _request_id(request)
         trace.set(request.get(TRACED) or _traceparent(request))
         response: web.StreamResponse
         try:
@@ -300,84 +299,6 @@ def translated(instance: Instance, handler: Handler) -> Handler:
     return handle
 
 
-class Relayed(web.Response):
-    """An answer of the bus with status 200, passed on as it is.
-
-    Where nothing about it is special, it is written in one piece, with a head put together here:
-    what aiohttp does for any response costs more than all else that we do for a request.
-
-    Args:
-        body: The body.
-        headers: Those of its headers that are for the client, each in one line.
-    """
-
-    def __init__(self, body: bytes, headers: dict[str, str]) -> None:
-        super().__init__(body=body, headers=headers)
-        self._relayed = body, headers
-        self._written = False
-
-    async def prepare(self, request: web.BaseRequest) -> Any:
-        """Begin to answer; where it can be done in one piece, end, too."""
-        body, headers = self._relayed
-        transport = request.transport
-        if (
-            len(body) > WHOLE_MAX_BYTES
-            or transport is None
-            or transport.is_closing()
-            or not request.keep_alive
-            or request.version != HttpVersion11
-            or request.method == hdrs.METH_HEAD
-            or self.compression
-            # The client takes it slowly: wait for it, as aiohttp's responses do.
-            or request.protocol.writing_paused
-        ):
-            return await super().prepare(request)
-        answer = whole(body, headers, request[_ID_GIVEN])
-        if answer is None:
-            return await super().prepare(request)
-        transport.write(answer)
-        self._written = True
-        return None
-
-    async def write_eof(self, data: bytes = b"") -> None:
-        """End the answer."""
-        if not self._written:
-            await super().write_eof(data)
-
-    @property
-    def prepared(self) -> bool:
-        """Whether answering has begun."""
-        return self._written or super().prepared
-
-    @property
-    def keep_alive(self) -> bool | None:
-        """Whether the connection stays open."""
-        return self._written or super().keep_alive
-
-
-def whole(body: bytes, headers: Mapping[str, str], request_id: str) -> bytes | None:
-    """Return an answer with status 200, head and body in one piece.
-
-    None if a header is not one line: no worker may write headers of its own making into an answer,
-    and aiohttp refuses it.
-    """
-    lines = _lines(tuple(headers.items()))
-    if lines is None:
-        return None
-    head = (
-        f"HTTP/1.1 200 OK\r\n{lines}{REQUEST_ID}: {request_id}\r\n"
-        f"Content-Length: {len(body)}\r\nDate: {_date(int(time.time()))}\r\n"
-    )
-    return b"".join((head.encode(), _EVERYWHERE_ENCODED, body))
-
-
-@lru_cache(256)
-def _lines(headers: tuple[tuple[str, str], ...]) -> str | None:
-    """Return headers as they are written; answers of one model have all the same."""
-    lines = "".join([f"{name}: {value}\r\n" for name, value in headers])
-    return lines if lines.count("\n") == lines.count("\r") == len(headers) else None
-
-
 def is_request_id(text: str) -> bool:
     """Tell whether a caller's id can be passed on."""
     return _ID.fullmatch(text) is not None
@@ -394,8 +315,7 @@ def unreadable(status: int, message: str | None) -> web.Response:
     said = (message or "").strip().splitlines()
     why = said[0].rstrip(":")[:200] if said else "it is no HTTP"
     response = problem(status, f"the request cannot be read: {why}")
-    response.headers.update(_EVERYWHERE)
-    response.headers[hdrs.SERVER] = "bkg"
+    protect(response)
     response.force_close()
     return response
 
@@ -411,39 +331,6 @@ async def _answer_and_hang_up(request: web.Request, response: web.Response) -> N
     await response.write_eof()
     if request.transport is not None:
         request.transport.close()
-
-
-async def dress(request: web.Request, response: web.StreamResponse) -> None:
-    """Give every response the headers that protect our pages and answers; runs before each."""
-    for name, value in _EVERYWHERE.items():
-        response.headers.setdefault(name, value)
-    response.headers[hdrs.SERVER] = _SERVER
-    if request_id := request.get(_ID_GIVEN):
-        response.headers[REQUEST_ID] = request_id
-
-
-# What is not said is denied. Answers of third parties are shown by browsers as inert text at most;
-# the page brings its own policy.
-_EVERYWHERE: Final = {
-    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'; base-uri 'none'",
-    "X-Content-Type-Options": "nosniff",
-    "X-Frame-Options": "DENY",
-    "Referrer-Policy": "no-referrer",
-    "Cross-Origin-Opener-Policy": "same-origin",
-    "Cross-Origin-Resource-Policy": "same-origin",
-    "Permissions-Policy": "camera=(self), microphone=(), geolocation=()",
-    "Cache-Control": "no-store",
-}
-_SERVER: Final = "bkg"
-_EVERYWHERE_ENCODED: Final = (
-    "".join([f"{name}: {value}\r\n" for name, value in _EVERYWHERE.items()])
-    + f"{hdrs.SERVER}: {_SERVER}\r\n\r\n"
-).encode()
-_PRINTABLE = re.compile(r"[\x21-\x7e][\x20-\x7e]{0,199}")
-_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-# W3C Trace Context, version 00.
-_TRACEPARENT = re.compile(r"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
-_TRACEBACK = "Traceback (most recent call last)"
 
 
 def _problem_of_http(request: web.Request, error: web.HTTPException) -> web.Response:
@@ -466,12 +353,6 @@ def _problem_of_http(request: web.Request, error: web.HTTPException) -> web.Resp
 def _is_kserve(request: web.Request) -> bool:
     """Tell whether a path belongs to the Open Inference Protocol."""
     return request.path == "/v2" or request.path.startswith("/v2/")
-
-
-@lru_cache(1)
-def _date(second: int) -> str:
-    """Return a second of Unix time as HTTP has it."""
-    return formatdate(second, usegmt=True)
 
 
 def _sentence(message: str) -> str:

@@ -21,7 +21,7 @@ from services.gateway.app import Options, gateway
 from services.gateway.inference import RELAYING_MAX, RELAYING_MAX_BYTES
 from services.gateway.pages import Pages
 from services.gateway.routes import kserve
-from services.gateway.translate import whole
+from services.gateway.written import whole
 from tests.gateway.conftest import KEY
 
 BODY = json.dumps({"inputs": []}).encode()

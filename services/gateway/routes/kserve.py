@@ -30,11 +30,11 @@ from services.gateway.parts import PARTS, Parts
 from services.gateway.translate import (
     OUTCOME,
     TRACEPARENT,
-    Relayed,
     answer,
     read_body,
     timeout_of,
 )
+from services.gateway.written import Relayed
 
 LOAD_S: Final = 300.0
 GATHER_S: Final = 2.0
