@@ -11,7 +11,7 @@ import { textOf } from "../ring.js";
 import { store } from "../store.js";
 import { language, named, t, timeOfDay } from "../words.js";
 
-/** As in parts.css. */
+/** As in log.css. */
 const ROW_PX = 22;
 const SPARE_ROWS = 8;
 
