@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from bus import codec, registration
+from bus import codec, instance, registration
 from bus import messages as m
 from bus.assets import OBSERVED_TTL_S
 from bus.errors import _KINDS as KINDS
@@ -73,7 +73,7 @@ def test_the_figures_of_the_workers_protocol_are_those_of_the_code(says):
         f"forgotten after {reconcile.HEALTHY_S:g} s",
         f"at most {up.LONGEST_WAIT_S:g} s, less up to a fifth by chance | after {up.WELL_S:g} s",
         f"silent for {reconcile.SILENCE_S:g} s",
-        f"{registration.MAX_IN_FLIGHT:,} requests at a time",
+        f"{instance.MAX_IN_FLIGHT:,} requests at a time",
         f"waits for {capabilities.RELAYING_MAX} answers",
         f"killed {reconcile.STOP_GRACE_S:g} s after it was asked",
         f"killed after {reconcile.STARTUP_GRACE_S:g} s without",
