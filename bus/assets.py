@@ -97,6 +97,8 @@ def declared(root: str) -> list[dict[str, Any]]:
         "max_bytes": 2_048 * MIB,
         "discard": "new",
         "allow_direct": True,
+        # Many entries are stored as one: see `Stream.append_all`.
+        "allow_atomic": True,
     }
     changes = {
         "name": f"{root}-gallery-history",

@@ -18,10 +18,11 @@ from bus import messages as m
 from bus.artefacts import Artefacts
 from bus.assets import LOG_LIMITS, declared, limits_of
 from bus.errors import Conflict, Internal, InvalidRequest, Unavailable
+from bus.jetstream import ask_jetstream
 from bus.log_search import LEVELS, LogPage, LogQuery
 from bus.log_stream import LogStream
 from bus.settings import ARTEFACTS_MAX_BYTES, LogLimits, artefacts_max_bytes
-from bus.streams import Stored, Stream, ask_jetstream, nanoseconds
+from bus.streams import Stored, Stream, nanoseconds
 from bus.subjects import EVENT, TELEMETRY, Feed, name_of, token
 
 log = structlog.get_logger("bus.state")

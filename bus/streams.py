@@ -1,9 +1,7 @@
 """JetStream's streams: append to one, read it, follow it without a gap.
 
 Every write waits for the broker's acknowledgement and is tried again while a stream has no
-leader; it carries a message id, so that a retry is stored once. Every reader that follows is a
-consumer of our own making: the watchers of nats-py 2.16 are blind for up to 20 s after the broker
-was restarted, ours for about a second.
+leader; it carries a message id, so that a retry is stored once.
 """
 
 import asyncio
@@ -11,55 +9,32 @@ import contextlib
 import json
 import secrets
 from base64 import b64decode
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
-import nats.errors
 from nats.aio.client import Client as Nats
-from nats.aio.msg import Msg
 
-from bus.errors import Conflict, Internal, Unavailable
-from bus.tasks import heed_cancellation, keeping_cancellation
+from bus.consumers import NS, Batch, Stored, consumer
+from bus.errors import BusError, Unavailable
+from bus.jetstream import Outgoing, StoreFullError, ask_jetstream, store_batch
+from bus.tasks import heed_cancellation
 
-NS: Final = 1_000_000_000
+__all__ = [
+    "MIB", "NS", "Batch", "Occupied", "Outgoing", "StoreFullError", "Stored", "Stream",
+    "nanoseconds",
+]  # fmt: skip
+
 MIB: Final = 1024 * 1024
-# Of consumers. Seldom, because there are some twenty of them in an idle platform; that the broker
-# came back is seen by the connection.
-HEARTBEAT_S: Final = 5
-LOOK_S: Final = 1.0
-WRITE_PATIENCE_S: Final = 15.0
+# The broker takes up to 1,000 messages as one batch.
+AS_ONE_MAX: Final = 250
+AS_ONE_MAX_BYTES: Final = 4 * MIB
+# A broker on the same host acknowledges some thousand appends a second, once enough wait for it.
+APPENDED_AT_ONCE: Final = 128
 
-_WRONG_LAST_SEQUENCE = {10071, 10164}
+MESSAGE_ID: Final = "Nats-Msg-Id"
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
-_NO_MESSAGE = 10037
-_STREAM_NOT_FOUND = 10059
-# The account's limits, the server's memory and disk, and what the stream's own store refuses.
-_FULL = {10002, 10023, 10028, 10047, 10077}
-
-
-class StoreFullError(Internal):
-    """The broker has no room for another message; its own words say which limit."""
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A message of a stream; `at` is when it was stored, in nanoseconds since 1970."""
-
-    subject: str
-    seq: int
-    body: bytes
-    headers: Mapping[str, str]
-    at: int = 0
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Some messages of a stream that is followed; `caught_up` as in `Changes`."""
-
-    messages: list[Stored]
-    caught_up: bool
 
 
 @dataclass(frozen=True)
@@ -91,6 +66,7 @@ class Stream:
     def __init__(self, nc: Nats, name: str) -> None:
         self.name = name
         self._nc = nc
+        self._takes_batches = False
 
     async def append(
         self,
@@ -112,13 +88,79 @@ class Stream:
             Conflict: That subject has had another message since.
             Unavailable: The broker stored nothing within the time.
         """
-        sent = {"Nats-Msg-Id": secrets.token_hex(12), **(headers or {})}
+        sent = {MESSAGE_ID: secrets.token_hex(12), **(headers or {})}
         if expect is not None:
-            sent["Nats-Expected-Last-Subject-Sequence"] = str(expect[1])
-            if expect[0] != subject:
-                sent["Nats-Expected-Last-Subject-Sequence-Subject"] = expect[0]
+            sent |= _expecting(expect, subject)
         reply = await ask_jetstream(self._nc, subject, body, sent)
         return int(reply["seq"])
+
+    async def append_all(
+        self, messages: Sequence[Outgoing], *, expect: tuple[str, int] | None = None
+    ) -> int:
+        """Store messages, in their order, and return the sequence of the last one; 0 for none.
+
+        They go in batches, each of which costs four fsyncs and is stored whole or not at all,
+        whoever is killed meanwhile. Where the broker cannot take one so, its messages are stored
+        one by one: the stream is an older one, or a power cut has left a part of it there.
+
+        Args:
+            messages: Which.
+            expect: As for `append`, for all of them; none of them may be of that subject.
+
+        Raises:
+            Conflict: That subject has had another message; the batches before that are stored.
+            StoreFullError: There is no room for a batch; those before it are stored.
+            Unavailable: The broker did not answer within the time; some may be stored.
+        """
+        seq = 0
+        for part in _in_batches(messages):
+            sent = [
+                one._replace(headers={MESSAGE_ID: secrets.token_hex(12), **one.headers})
+                for one in part
+            ]
+            # One alone costs one fsync.
+            stored = await self._append_batch(sent, expect) if len(sent) > 1 else None
+            seq = stored or await self._append_each(sent, expect)
+        return seq
+
+    async def _append_batch(
+        self, messages: Sequence[Outgoing], expect: tuple[str, int] | None
+    ) -> int | None:
+        # Asked first: a broker before 2.12 would take the messages as they come, whatever the last
+        # one expects.
+        if not self._takes_batches:
+            info = await ask_jetstream(self._nc, f"$JS.API.STREAM.INFO.{self.name}", b"")
+            self._takes_batches = bool(info["config"].get("allow_atomic"))
+        if not self._takes_batches:
+            return None
+        if expect is not None:
+            # Looked at when the batch is stored, and so for all of it.
+            *before, last = messages
+            headers = {**last.headers, **_expecting(expect, last.subject)}
+            messages = [*before, last._replace(headers=headers)]
+        return await store_batch(self._nc, messages)
+
+    async def _append_each(
+        self, messages: Sequence[Outgoing], expect: tuple[str, int] | None
+    ) -> int:
+        """Store messages many at a time; ends when each one of them was stored or refused."""
+        left, seqs, failed = iter(messages), list[int](), list[BusError]()
+
+        async def work() -> None:
+            for subject, body, headers in left:
+                if failed:
+                    return
+                try:
+                    seqs.append(await self.append(subject, body, headers=headers, expect=expect))
+                except BusError as error:
+                    failed.append(error)
+
+        async with asyncio.TaskGroup() as tasks:
+            for _ in range(min(APPENDED_AT_ONCE, len(messages))):
+                tasks.create_task(work())
+        if failed:
+            raise failed[0]
+        return max(seqs)
 
     async def append_once(
         self, subject: str, body: bytes, headers: Mapping[str, str], timeout_s: float
@@ -259,7 +301,7 @@ class Stream:
         pause_s = 0.1
         while True:
             try:
-                async with _consumer(self._nc, self.name, subject, start or _after(after)) as feed:
+                async with consumer(self._nc, self.name, subject, start or _after(after)) as feed:
                     heed_cancellation()
                     async for batch in feed:
                         pause_s = 0.1
@@ -291,66 +333,25 @@ class Stream:
                 await asyncio.sleep(0)
 
 
-async def ask_jetstream(
-    nc: Nats,
-    subject: str,
-    body: bytes,
-    headers: dict[str, str] | None = None,
-    *,
-    missing_is_none: bool = False,
-    error_is_reply: bool = False,
-    patience_s: float = WRITE_PATIENCE_S,
-    once: bool = False,
-) -> dict[str, Any]:
-    """Ask JetStream, again with back-off while nobody answers, and return its reply.
+def _expecting(expect: tuple[str, int], subject: str) -> dict[str, str]:
+    """Return the headers by which a message expects a subject's last sequence."""
+    expected, seq = expect
+    headers = {"Nats-Expected-Last-Subject-Sequence": str(seq)}
+    if expected != subject:
+        headers["Nats-Expected-Last-Subject-Sequence-Subject"] = expected
+    return headers
 
-    Args:
-        nc: The connection.
-        subject: What is asked.
-        body: The request.
-        headers: Its headers.
-        missing_is_none: That there is no such message is an empty reply.
-        error_is_reply: So is any other error.
-        patience_s: For how long.
-        once: Do not ask again; all of `patience_s` is for the one answer.
-    """
-    loop = asyncio.get_running_loop()
-    deadline, pause_s = loop.time() + patience_s, 0.05
-    while True:
-        try:
-            with keeping_cancellation():
-                reply = await nc.request(
-                    subject,
-                    body,
-                    timeout=patience_s if once else min(5.0, patience_s),
-                    headers=dict(headers or {}) or None,
-                )
-            answer: dict[str, Any] = json.loads(reply.data)
-            break
-        except (nats.errors.NoRespondersError, nats.errors.TimeoutError) as error:
-            if once or loop.time() + pause_s > deadline:
-                raise Unavailable(
-                    f"the broker did not store or read {subject} within {patience_s:g} s"
-                    + (" (is JetStream on?)" if subject == "$JS.API.INFO" else "")
-                ) from error
-            await asyncio.sleep(pause_s)
-            pause_s = min(2 * pause_s, 1.0)
-        except nats.errors.Error as error:
-            raise Unavailable(f"the broker cannot be reached: {error}") from None
-    if "error" in answer and not error_is_reply:
-        code = answer["error"].get("err_code")
-        if missing_is_none and code == _NO_MESSAGE:
-            return {}
-        if code in _WRONG_LAST_SEQUENCE:
-            raise Conflict("another change came first; read the present state and try again")
-        if code == _STREAM_NOT_FOUND:
-            raise Unavailable(f"{subject}: the stream is not there (yet)")
-        if code in _FULL:
-            raise StoreFullError(
-                f"the broker refused {subject}: {answer['error'].get('description')}"
-            )
-        raise Internal(f"the broker refused {subject}: {answer['error'].get('description')}")
-    return answer
+
+def _in_batches(messages: Sequence[Outgoing]) -> Iterator[list[Outgoing]]:
+    part, size = list[Outgoing](), 0
+    for one in messages:
+        size += len(one.body)
+        if part and (len(part) == AS_ONE_MAX or size > AS_ONE_MAX_BYTES):
+            yield part
+            part, size = [], len(one.body)
+        part.append(one)
+    if part:
+        yield part
 
 
 def nanoseconds(moment: datetime | None) -> int | None:
@@ -369,124 +370,6 @@ def _after(seq: int) -> dict[str, Any]:
     if seq:
         return {"deliver_policy": "by_start_sequence", "opt_start_seq": seq + 1}
     return {"deliver_policy": "all"}
-
-
-@contextlib.asynccontextmanager
-async def _consumer(
-    nc: Nats, stream: str, subject: str | Sequence[str], start: dict[str, Any]
-) -> AsyncIterator[AsyncIterator[Batch]]:
-    """Hold an ephemeral push consumer while inside; its batches end in Unavailable when it lost."""
-    inbox = nc.new_inbox()
-    arrived: asyncio.Queue[Msg] = asyncio.Queue()
-    heard = await nc.subscribe(inbox, cb=arrived.put, pending_bytes_limit=512 * MIB)
-    name = f"follow-{secrets.token_hex(6)}"
-    create = f"$JS.API.CONSUMER.CREATE.{stream}.{name}"
-    only: dict[str, Any]
-    if isinstance(subject, str):
-        # With its one filter in the subject, permissions can limit it.
-        only, create = {"filter_subject": subject}, f"{create}.{subject}"
-    else:
-        only = {"filter_subjects": list(subject)}
-    config = {
-        "name": name,
-        "deliver_subject": inbox,
-        **only,
-        "ack_policy": "none",
-        "max_deliver": 1,
-        "flow_control": True,
-        "idle_heartbeat": HEARTBEAT_S * NS,
-        "inactive_threshold": 30 * NS,
-        "mem_storage": True,
-        "num_replicas": 1,
-        **start,
-    }
-    try:
-        made = await ask_jetstream(
-            nc,
-            create,
-            json.dumps({"stream_name": stream, "config": config}).encode(),
-        )
-        yield _batches(nc, arrived, int(made["num_pending"]))
-    finally:
-        with contextlib.suppress(nats.errors.Error):
-            await heard.unsubscribe()
-            if nc.is_connected:
-                await nc.publish(f"$JS.API.CONSUMER.DELETE.{stream}.{name}")
-
-
-async def _batches(
-    nc: Nats, arrived: asyncio.Queue[Msg], waiting_at_start: int
-) -> AsyncIterator[Batch]:
-    caught_up = not waiting_at_start
-    if caught_up:
-        yield Batch([], caught_up=True)
-    expected = 1
-    reconnects = nc.stats["reconnects"]
-    while True:
-        message = await _next(nc, arrived, reconnects)
-        batch: list[Stored] = []
-        pending, idle = -1, False
-        while True:
-            if (message.headers or {}).get("Status") == "100":
-                idle = await _obey(nc, message, expected)
-            else:
-                idle = False
-                seq, delivered, at, pending = _numbers(message.reply)
-                if delivered != expected:
-                    raise Unavailable("the consumer lost a message")
-                expected += 1
-                batch.append(
-                    Stored(message.subject, seq, message.data, dict(message.headers or {}), at)
-                )
-            if arrived.empty() or len(batch) >= 1_000:
-                break
-            message = arrived.get_nowait()
-        # The last ones that were waiting may be deleted before they are sent: then nothing says
-        # that none is left, but that the consumer has nothing to send.
-        if batch or (idle and not caught_up):
-            caught_up = idle or pending == 0
-            yield Batch(batch, caught_up)
-
-
-async def _next(nc: Nats, arrived: asyncio.Queue[Msg], reconnects: int) -> Msg:
-    """Return what a consumer sends next, at least its heartbeat.
-
-    Raises:
-        Unavailable: It sent nothing for three heartbeats, or the connection was another one
-            meanwhile: a broker that was restarted has forgotten the consumer.
-    """
-    for _ in range(int(3 * HEARTBEAT_S / LOOK_S)):
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(LOOK_S):
-                return await arrived.get()
-        if nc.stats["reconnects"] != reconnects:
-            raise Unavailable("the connection was lost meanwhile")
-    raise Unavailable("the consumer went silent")
-
-
-async def _obey(nc: Nats, control: Msg, expected: int) -> bool:
-    """Answer flow control, and return whether the consumer is idle: it has sent all that it has.
-
-    Raises:
-        Unavailable: A heartbeat's number is not ours.
-    """
-    headers = control.headers or {}
-    if control.reply:
-        await nc.publish(control.reply)
-    elif stalled := headers.get("Nats-Consumer-Stalled"):
-        await nc.publish(stalled)
-    last = headers.get("Nats-Last-Consumer")
-    if last is not None and int(last) != expected - 1:
-        raise Unavailable("the consumer lost a message")
-    return last is not None and not control.reply and "Nats-Consumer-Stalled" not in headers
-
-
-def _numbers(reply: str) -> tuple[int, int, int, int]:
-    """Return stream and delivery sequence, time stored and pending of `$JS.ACK...` (ADR-15)."""
-    parts = reply.split(".")
-    # 9 tokens, or 12 with domain and account hash before and a random token behind.
-    at = 5 if len(parts) == 9 else 7
-    return int(parts[at]), int(parts[at + 1]), int(parts[at + 2]), int(parts[at + 3])
 
 
 def _stored_in_json(message: Mapping[str, Any]) -> Stored:

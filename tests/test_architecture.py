@@ -22,7 +22,8 @@ FLOORS = (
         "redaction",
         "wire",
     },
-    {"log_search", "statistics", "followed"},
+    {"log_search", "statistics", "followed", "jetstream"},
+    {"consumers"},
     {"streams"},
     {"uploads", "assets", "log_stream"},
     {"artefacts"},
@@ -36,7 +37,8 @@ FLOORS = (
     {"testing"},
 )
 OUTSIDERS = {
-    "nats": {"bus/client.py", "bus/state.py", "bus/streams.py"},
+    "nats": {"bus/client.py", "bus/consumers.py", "bus/jetstream.py", "bus/state.py",
+             "bus/streams.py"},
     "orjson": {"services/candle/serving/kserve.py",
                "services/rustyface/transfers/files/json_file.py"},
     "pyarrow": {"services/rustyface/transfers/files/parquet_file.py"},

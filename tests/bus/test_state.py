@@ -6,8 +6,8 @@ import hashlib
 
 import pytest
 
+from bus import consumers
 from bus import messages as m
-from bus import streams
 from bus.broker import running_broker
 from bus.client import connect
 from bus.errors import Conflict, NotFound
@@ -215,7 +215,7 @@ async def test_a_cancellation_that_comes_with_the_answer_is_not_lost(client):
 
 async def test_reading_ends_though_what_was_waiting_is_deleted_meanwhile(client, monkeypatch):
     """More waits than is sent ahead; nothing that comes then says that it was the last."""
-    monkeypatch.setattr(streams, "HEARTBEAT_S", 1)
+    monkeypatch.setattr(consumers, "HEARTBEAT_S", 1)
     stream = client.store.galleries
     subject = GALLERY_ENTRY.subject(client.root, gallery="g")
     for i in range(200):

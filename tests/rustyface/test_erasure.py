@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -145,7 +147,8 @@ async def gone_with_the_dataset(galleries) -> None:
 async def gone_with_the_import(galleries) -> None:
     record = m.GalleryImport(id="i1", at=m.now(), source="f", format="json")
     await galleries.begin_import("g", record)
-    await galleries.enrol_many("g", [face("a", imported="i1")], existing="skip")
+    brought = [face(name, imported="i1") for name in "ab"]
+    await galleries.enrol_many("g", brought, existing="skip")
     await galleries.undo_import("g", "i1")
 
 
@@ -282,3 +285,46 @@ async def test_a_model_that_is_deleted_costs_no_erasing(client, pieces):
             kept.append((await upload.commit()).digest)
     await client.store.artefacts.delete(kept[0])
     assert pieces() == 3
+
+
+async def test_whoever_replaces_many_entries_waits_for_the_erasing(galleries, monkeypatch):
+    monkeypatch.setattr(clearing, "BEHIND_MAX", 10)
+    remove, free = Stream.remove, asyncio.Event()
+
+    async def held(self, seq, *, erase=False):
+        await free.wait()
+        await remove(self, seq, erase=erase)
+
+    monkeypatch.setattr(Stream, "remove", held)
+    many = [face(f"e{i}") for i in range(20)]
+    await galleries.enrol_many("g", many, existing="skip")
+    await galleries.enrol_many("g", many, existing="replace")
+    await galleries.wait(await galleries.newest())
+    waiting = asyncio.create_task(galleries.enrol_many("g", many, existing="replace"))
+    # What is new takes nobody's place.
+    revision = (await galleries.enrol_many("g", [face("new")], existing="skip")).revision
+    assert await galleries.newest() == revision
+    assert not waiting.done()
+    free.set()
+    assert (await waiting).replaced == 20
+
+
+async def test_half_an_import_that_a_killed_broker_has_is_in_no_file_when_it_is_back(
+    tmp_path, copies
+):
+    # In this order: nats-py never ends where it is closed while it looks for its broker.
+    async with contextlib.AsyncExitStack() as brokers, contextlib.AsyncExitStack() as opened:
+        broker = await brokers.enter_async_context(running_broker(tmp_path))
+        client = await opened.enter_async_context(connect(broker.url, name="test", root="r"))
+        await client.store.declare()
+        await client._nc.publish(
+            GALLERY_ENTRY.subject("r", gallery="g", entry="a"),
+            FACE.astype(LITTLE_ENDIAN).tobytes(),
+            headers={"Nats-Batch-Id": "half", "Nats-Batch-Sequence": "1"},
+        )
+        await until(lambda: copies() == 1)
+        os.kill(broker.pid, signal.SIGKILL)
+        await brokers.aclose()
+        assert copies() == 1
+        await brokers.enter_async_context(running_broker(tmp_path))
+        assert copies() == 0

@@ -224,7 +224,7 @@ async def test_a_worker_that_leaves_gives_its_import_to_another(client, carrier,
 async def test_a_cancelled_import_leaves_nothing_and_can_be_tried_again(
     client, carrier, tmp_path, hurried
 ):
-    artefact = await uploaded(client, as_file(tmp_path / "f", rows_of(5_000)))
+    artefact = await uploaded(client, as_file(tmp_path / "f", rows_of(LARGE)))
     async with carrier() as at:
         job = await at.jobs.enter(m.GalleryWork(action="import", dataset="d", artefact=artefact))
         await writing(client, job)
@@ -235,7 +235,7 @@ async def test_a_cancelled_import_leaves_nothing_and_can_be_tried_again(
         assert await in_stream(client, at.galleries, "d") == []
         assert (await client.call(DATASET_JOB_RETRY, m.NameJob(job=job.job))).state == "queued"
         await ended_as(client, job, "done", 90)
-        assert len(await in_stream(client, at.galleries, "d")) == 5_000
+        assert len(await in_stream(client, at.galleries, "d")) == LARGE
 
 
 # --- What can be asked ----------------------------------------------------------------------------

@@ -22,7 +22,8 @@ from services.rustyface.transfers.transfer import GalleryJobs
 
 REPOSITORY = Path(__file__).parents[2]
 D = 8
-LARGE = 8_000
+# So many take a second: time to see an import on its way, and to end it there.
+LARGE = 20_000
 FORMATS = ("json", "npz", "parquet")
 
 

@@ -7,7 +7,7 @@ marks as gone and leaves in its files as it is; what it erases it writes over.
 import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 import structlog
@@ -25,6 +25,8 @@ CHORES_MAX: Final = 10_000
 ERASED_AT_ONCE: Final = 16
 # So many, and the next chore has its turn.
 ERASED_IN_TURN: Final = 500
+# More than so many that nobody waits for, and whoever replaces many entries waits.
+BEHIND_MAX: Final = 5_000
 # Between tries.
 PAUSE_S: Final = 0.5
 PAUSE_MAX_S: Final = 60.0
@@ -41,11 +43,13 @@ class _Chore:
     Attributes:
         dead: These events, and the images that nothing else names.
         below: Then all else that a gallery has below an event.
+        behind: Nobody waits for it.
         done: Set at its end.
     """
 
     dead: Sequence[Dead]
     below: tuple[str, int] | None = None
+    behind: bool = False
     done: asyncio.Event = field(default_factory=asyncio.Event)
 
 
@@ -74,6 +78,10 @@ class Clearing:
         self._images_gone = images_gone
         # Bounded where something is put in, so that the rest of a chore always finds its place.
         self._chores: asyncio.Queue[_Chore] = asyncio.Queue()
+        # How many events nobody waits for.
+        self._behind = 0
+        self._keeps_up = asyncio.Event()
+        self._keeps_up.set()
 
     async def run(self) -> None:
         """Do chores until cancelled."""
@@ -95,7 +103,15 @@ class Clearing:
 
     def put(self, dead: Sequence[Dead], *, below: tuple[str, int] | None = None) -> None:
         """Have something cleared behind the answer; see `clear`."""
-        self._put(_Chore(dead, below))
+        self._put(_Chore(dead, below, behind=True))
+
+    async def keeps_up(self) -> None:
+        """Wait until not much is left of what nobody waits for.
+
+        Entries can be replaced far faster than erased. What they have taken the place of would
+        gather, in memory and in the broker's files.
+        """
+        await self._keeps_up.wait()
 
     async def clear(self, dead: Sequence[Dead], *, below: tuple[str, int] | None = None) -> None:
         """Erase what was taken away, and its images; wait for it, but not long.
@@ -117,22 +133,34 @@ class Clearing:
     def _put(self, chore: _Chore) -> None:
         if self._chores.qsize() < CHORES_MAX:
             self._chores.put_nowait(chore)
+            if chore.behind:
+                self._count(len(chore.dead))
             return
         log.warning("galleries.not_cleared", cause=f"{CHORES_MAX:,} chores wait already")
         chore.done.set()
 
     async def _carried_on(self, chore: _Chore) -> _Chore | None:
         """Do a part of a chore, and return what is left of it."""
-        if chore.dead:
-            await self._erase(chore.dead[:ERASED_IN_TURN])
-            if len(chore.dead) > ERASED_IN_TURN:
-                return _Chore(chore.dead[ERASED_IN_TURN:], chore.below, chore.done)
-        if chore.below is not None:
+        part, rest = chore.dead[:ERASED_IN_TURN], chore.dead[ERASED_IN_TURN:]
+        if part:
+            await self._erase(part)
+        if chore.below is not None and not rest:
             gallery, seq = chore.below
             # Settings, names, imports: nothing with a face, so it need not be erased.
             await self._stream.purge(gallery_events(self._root, gallery), keep_from=seq)
+        if chore.behind:
+            self._count(-len(part))
+        if rest:
+            return replace(chore, dead=rest)
         chore.done.set()
         return None
+
+    def _count(self, more: int) -> None:
+        self._behind += more
+        if self._behind > BEHIND_MAX:
+            self._keeps_up.clear()
+        else:
+            self._keeps_up.set()
 
     async def _erase(self, dead: Sequence[Dead]) -> None:
         await self._drop_images(one.image for one in dead if one.image)

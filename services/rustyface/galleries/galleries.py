@@ -6,18 +6,17 @@ at the same moment (a person's moves, an import) is appended under the condition
 subject has not; whoever comes second looks again, so that nobody's change is lost.
 """
 
-import asyncio
 import contextlib
 from collections.abc import Callable, Sequence
 from datetime import datetime
-from typing import Final, Literal
+from typing import Literal
 
 import msgspec
 import structlog
 
 from bus import codec
 from bus import messages as m
-from bus.errors import BusError, Conflict, NotFound
+from bus.errors import Conflict, NotFound
 from bus.subjects import GALLERY_IMPORT, GALLERY_SETTINGS
 from services.rustyface.galleries import filters
 from services.rustyface.galleries.asked import (
@@ -48,9 +47,6 @@ __all__ = [
     "Query",
     "check_metadata",
 ]
-
-# A broker on the same host acknowledges some thousand appends a second, once enough wait for it.
-APPENDED_AT_ONCE: Final = 128
 
 log = structlog.get_logger("rustyface.galleries")
 
@@ -224,21 +220,23 @@ class Galleries(People):
         for entry in entries:
             self.check_vector(entry.vector)
             check_metadata(entry.metadata)
+        if existing == "replace":
+            await self._ledger.keeps_up()
         there = await self._ledger.known(gallery)
         self._check_embedder(there)
         for imported in {entry.imported for entry in entries}:
             self._check_import(there, imported)
         plan = Plan(there, entries, existing)
-        revisions = await self._append_all(there, plan.events)
-        revision = max(revisions, default=there.revision)
-        if revisions:
+        revision = there.revision
+        if plan.events:
+            revision = await self._ledger.append_entries(there, plan.events)
             imports = {entry.imported for entry in entries}
             self._tell(
                 gallery,
                 "enrolled",
                 revision,
                 by,
-                count=len(revisions),
+                count=len(plan.events),
                 imported=imports.pop() if len(imports) == 1 else None,
             )
         return Outcome(plan.added, plan.replaced, plan.skipped, revision)
@@ -427,26 +425,6 @@ class Galleries(People):
                 message_id=message_id,
             )
         await self._ledger.settle(there, dead)
-
-    async def _append_all(self, there: Gallery, events: Sequence[m.GalleryEntry]) -> list[int]:
-        """Append entries, many at a time; ends when each one of them was stored or refused."""
-        left, revisions, failed = iter(events), list[int](), list[BusError]()
-
-        async def work() -> None:
-            for event in left:
-                if failed:
-                    return
-                try:
-                    revisions.append(await self._ledger.append_entry(there, event))
-                except BusError as error:
-                    failed.append(error)
-
-        async with asyncio.TaskGroup() as tasks:
-            for _ in range(min(APPENDED_AT_ONCE, len(events))):
-                tasks.create_task(work())
-        if failed:
-            raise failed[0]
-        return revisions
 
     def _check_import(self, there: Gallery, imported: str | None) -> None:
         record = there.imports.get(imported) if imported is not None else None

@@ -30,7 +30,7 @@ from bus.errors import (
     NotFound,
     Unavailable,
 )
-from bus.streams import Stored, Stream
+from bus.streams import Outgoing, Stored, Stream
 from bus.subjects import (
     GALLERY_ENTRY,
     GALLERY_HEAD,
@@ -282,6 +282,26 @@ class Ledger:
             message_id=message_id,
         )
 
+    async def append_entries(self, there: Gallery, entries: Sequence[m.GalleryEntry]) -> int:
+        """Store many entries' events, in their order; return the revision of the last one.
+
+        What is stored when this fails is the first of them: see `Stream.append_all`. It raises as
+        `append` does.
+        """
+        head = GALLERY_HEAD.subject(self._root, gallery=there.head.id)
+        messages = [
+            Outgoing(
+                self.entry_subject(there, entry.id),
+                codec.encode(entry, codec.MSGPACK),
+                self._headers(codec.MSGPACK, None),
+            )
+            for entry in entries
+        ]
+        try:
+            return await self._stream.append_all(messages, expect=(head, there.head_seq))
+        except Conflict:
+            raise _deleted(there) from None
+
     def entry_subject(self, there: Gallery, entry: str) -> str:
         """Return the subject of an entry's events."""
         return GALLERY_ENTRY.subject(self._root, gallery=there.head.id, entry=addressed(entry))
@@ -301,6 +321,10 @@ class Ledger:
     async def clear(self, dead: Sequence[Dead], *, below: tuple[str, int] | None = None) -> None:
         """Erase what was taken away, and its images; see `Clearing.clear`."""
         await self._clearing.clear(dead, below=below)
+
+    async def keeps_up(self) -> None:
+        """Wait until erasing keeps up with replacing; see `Clearing.keeps_up`."""
+        await self._clearing.keeps_up()
 
     async def settle(self, there: Gallery, dead: Sequence[Dead]) -> None:
         """Clear what was taken away, and the rejections that are pointless without it."""
