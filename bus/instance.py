@@ -24,7 +24,8 @@ from bus.discovery import Identity, discoverable
 from bus.errors import BusError, Conflict, DeadlineExceeded, NobodyListens, Unavailable
 from bus.probes import Facts, Probes, Route
 from bus.process import settle
-from bus.serving import DRAIN_S, MAX_IN_FLIGHT, Call, Served, Serving, in_task
+from bus.served import DRAIN_S, Served
+from bus.serving import MAX_IN_FLIGHT, Call, Serving, in_task
 from bus.settings import Settings
 from bus.subjects import (
     CANCEL,
@@ -192,6 +193,8 @@ class Instance:
         async def work(call: Call) -> Answer:
             content_type = call.headers.get(codec.CONTENT_TYPE) or codec.JSON
             request = codec.decode(call.body, endpoint.request, content_type)
+            # It may be large, and is read.
+            call.body = b""
             allowed_s = call.allowed_s
             try:
                 async with asyncio.timeout(allowed_s):
