@@ -176,7 +176,7 @@ class Connection:
             TooLarge: It is over the broker's limit.
             Unavailable: The broker is away and the buffer for that time is full.
         """
-        self.check_size(body)
+        self.check_size(body, "answer, one message,")
         await self.send(inbox, inbox, "", body, headers)
 
     def answer_now(self, inbox: str, body: bytes, headers: Mapping[str, str]) -> bool:
@@ -185,7 +185,7 @@ class Connection:
         Raises:
             TooLarge: It is over the broker's limit.
         """
-        self.check_size(body)
+        self.check_size(body, "answer, one message,")
         return self._wire.send(inbox, "", body, headers)
 
     def give_up(self, inbox: str) -> None:
@@ -214,11 +214,11 @@ class Connection:
         except TimeoutError:
             raise Unavailable("the broker cannot be reached just now", retry_after_s=2) from None
 
-    def check_size(self, body: bytes) -> None:
-        """Raise TooLarge if a body is over the broker's limit."""
+    def check_size(self, body: bytes, what: str = "body") -> None:
+        """Raise TooLarge if a body is over the broker's limit for one message."""
         if len(body) > self.max_payload:
             raise TooLarge(
-                f"the body has {len(body):,} bytes, the broker takes {self.max_payload:,} at most"
+                f"the {what} has {len(body):,} bytes, the broker takes {self.max_payload:,} at most"
             )
 
     # --- How the connection is --------------------------------------------------------------------
