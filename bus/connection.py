@@ -355,6 +355,13 @@ async def _close(nc: Nats) -> None:
     with contextlib.suppress(OSError, RuntimeError, nats.errors.Error, TimeoutError):
         async with asyncio.timeout(5):
             await nc.close()
+    # More than once: see `bus.tasks.beside`. It would go on trying, and keep the process from ending.
+    reconnecting = nc._reconnection_task  # noqa: SLF001
+    for _ in range(10):
+        if reconnecting is None or reconnecting.done():
+            break
+        reconnecting.cancel()
+        await asyncio.wait({reconnecting}, timeout=0.5)
 
 
 async def _raise_when_refused(refused: asyncio.Future[str]) -> None:
