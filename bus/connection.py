@@ -355,7 +355,8 @@ async def _close(nc: Nats) -> None:
     with contextlib.suppress(OSError, RuntimeError, nats.errors.Error, TimeoutError):
         async with asyncio.timeout(5):
             await nc.close()
-    # More than once: see `bus.tasks.beside`. It would go on trying, and keep the process from ending.
+    # More than once: see `bus.tasks.beside`. It would go on trying to reconnect, and the event loop
+    # would wait for it at its end.
     reconnecting = nc._reconnection_task  # noqa: SLF001
     for _ in range(10):
         if reconnecting is None or reconnecting.done():
