@@ -11,10 +11,8 @@ import contextlib
 import hashlib
 import json
 import secrets
-from base64 import urlsafe_b64encode
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -28,8 +26,8 @@ from bus.errors import (
     TooLarge,
     Unprocessable,
 )
+from bus.objects import Info, chunks_subject, description, info_of, message, name_subject
 from bus.streams import Stored, StoreFullError, Stream
-from bus.subjects import token
 from bus.uploads import CHUNK_BYTES, OFFSET, Upload, follows
 
 # An artefact of which nothing more comes for this long is given up.
@@ -53,18 +51,6 @@ class Kept(NamedTuple):
     digest: str
     size: int
     stored_at: datetime
-
-
-@dataclass(frozen=True)
-class _Info:
-    """The message with an object's name: its sequence, and what it says."""
-
-    seq: int
-    name: str
-    nuid: str
-    size: int
-    chunks: int
-    at: int
 
 
 class Artefacts:
@@ -173,7 +159,7 @@ class Artefacts:
 
     async def all(self) -> list[Kept]:
         """Return every artefact that is stored, by digest."""
-        found = [_info_of(stored) async for stored in self._names()]
+        found = [info_of(stored) async for stored in self._names()]
         kept = [Kept(i.name, i.size, _moment(i.at)) for i in found if i is not None]
         return sorted(kept)
 
@@ -182,7 +168,7 @@ class Artefacts:
         chunks = f"$O.{self._bucket}.C.*"
         ids = [subject.rpartition(".")[2] for subject in (await self._subjects(chunks))]
         # Asked for second: what was named meanwhile is in it.
-        names = [_info_of(stored) async for stored in self._names()]
+        names = [info_of(stored) async for stored in self._names()]
         named = {info.nuid for info in names if info is not None}
         found = []
         for upload_id in ids:
@@ -271,7 +257,7 @@ class Artefacts:
         subject = self._name(digest)
         for _ in range(_TRIES):
             last = await self._stream.last(subject)
-            info = _info_of(last) if last else None
+            info = info_of(last) if last else None
             if last is None or info is None:
                 return None
             with contextlib.suppress(Conflict):
@@ -308,7 +294,7 @@ class Artefacts:
         Raises:
             Conflict: It has become an artefact.
         """
-        names = [_info_of(stored) async for stored in self._names()]
+        names = [info_of(stored) async for stored in self._names()]
         if any(info is not None and info.nuid == upload_id for info in names):
             raise Conflict(f"the upload {upload_id!r} has become an artefact")
         await self.drop(upload_id)
@@ -349,17 +335,9 @@ class Artefacts:
         subject = self._name(digest)
         for _ in range(_TRIES):
             last = await self._stream.last(subject)
-            info = _info_of(last) if last else None
+            info = info_of(last) if last else None
             stays = info is not None and await self._whole(info)
-            body: Any = {
-                "name": digest,
-                "options": {"max_chunk_size": CHUNK_BYTES},
-                "bucket": self._bucket,
-                "nuid": upload.id,
-                "size": upload.offset,
-                "chunks": upload.chunks,
-                "digest": f"SHA-256={urlsafe_b64encode(bytes.fromhex(digest)).decode()}",
-            }
+            body = description(self._bucket, digest, upload, digest)
             if stays and info is not None and last is not None:
                 # The same bytes are there. Their name is written anew, so that whoever deletes
                 # what is old and unused sees that somebody has just brought them.
@@ -384,10 +362,9 @@ class Artefacts:
             await self._stream.purge(chunks)
 
     async def _write_name(self, subject: str, body: dict[str, Any], before: int) -> None:
-        body = body | {"mtime": datetime.now(UTC).isoformat()}
         await self._stream.append(
             subject,
-            json.dumps(body).encode(),
+            message(body),
             headers={"Nats-Rollup": "sub"},
             expect=(subject, before),
         )
@@ -410,7 +387,7 @@ class Artefacts:
             retry_after_s=60,
         )
 
-    async def _whole(self, info: _Info) -> bool:
+    async def _whole(self, info: Info) -> bool:
         """Tell whether as many chunks are there as the name says."""
         return await self._count(info.nuid) == info.chunks
 
@@ -421,7 +398,7 @@ class Artefacts:
     async def _subjects(self, subject: str) -> dict[str, int]:
         return dict((await self._stream.occupied(subject)).subjects)
 
-    async def _seek(self, info: _Info, start: int) -> tuple[int, int]:
+    async def _seek(self, info: Info, start: int) -> tuple[int, int]:
         """Return after which sequence the chunk with a byte comes, and where that chunk begins.
 
         By halving the sequences between the first chunk and the name: what is between is not read.
@@ -447,36 +424,18 @@ class Artefacts:
                 low = chunk.seq + 1
         return found[0] - 1, found[1]
 
-    async def _info(self, digest: str) -> _Info | None:
+    async def _info(self, digest: str) -> Info | None:
         found = await self._stream.last(self._name(digest))
-        return _info_of(found) if found else None
+        return info_of(found) if found else None
 
     def _names(self) -> AsyncIterator[Stored]:
         return self._stream.read(f"$O.{self._bucket}.M.*", latest_only=True)
 
     def _name(self, digest: str) -> str:
-        return f"$O.{self._bucket}.M.{urlsafe_b64encode(digest.encode()).decode()}"
+        return name_subject(self._bucket, digest)
 
     def _chunks_of(self, upload_id: str) -> str:
-        return f"$O.{self._bucket}.C.{token(upload_id)}"
-
-
-def _info_of(stored: Stored) -> _Info | None:
-    """Return what the message with a name says; None if the object was deleted, or says nothing."""
-    try:
-        said = json.loads(stored.body)
-        if said.get("deleted"):
-            return None
-        return _Info(
-            stored.seq,
-            str(said["name"]),
-            str(said["nuid"]),
-            int(said.get("size", 0)),
-            int(said.get("chunks", 0)),
-            stored.at,
-        )
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return None
+        return chunks_subject(self._bucket, upload_id)
 
 
 def _payload(free_bytes: int) -> int:

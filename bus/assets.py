@@ -23,6 +23,9 @@ from bus.subjects import (
 
 # A key of the observed bucket leaves when it was not written again for this long.
 OBSERVED_TTL_S: Final = 30
+# A body outlives its request by nothing but accident: the longest takes 300 s to come in, and 300 s
+# to be answered.
+BODY_AGE_S: Final = 900
 # What of the log stream's limits can be set, and what one of them is to the broker.
 LOG_LIMITS: Final = {"max_msgs_per_subject": 1, "max_bytes": 1, "max_age": 86_400 * NS}
 
@@ -167,6 +170,19 @@ def declared(root: str) -> list[dict[str, Any]]:
             "allow_rollup_hdrs": True,
             "allow_direct": True,
             "max_bytes": 4_096 * MIB,
+        },
+        {
+            "name": f"OBJ_{root}-bodies",
+            "description": "bodies of requests that are too large for one message, until their end",
+            "subjects": [f"$O.{root}-bodies.C.>", f"$O.{root}-bodies.M.>"],
+            "storage": "file",
+            # They need not survive the broker: no fsync.
+            "persist_mode": "async",
+            "discard": "new",
+            "allow_rollup_hdrs": True,
+            "allow_direct": True,
+            "max_age": BODY_AGE_S * NS,
+            "max_bytes": 1_024 * MIB,
         },
     ]
 

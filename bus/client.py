@@ -1,29 +1,18 @@
-"""The caller's side of the bus: connect, call, relay, publish, follow.
-
-nats-py 2.16 has traps that this file and `bus/streams.py` keep from everybody else: its read loop
-dies silently when a callback raises or a late PONG meets a cancelled `flush`, so nothing here
-raises in a callback or calls `flush`; its `flush` and `drain` are no barriers, so `barrier` is a
-round trip of our own; it checks a payload's size without the headers, and the broker then closes
-the connection for good, so sizes are checked here.
-"""
+"""The caller's side of the bus: connect, call, relay, publish, follow."""
 
 import asyncio
-import contextlib
-import random
-import time
-from collections.abc import AsyncGenerator, Coroutine, Generator, Iterable, Mapping
+from collections.abc import AsyncGenerator, Iterable, Mapping
 from contextlib import asynccontextmanager
-from typing import Any, Final, TypeVar
+from typing import Final, TypeVar
 
-import nats.errors
-import structlog
 from nats.aio.client import Client as Nats
-from nats.aio.subscription import Subscription
 
 from bus import codec
-from bus.errors import BusError, InvalidRequest, TooLarge, Unavailable
+from bus.bodies import Bodies, Reference
+from bus.connection import Connection, connected
+from bus.errors import BusError
 from bus.followed import Followed, Received
-from bus.messages import CancelCall, Message
+from bus.messages import Message
 from bus.relay import (
     ERROR,
     ERROR_CODE,
@@ -39,64 +28,47 @@ from bus.relay import (
     settle,
     trace,
 )
+from bus.settings import body_max_bytes
 from bus.state import Store
-from bus.subjects import CANCEL, DEFAULT_ROOT, Endpoint, Feed, token
-from bus.tasks import beside
-from bus.wire import PENDING_MAX_BYTES, TRACEPARENT, Replies, Taker, Wire
+from bus.streams import Stream
+from bus.subjects import DEFAULT_ROOT, Endpoint, Feed, token
+from bus.wire import TRACEPARENT
 
 __all__ = [
     "ERROR", "ERROR_CODE", "INSTANCE", "NOT_SERVED", "SLOT", "TIMEOUT_MS", "TRACEPARENT", "Answer",
-    "Asked", "Client", "Followed", "Received", "connect", "new_traceparent", "trace",
+    "Asked", "Client", "Followed", "Received", "Reference", "connect", "new_traceparent", "trace",
 ]  # fmt: skip
 
-# Room that a message's headers may need beside its body.
-HEADER_ROOM_BYTES: Final = 16 * 1024
-
-log = structlog.get_logger("bus.client")
+# How long bodies that are put aside may take to go, at the end.
+LEAVE_S: Final = 2.0
 
 Req = TypeVar("Req", bound=Message)
 Rep = TypeVar("Rep", bound=Message)
 
 
-class Client:
+class Client(Connection):
     """A connection to the broker; made by `connect`.
 
-    Attributes:
+    Args:
+        nc: nats-py's client, connected.
         root: The first token of every subject.
+        body_max_bytes: How large the body of a request may be.
+
+    Attributes:
         store: Buckets and streams.
+        bodies: Where bodies of requests go that are too large for one message.
     """
 
-    def __init__(self, nc: Nats, root: str) -> None:
-        self.root = root
+    def __init__(self, nc: Nats, root: str, body_max_bytes: int) -> None:
+        super().__init__(nc, root)
         self.store = Store(nc, root)
-        self._nc = nc
-        self._online = asyncio.Event()
-        # Done while the connection is lost.
-        self._lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._wire = Wire(nc)
-        self._replies = Replies(nc.new_inbox())
-        self._asker = Asker(self, self._wire, self._replies, root)
-        # Only where the short way cannot be gone.
-        self._last_words: set[asyncio.Task[None]] = set()
+        self.bodies = Bodies(Stream(nc, f"OBJ_{root}-bodies"), f"{root}-bodies", body_max_bytes)
+        self._asker = Asker(self, self._wire, self._replies, self.bodies)
 
     @property
-    def connected(self) -> bool:
-        """Whether the broker can be reached just now."""
-        return self._online.is_set()
-
-    async def online(self) -> None:
-        """Wait until the broker can be reached."""
-        await self._online.wait()
-
-    @property
-    def max_payload(self) -> int:
-        """The largest body that can be sent, in bytes: the broker's limit less our headers."""
-        return int(self._nc.max_payload) - HEADER_ROOM_BYTES
-
-    @property
-    def url(self) -> str:
-        """The broker that is connected, without credentials."""
-        return self._nc.connected_url.netloc.rpartition("@")[2] if self._nc.connected_url else ""
+    def body_max_bytes(self) -> int:
+        """The largest body that a request can have, in one message or by reference."""
+        return max(self.max_payload, self.bodies.max_bytes)
 
     async def call(
         self,
@@ -164,12 +136,15 @@ class Client:
     async def relay(
         self,
         subject: str,
-        body: bytes,
+        body: bytes | Reference,
         *,
         headers: Mapping[str, str] | None = None,
         timeout_s: float = 10.0,
     ) -> Answer:
         """Send a body as it is and return the answer as it is; raises as `call` does.
+
+        One that is too large for a message is put aside, and its reference sent (`bus.bodies`).
+        One that is put aside already is deleted when this is over.
 
         Where several instances are known to answer a subject, the one that is likely to be the
         quickest is asked (`bus.balance`), else the broker picks one. One that does not serve it
@@ -178,6 +153,8 @@ class Client:
         """
         reply: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         asked = self.ask(subject, body, settle(reply), headers=headers, timeout_s=timeout_s)
+        # It may be large, and has been sent.
+        del body
         try:
             return await reply
         except asyncio.CancelledError:
@@ -187,7 +164,7 @@ class Client:
     def ask(
         self,
         subject: str,
-        body: bytes,
+        body: bytes | Reference,
         done: Done,
         *,
         headers: Mapping[str, str] | None = None,
@@ -227,158 +204,11 @@ class Client:
         finally:
             await self._forget(heard)
 
-    async def barrier(self, timeout_s: float = 5.0, *, patient: bool = True) -> float:
-        """Wait until the broker has worked on all that was sent before; return the seconds.
-
-        Args:
-            timeout_s: How long.
-            patient: Whether to wait on when the connection is lost meanwhile; at the end of a
-                process there is nothing to wait for then.
-
-        Raises:
-            Unavailable: It did not answer in time.
-        """
-        # Not the event loop's time: uvloop's has steps of a millisecond.
-        began = time.perf_counter()
-        inbox, passed = self._replies.expect(timeout_s)
-        try:
-            await self.send("the broker", inbox, "", b"", {})
-            awaited: set[asyncio.Future[Any]] = {passed} if patient else {passed, self._lost}
-            await asyncio.wait(awaited, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
-            if not passed.done() or passed.exception():
-                raise Unavailable(f"the broker did not answer within {timeout_s:g} s")
-        finally:
-            self._replies.forget(inbox)
-        return time.perf_counter() - began
-
-    async def while_connected(self, work: Coroutine[Any, Any, None], timeout_s: float) -> None:
-        """Do a last thing: as long as the broker is there, and no longer than `timeout_s`.
-
-        An error that crosses the bus is passed over: at the end nobody is left to mend it.
-        """
-        doing = asyncio.create_task(work)
-        try:
-            awaited = {doing, self._lost}
-            await asyncio.wait(awaited, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            # More than once: see `bus.tasks.beside`.
-            while not doing.done():
-                doing.cancel()
-                await asyncio.wait({doing}, timeout=1)
-        if not doing.cancelled() and (error := doing.exception()):
-            if not isinstance(error, BusError):
-                raise error
-            log.debug("last.not_done", cause=error.message)
-
-    async def answer(self, inbox: str, body: bytes, headers: Mapping[str, str]) -> None:
-        """Answer a request; for `bus.instance`. Raises as `publish` does."""
-        self.check_size(body)
-        await self.send(inbox, inbox, "", body, headers)
-
-    def answer_now(self, inbox: str, body: bytes, headers: Mapping[str, str]) -> bool:
-        """Answer a request if it can be done at once; return whether it is.
-
-        Raises:
-            TooLarge: It is over the broker's limit.
-        """
-        self.check_size(body)
-        return self._wire.send(inbox, "", body, headers)
-
-    async def listen(self, subject: str, queue: str, on_message: Any) -> Subscription:
-        """Subscribe a callback that must not raise, called for one message after the other."""
-        heard = await self._nc.subscribe(
-            subject, queue=queue, cb=on_message, pending_bytes_limit=PENDING_MAX_BYTES
-        )
-        await self.barrier()
-        return heard
-
-    async def take(self, subject: str, queue: str, taker: Taker) -> Subscription:
-        """Subscribe a function that is called as soon as a message is read; it must not wait."""
-        heard: Subscription = await self._wire.take(subject, queue, taker)
-        await self.barrier()
-        return heard
-
-    async def stop_listening(self, heard: Subscription) -> None:
-        """Leave a subject so that nothing which the broker already sent here is lost.
-
-        UNSUB, then the barrier, then the local queue: `Subscription.drain` uses a flush that
-        overtakes the UNSUB and loses about one request in a thousand under load.
-        """
+    async def _leave(self) -> None:
+        """Ask nothing more; what was put aside for requests goes first."""
+        self._asker.close()
         if self._nc.is_connected:
-            with contextlib.suppress(Unavailable):
-                await self._nc._send_unsubscribe(heard._id)  # noqa: SLF001
-                await self.barrier(patient=False)
-        if heard._pending_queue is not None:  # noqa: SLF001
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(5):
-                    await heard._pending_queue.join()  # noqa: SLF001
-        await self._forget(heard)
-
-    async def send(
-        self, named: str, subject: str, inbox: str, body: bytes, headers: Mapping[str, str]
-    ) -> None:
-        """Send a message, whichever way it takes; for `bus.relay`.
-
-        Raises:
-            BusError: It cannot be sent; names `named`.
-        """
-        if not self._wire.send(subject, inbox, body, headers):
-            with _named_errors(named):
-                await self._nc.publish(subject, body, inbox, headers=dict(headers) or None)
-
-    def give_up(self, inbox: str) -> None:
-        """Tell who works on a request that nobody waits for its reply; for `bus.relay`."""
-        if not self._nc.is_connected:
-            return
-        feed, body = CANCEL.subject(self.root), codec.encode(CancelCall(inbox=inbox))
-        headers = {codec.CONTENT_TYPE: codec.JSON}
-        if self._wire.send(feed, "", body, headers):
-            return
-
-        async def post() -> None:
-            with contextlib.suppress(nats.errors.Error, OSError, TimeoutError):
-                async with asyncio.timeout(5):
-                    await self._nc.publish(feed, body, headers=headers)
-
-        posting = asyncio.create_task(post())
-        self._last_words.add(posting)
-        posting.add_done_callback(self._last_words.discard)
-
-    async def come_online(self, timeout_s: float) -> None:
-        """Wait until the broker can be reached, or raise Unavailable; for `bus.relay`."""
-        try:
-            async with asyncio.timeout(timeout_s):
-                await self._online.wait()
-        except TimeoutError:
-            raise Unavailable("the broker cannot be reached just now", retry_after_s=2) from None
-
-    def check_size(self, body: bytes) -> None:
-        """Raise TooLarge if a body is over the broker's limit; for `bus.relay`."""
-        if len(body) > self.max_payload:
-            raise TooLarge(
-                f"the body has {len(body):,} bytes, the broker takes {self.max_payload:,} at most"
-            )
-
-    async def _forget(self, heard: Subscription) -> None:
-        self._wire.forget(heard)
-        # Closed already, or closing: then there is nothing left to forget.
-        with contextlib.suppress(nats.errors.Error):
-            await heard.unsubscribe()
-
-    async def _watch(self) -> None:
-        """Raise once the connection is dead while nats-py believes it alive."""
-        failures = 0
-        while failures < 3:
-            await asyncio.sleep(5)
-            if not self._nc.is_connected:
-                failures = 0
-                continue
-            try:
-                await self.barrier()
-                failures = 0
-            except Unavailable:
-                failures += self._nc.is_connected
-        raise Unavailable("the connection to the broker hangs; ending, to begin anew")
+            await self._asker.closed(LEAVE_S)
 
 
 @asynccontextmanager
@@ -396,120 +226,14 @@ async def connect(
     Raises:
         Unavailable: No broker answers there, it refuses us, or it has no JetStream.
     """
-    nc = Nats()
-    lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-    refused: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-    cause = "no answer"
-    client: Client | None = None
+    max_bytes = body_max_bytes()
 
-    async def on_error(error: Exception) -> None:
-        nonlocal cause
-        cause = str(error) or type(error).__name__
-        if "authorization" in cause.lower() and not refused.done():
-            refused.set_result(cause)
-        if client is not None and client.connected:
-            log.warning("broker.error", cause=cause)
+    def made(nc: Nats) -> Client:
+        return Client(nc, root, max_bytes)
 
-    async def on_disconnect() -> None:
-        if client is not None and client.connected:
-            client._online.clear()  # noqa: SLF001
-            client._lost.set_result(None)  # noqa: SLF001
-            log.warning("broker.lost")
-
-    async def on_reconnect() -> None:
-        if client is not None:
-            client._wire.connected()  # noqa: SLF001
-            client._online.set()  # noqa: SLF001
-            client._lost = asyncio.get_running_loop().create_future()  # noqa: SLF001
-            log.info("broker.found_again")
-
-    async def on_close() -> None:
-        # Also called by our own close, when nobody waits for it any more.
-        if not lost.done():
-            lost.set_result(None)
-
-    try:
-        async with asyncio.timeout(patience_s), beside(_raise_when_refused(refused)):
-            await nc.connect(
-                servers=url.split(","),
-                name=name,
-                error_cb=on_error,
-                disconnected_cb=on_disconnect,
-                reconnected_cb=on_reconnect,
-                closed_cb=on_close,
-                max_reconnect_attempts=-1,
-                # Apart from each other, so that a broker that returns is not stormed.
-                reconnect_time_wait=0.2 + random.random() * 0.2,  # type: ignore[arg-type] # noqa: S311
-                connect_timeout=2,
-                ping_interval=5,
-                max_outstanding_pings=2,
-                pending_size=8 * 1024 * 1024,
-                inbox_prefix=f"_INBOX_{name}",
-            )
-    except (TimeoutError, OSError, ValueError, nats.errors.Error) as error:
-        await _close(nc)
-        if refused.done():
-            cause = refused.result()
-        elif str(error):
-            cause = str(error)
-        raise Unavailable(f"no broker can be used at {_shown(url)}: {cause}") from None
-
-    client = Client(nc, root)
-    client._online.set()  # noqa: SLF001
-    try:
-        await client._wire.take(client._replies.subject, "", client._replies.take)  # noqa: SLF001
-        await client.barrier()
-        await client.store.check()
-        async with beside(client._watch(), _raise_when(lost)):  # noqa: SLF001
+    async with connected(url, name=name, patience_s=patience_s, made=made) as client:
+        try:
+            await client.store.check()
             yield client
-    finally:
-        with contextlib.suppress(Unavailable):
-            if nc.is_connected:
-                await client.barrier(2, patient=False)
-        client._online.clear()  # noqa: SLF001
-        client._asker.close()  # noqa: SLF001
-        for telling in client._last_words:  # noqa: SLF001
-            telling.cancel()
-        await _close(nc)
-
-
-async def _close(nc: Nats) -> None:
-    """Close a connection; what is then raised about one that is broken is no news."""
-    # RuntimeError: uvloop's, of a transport that is closed already.
-    with contextlib.suppress(OSError, RuntimeError, nats.errors.Error, TimeoutError):
-        async with asyncio.timeout(5):
-            await nc.close()
-
-
-async def _raise_when_refused(refused: asyncio.Future[str]) -> None:
-    """Give up at the first refusal. nats-py would ask again for as long as it may.
-
-    It may take several tries to hear of it: the broker hangs up at once, and what it said before
-    is lost when our next word arrives after that.
-    """
-    # Not awaited itself: cancelled with this task, it could no longer be asked.
-    await asyncio.wait([refused])
-    raise nats.errors.Error(refused.result())
-
-
-async def _raise_when(lost: asyncio.Future[None]) -> None:
-    await lost
-    raise Unavailable("the broker closed the connection for good")
-
-
-def _shown(url: str) -> str:
-    """Return a URL without its password."""
-    return ",".join(part.rpartition("@")[2].removeprefix("nats://") for part in url.split(","))
-
-
-@contextlib.contextmanager
-def _named_errors(subject: str) -> Generator[None]:
-    """Turn what nats-py raises into ours."""
-    try:
-        yield
-    except nats.errors.MaxPayloadError as error:
-        raise TooLarge(str(error)) from None
-    except (nats.errors.BadSubjectError, nats.errors.BadHeaderError) as error:
-        raise InvalidRequest(f"{subject} cannot be asked: {error}") from None
-    except (nats.errors.Error, OSError) as error:
-        raise Unavailable(f"the broker cannot be reached: {error}", retry_after_s=2) from None
+        finally:
+            await client._leave()  # noqa: SLF001

@@ -25,7 +25,8 @@ from bus.live_config import LiveConfig
 from bus.probes import Facts, Probes, Route
 from bus.process import settle
 from bus.registration import FIRST_FREE_SLOT, Registered, claim_free_slot
-from bus.serving import DRAIN_S, MAX_IN_FLIGHT, Call, Served, Serving, in_task
+from bus.served import DRAIN_S, Served
+from bus.serving import MAX_IN_FLIGHT, Call, Serving, in_task
 from bus.settings import Settings
 from bus.subjects import (
     CANCEL,
@@ -185,6 +186,8 @@ class Instance:
         async def work(call: Call) -> Answer:
             content_type = call.headers.get(codec.CONTENT_TYPE) or codec.JSON
             request = codec.decode(call.body, endpoint.request, content_type)
+            # It may be large, and is read.
+            call.body = b""
             allowed_s = call.allowed_s
             try:
                 async with asyncio.timeout(allowed_s):

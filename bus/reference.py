@@ -129,6 +129,18 @@ Each is answered by one member of its queue group, picked by the broker. The com
 example as it stands. One particular instance of a plugin is asked with \
 `{root}.inst.<plugin>.<slot>.call.` in place of `{root}.call.`; whoever may publish to the latter \
 (gateway, operator) needs the former as well, and every instance hears its own.
+
+A body over the broker's `max_payload` goes by reference: put it into the object store \
+`{root}-bodies`, ask with three headers that say which object it is, and delete it when the answer \
+is there; what is left goes by its age. [More](worker-protocol.md#bodies-by-reference).
+
+```sh
+nats object put {root}-bodies request.json --name mine
+nats req {root}.call.faces.detect '' --timeout 30s -H Bkg-Body:mine \\
+  -H Bkg-Body-Bytes:$(stat -c %s request.json) \\
+  -H Bkg-Body-Sha256:$(sha256sum request.json | cut -d ' ' -f 1)
+nats object rm {root}-bodies mine --force
+```
 """
 _RAW: Final = """\
 ## Raw requests

@@ -2,23 +2,25 @@
 
 A request is no task and has no future: it stands in the table of those who wait for a reply, and
 whoever asked is called when it is over. So asking costs little more than writing and reading two
-messages. Only what cannot be done at once (the broker is away, or the short way of `bus.wire`
-cannot be gone) takes a task.
+messages. Only what cannot be done at once (the broker is away, the short way of `bus.wire` cannot
+be gone, or the body is too large for one message and is put aside first) takes a task.
 """
 
 import asyncio
 import random
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextvars import ContextVar
 from functools import partial
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import msgspec
 import structlog
 
 from bus import codec
 from bus.balance import Balance, Outcome
+from bus.bodies import IN_ITS_PLACE, Bodies, Reference
+from bus.connection import Connection
 from bus.errors import (
     BusError,
     DeadlineExceeded,
@@ -63,28 +65,6 @@ class Answer(msgspec.Struct, frozen=True):
 Done = Callable[[Answer | BusError], None]
 
 
-class Connection(Protocol):
-    """What asking needs of a connection to the broker."""
-
-    @property
-    def connected(self) -> bool:
-        """Whether the broker can be reached just now."""
-
-    def check_size(self, body: bytes) -> None:
-        """Raise TooLarge if a body is over the broker's limit."""
-
-    async def come_online(self, timeout_s: float) -> None:
-        """Wait until the broker can be reached; raise Unavailable if it takes too long."""
-
-    async def send(
-        self, named: str, subject: str, inbox: str, body: bytes, headers: Mapping[str, str]
-    ) -> None:
-        """Send a message whichever way it takes; raise a BusError if it cannot be sent."""
-
-    def give_up(self, inbox: str) -> None:
-        """Tell who works on a request that nobody waits for its reply."""
-
-
 class Asker:
     """Asks, and knows who answers what how fast.
 
@@ -92,22 +72,32 @@ class Asker:
         connection: Where to.
         wire: Its short way.
         replies: Who waits for which reply on it.
-        root: The first token of every subject.
+        bodies: Where bodies go that are too large for one message.
     """
 
-    def __init__(self, connection: Connection, wire: Wire, replies: Replies, root: str) -> None:
+    def __init__(
+        self, connection: Connection, wire: Wire, replies: Replies, bodies: Bodies
+    ) -> None:
         self.connection = connection
         self.wire = wire
         self.replies = replies
+        self.bodies = bodies
         self.balance = Balance()
-        self.calls = f"{root}.call."
-        self.instances = f"{root}.inst."
+        self.calls = f"{connection.root}.call."
+        self.instances = f"{connection.root}.inst."
         self.loop = asyncio.get_running_loop()
         # What could not be done at once.
         self.working: set[asyncio.Task[None]] = set()
+        # Bodies of requests that are over, on their way out.
+        self.deleting: set[asyncio.Task[None]] = set()
 
     def ask(
-        self, subject: str, body: bytes, headers: Mapping[str, str], timeout_s: float, done: Done
+        self,
+        subject: str,
+        body: bytes | Reference,
+        headers: Mapping[str, str],
+        timeout_s: float,
+        done: Done,
     ) -> "Asked":
         """Ask whoever answers a subject, and have `done` called when that is over.
 
@@ -115,7 +105,7 @@ class Asker:
 
         Args:
             subject: What is asked.
-            body: The question.
+            body: The question; or where it is, to be deleted when this is over.
             headers: Its headers, without those that say how long there is time.
             timeout_s: How long the answer may take.
             done: Takes the answer, or why there is none.
@@ -130,11 +120,24 @@ class Asker:
             return subject
         return f"{self.instances}{slot}.call.{subject[len(self.calls) :]}"
 
+    def delete(self, reference: Reference) -> None:
+        """Delete a body that nobody needs any more."""
+        deleting = self.loop.create_task(self.bodies.delete(reference.name))
+        self.deleting.add(deleting)
+        deleting.add_done_callback(self.deleting.discard)
+
     def close(self) -> None:
-        """Do nothing more."""
+        """Do nothing more, but delete what is put aside: `closed` waits for that."""
         self.replies.close()
         for working in self.working:
             working.cancel()
+
+    async def closed(self, timeout_s: float) -> None:
+        """Wait until nothing is put aside any more; what takes longer is left to its age."""
+        if ending := self.working | self.deleting:
+            await asyncio.wait(ending, timeout=timeout_s)
+        for left in self.deleting:
+            left.cancel()
 
 
 class Asked:
@@ -151,23 +154,28 @@ class Asked:
     """
 
     __slots__ = (
-        "_again", "_asker", "_balanced", "_body", "_done", "_headers", "_sent_at", "_slot",
-        "_subject", "_timeout_s", "_working", "deadline", "inbox", "over",
+        "_again", "_aside", "_asker", "_balanced", "_body", "_done", "_headers", "_sent_at",
+        "_slot", "_subject", "_timeout_s", "_working", "deadline", "inbox", "over",
     )  # fmt: skip
 
     def __init__(
         self,
         asker: Asker,
         subject: str,
-        body: bytes,
+        body: bytes | Reference,
         headers: Mapping[str, str],
         timeout_s: float,
         done: Done,
     ) -> None:
         self._asker = asker
         self._subject = subject
-        self._body = body
         self._headers = headers
+        # Where the body is, when it is too large for one message.
+        self._aside: Reference | None = None
+        if isinstance(body, Reference):
+            self._refer(body)
+        else:
+            self._body = body
         self._timeout_s = timeout_s
         self._done = done
         self._balanced = subject.startswith(asker.calls)
@@ -189,14 +197,12 @@ class Asked:
                 )
             )
             return
-        try:
-            self._asker.connection.check_size(self._body)
-        except BusError as error:
-            self._end(error)
-            return
         if self._balanced:
             self._slot = self._asker.balance.choose(self._subject, time.perf_counter())
-        self._send()
+        if len(self._body) > self._asker.connection.max_payload:
+            self._work(self._put_aside)
+        else:
+            self._send()
 
     def cancel(self) -> None:
         """Wait no longer; `done` is not called any more."""
@@ -205,6 +211,8 @@ class Asked:
         self.over = True
         self._withdraw()
         self._tell("dropped")
+        if self._aside:
+            self._asker.delete(self._aside)
 
     # --- What became of it ------------------------------------------------------------------------
 
@@ -266,6 +274,8 @@ class Asked:
     def _end(self, outcome: Answer | BusError) -> None:
         if not self.over:
             self.over = True
+            if self._aside:
+                self._asker.delete(self._aside)
             self._done(outcome)
 
     def _withdraw(self) -> None:
@@ -285,7 +295,8 @@ class Asked:
             self._work(self._send_when_online)
             return
         left_s = self._timeout_s
-        if self._sent_at:
+        # Else it begins now.
+        if self._sent_at or self._aside:
             left_s = max(0.001, self.deadline - asker.loop.time())
         self._sent_at = time.perf_counter()
         headers = {TIMEOUT_MS: str(int(left_s * 1000)), **self._headers}
@@ -306,10 +317,38 @@ class Asked:
             self._work(partial(self._send_long, to, headers))
 
     async def _send_when_online(self) -> None:
-        left_s = self.deadline - self._asker.loop.time()
-        await self._asker.connection.come_online(min(max(left_s, 0.001), 2.0))
+        await self._come_online()
         if not self.over:
             self._send()
+
+    async def _come_online(self) -> None:
+        left_s = self.deadline - self._asker.loop.time()
+        await self._asker.connection.come_online(min(max(left_s, 0.001), 2.0))
+
+    async def _put_aside(self) -> None:
+        """Put the body into the store, and ask with its reference."""
+        bodies, body = self._asker.bodies, self._body
+        bodies.check_size(len(body))
+        await self._come_online()
+        try:
+            async with asyncio.timeout_at(self.deadline):
+                reference = await bodies.put(_once(body))
+        except TimeoutError:
+            raise DeadlineExceeded(
+                f"{self._subject} was not asked: its body of {len(body):,} bytes was not stored "
+                f"within {self._timeout_s:g} s"
+            ) from None
+        self._refer(reference)
+        if self.over:
+            self._asker.delete(reference)
+        else:
+            self._send()
+
+    def _refer(self, reference: Reference) -> None:
+        """Have the body's reference travel in its place."""
+        self._aside = reference
+        self._body = IN_ITS_PLACE
+        self._headers = {**self._headers, **reference.headers}
 
     async def _send_long(self, to: str, headers: dict[str, str]) -> None:
         asker = self._asker
@@ -356,6 +395,10 @@ def new_traceparent() -> str:
     # Random enough to tell requests apart; never zero, which the standard forbids.
     both = f"{random.getrandbits(192) | 1 << 64 | 1:048x}"
     return f"00-{both[:32]}-{both[32:]}-01"
+
+
+async def _once(body: bytes) -> AsyncIterator[bytes]:
+    yield body
 
 
 def settle(reply: "asyncio.Future[Any]") -> Done:

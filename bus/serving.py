@@ -1,12 +1,12 @@
 """Requests that an instance is asked: taken, bounded, counted, stopped when nobody waits, answered.
 
 A request is a `Call`. Who takes it ends it, now or later, by `answer` or `fail`; a task for each
-is only there for handlers that are coroutines.
+is only there for handlers that are coroutines. One whose body is put aside (`bus.bodies`) is taken
+when that has been fetched.
 """
 
 import asyncio
 import contextlib
-import json
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
@@ -15,6 +15,7 @@ from typing import Any, Final
 import structlog
 
 from bus import codec
+from bus.bodies import BODY, REFERENCE, reference_in
 from bus.client import (
     ERROR,
     ERROR_CODE,
@@ -27,106 +28,23 @@ from bus.client import (
 )
 from bus.errors import (
     BusError,
+    DeadlineExceeded,
     Internal,
     NobodyListens,
     Overloaded,
     body_of,
 )
 from bus.metrics import Calls
-from bus.subjects import Endpoint, RawEndpoint
+from bus.served import DRAIN_S, Served
 from bus.wire import Incoming
 
-DRAIN_S: Final = 10.0
 MAX_IN_FLIGHT: Final = 1_024
+# So many of the largest may be here: bodies that were fetched, as long as they are worked on.
+BODIES_MAX: Final = 4
+# How long a body may take to be fetched for a caller that did not say how long it waits.
+FETCH_S: Final = 30.0
 
 log = structlog.get_logger("bus.serving")
-
-
-class Served:
-    """One endpoint that is being served, with its statistics.
-
-    Args:
-        endpoint: The endpoint.
-        subject: Where it is asked.
-        take: Takes a request; must not wait. What it raises fails the request.
-        handler: For requests that do not come over the bus; None if there can be none.
-    """
-
-    def __init__(
-        self,
-        endpoint: Endpoint[Any, Any] | RawEndpoint,
-        subject: str,
-        take: "Callable[[Call], None]",
-        handler: Callable[[Any], Awaitable[Any]] | None = None,
-    ) -> None:
-        self.endpoint = endpoint
-        self.subject = subject
-        self.take = take
-        self.handler = handler
-        self.calls = Calls()
-        self.requests = 0
-        self.errors = 0
-        self.last_error = ""
-        self.busy_ns = 0
-        self._open = 0
-        self._emptied: asyncio.Future[None] | None = None
-
-    def began(self) -> None:
-        """Count a request."""
-        self.requests += 1
-        self.calls.requests += 1
-        self.calls.in_flight += 1
-        self._open += 1
-
-    def ended(self, began_ns: int, cause: str | None) -> None:
-        """Count the end of a request, and why it failed, if it did."""
-        took_ns = time.perf_counter_ns() - began_ns
-        self.busy_ns += took_ns
-        self.calls.busy_ns += took_ns
-        self.calls.in_flight -= 1
-        if cause is not None:
-            self.errors += 1
-            self.calls.errors += 1
-            self.last_error = cause
-
-    def left(self) -> None:
-        """Let go of a request: nothing of it is left to be sent."""
-        self._open -= 1
-        if not self._open and self._emptied and not self._emptied.done():
-            self._emptied.set_result(None)
-
-    async def drained(self) -> None:
-        """Wait until every request is answered, for `DRAIN_S` at most."""
-        if self._open:
-            self._emptied = asyncio.get_running_loop().create_future()
-            await asyncio.wait([self._emptied], timeout=DRAIN_S)
-
-    @property
-    def info(self) -> dict[str, Any]:
-        """What the service protocol's INFO says."""
-        metadata = {"description": self.endpoint.description}
-        if isinstance(self.endpoint, Endpoint):
-            metadata["request"] = json.dumps(codec.schema(self.endpoint.request))
-        return {
-            "name": self.endpoint.capability.replace(".", "-"),
-            "subject": self.subject,
-            "queue_group": self.endpoint.queue,
-            "metadata": metadata,
-        }
-
-    @property
-    def stats(self) -> dict[str, Any]:
-        """What the service protocol's STATS says."""
-        return {
-            "name": self.endpoint.capability.replace(".", "-"),
-            "subject": self.subject,
-            "queue_group": self.endpoint.queue,
-            "num_requests": self.requests,
-            "num_errors": self.errors,
-            "last_error": self.last_error,
-            "processing_time": self.busy_ns,
-            "average_processing_time": self.busy_ns // self.requests if self.requests else 0,
-        }
 
 
 class Call:
@@ -208,6 +126,57 @@ class Call:
         self._asked.forget(self)
 
 
+class FetchedCall(Call):
+    """A request whose body is put aside: fetched first, and then as any other.
+
+    Args:
+        asked: Whose request it is.
+        served: What is asked.
+        message: The request as it came.
+    """
+
+    __slots__ = ("_held_bytes",)
+
+    def __init__(self, asked: "Serving", served: Served, message: Incoming) -> None:
+        super().__init__(asked, served, message)
+        self._held_bytes = 0
+
+    async def take(self) -> None:
+        """Fetch the body, and have the request taken."""
+        try:
+            await self._fetch()
+            self.on_cancel = None
+            self._served.take(self)
+        except asyncio.CancelledError:
+            self.drop()
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever it is belongs to who asked
+            self.fail(error)
+
+    async def _fetch(self) -> None:
+        reference, allowed_s = reference_in(self.headers), self.allowed_s
+        bodies = self._asked.client.bodies
+        bodies.check_size(reference.size)
+        self._asked.hold(reference.size)
+        self._held_bytes = reference.size
+        try:
+            async with asyncio.timeout(FETCH_S if allowed_s is None else allowed_s):
+                self.body = await bodies.fetch(reference)
+        except TimeoutError:
+            raise DeadlineExceeded(
+                f"the body of {reference.size:,} bytes did not come within the caller's time"
+            ) from None
+        headers = {name: one for name, one in self.headers.items() if name not in REFERENCE}
+        if allowed_s is not None:
+            headers[TIMEOUT_MS] = str(int(1e3 * max(0.0, allowed_s - self.waited_s)))
+        self.headers = headers
+
+    def _end(self, cause: str | None) -> None:
+        super()._end(cause)
+        self.body = b""
+        self._asked.let_go(self._held_bytes)
+
+
 @dataclass
 class Serving:
     """What one instance serves, and the requests that it works on.
@@ -230,6 +199,7 @@ class Serving:
     _by_inbox: dict[str, Call] = field(default_factory=dict)
     # What did not come over the bus, and since when.
     _local: dict[object, float] = field(default_factory=dict)
+    _held_bytes: int = 0
     _posting: set[asyncio.Task[None]] = field(default_factory=set)
 
     @property
@@ -254,7 +224,12 @@ class Serving:
         # No reply subject: nobody asked.
         if not message.reply:
             return
-        call = Call(self, served, message)
+        call: Call
+        take: Callable[[Any], None]
+        if BODY in message.headers:
+            call, take = FetchedCall(self, served, message), _fetched
+        else:
+            call, take = Call(self, served, message), served.take
         if full := self._full():
             call.fail(full)
             return
@@ -262,7 +237,7 @@ class Serving:
         self._by_inbox[message.reply] = call
         told = trace.set(message.headers.get(TRACEPARENT))
         try:
-            served.take(call)
+            take(call)
         except Exception as error:  # noqa: BLE001 - whatever it is belongs to who asked
             call.fail(error)
         finally:
@@ -316,6 +291,25 @@ class Serving:
         self._working.pop(call, None)
         if self._by_inbox.get(call.inbox) is call:
             del self._by_inbox[call.inbox]
+
+    def hold(self, size: int) -> None:
+        """Make room for a body that is fetched.
+
+        Raises:
+            Overloaded: There is none.
+        """
+        most = BODIES_MAX * self.client.bodies.max_bytes
+        if self._held_bytes + size > most:
+            raise Overloaded(
+                f"this {self.plugin} instance works on {self._held_bytes:,} bytes of large bodies "
+                f"already, {most:,} are allowed",
+                retry_after_s=1,
+            )
+        self._held_bytes += size
+
+    def let_go(self, size: int) -> None:
+        """Give back the room of a body."""
+        self._held_bytes -= size
 
     def known(self, error: BaseException, served: Served) -> BusError:
         """Return an error as it may cross the bus; what nobody expected goes to the log."""
@@ -397,6 +391,11 @@ class Serving:
             f"this {self.plugin} instance works on {MAX_IN_FLIGHT} requests already",
             retry_after_s=1,
         )
+
+
+def _fetched(call: Any) -> None:
+    """Take a request when its body is here; held by its call as in `in_task`."""
+    call.on_cancel = asyncio.create_task(call.take()).cancel
 
 
 async def _raised(error: BusError) -> Any:

@@ -13,6 +13,9 @@ from bus.subjects import DEFAULT_ROOT
 DEFAULT_NATS_URL = "nats://127.0.0.1:4222"
 # What the object store of artefacts may hold, in bytes.
 ARTEFACTS_MAX_BYTES = "BKG_ARTEFACTS_MAX_BYTES"
+# How many bytes the body of a request may have that is too large for one message.
+BODY_MAX_BYTES = "BKG_BODY_MAX_BYTES"
+BODY_MAX_BYTES_DEFAULT = 64 * 1024 * 1024
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -106,6 +109,15 @@ def artefacts_max_bytes() -> int | None:
     """
     # Twice that still fits beside all else into the broker's `max_file`.
     return _between(ARTEFACTS_MAX_BYTES, 1024 * 1024, 256 * 1024**3)
+
+
+def body_max_bytes() -> int:
+    """Return how large the body of a request may be that goes by reference.
+
+    Raises:
+        InvalidRequest: `BKG_BODY_MAX_BYTES` is none; says what is allowed.
+    """
+    return _between(BODY_MAX_BYTES, 8 * 1024 * 1024, 1024**3) or BODY_MAX_BYTES_DEFAULT
 
 
 def default_data_dir() -> Path:

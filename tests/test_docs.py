@@ -8,9 +8,11 @@ import typer
 
 from bus import codec, instance, registration
 from bus import messages as m
-from bus.assets import OBSERVED_TTL_S
+from bus.assets import BODY_AGE_S, OBSERVED_TTL_S
+from bus.bodies import IN_ITS_PLACE, REFERENCE
 from bus.errors import _KINDS as KINDS
 from bus.errors import ErrorBody
+from bus.settings import BODY_MAX_BYTES_DEFAULT
 from services.cli import up
 from services.cli.faces_parser import faces_app
 from services.gateway.routes import capabilities
@@ -59,6 +61,10 @@ def test_every_error_stands_in_the_workers_protocol_with_its_number():
         f"again after {reconcile.BACKOFF_FIRST_S:g} s, then 1 s, 2 s",
         f"up to {reconcile.BACKOFF_MAX_S:g} s; after {reconcile.HEALTHY_S:g} s of running well",
         f"more than {process.LINE_MAX_BYTES:,} bytes",
+        f"`BKG_BODY_MAX_BYTES` ({BODY_MAX_BYTES_DEFAULT >> 20} MiB) of whoever asks",
+        f"goes {BODY_AGE_S // 60} minutes after it was written",
+        f"the words `{IN_ITS_PLACE.decode()}`",
+        *(f"| `{name}` |" for name in sorted(REFERENCE)),
     ],
 )
 def test_the_figures_of_the_workers_protocol_are_those_of_the_code(says):

@@ -33,6 +33,7 @@ from bus.errors import (
     Unavailable,
     Unprocessable,
 )
+from bus.settings import BODY_MAX_BYTES
 from bus.subjects import FACES_DETECT, FACES_ENCODE, RUSTYFACE
 from bus.tasks import beside
 from services.cli.console import out, show_json
@@ -42,14 +43,20 @@ from services.cli.photos import PHOTOS, Outcome, SubjectFrom, Tally, files_in, s
 from services.cli.plugins import connected
 from services.cli.progress import Meter
 
-# So long an answer is waited for, and so often a photo is sent again that got none.
+# So long an answer is waited for, and longer for a large photo on a slow line; and so often a photo
+# is sent again that got none.
 TRY_S: Final = 20.0
+LINE_BYTES_PER_S: Final = 1_000_000
 TRIES: Final = 4
 # How long a platform may be busy or away before the run ends; the same command goes on.
 PATIENCE_S: Final = 120.0
 # Replicas come and go; so often they are counted again.
 LOOK_S: Final = 5.0
 WIDTH_MAX: Final = 128
+# What the photos that are sent at a time may have together.
+HELD_MAX_BYTES: Final = 256 * 1024**2
+# What a request may have beside its photo.
+BESIDE_PHOTO_BYTES: Final = 64 * 1024
 ID_LENGTH: Final = 32
 
 
@@ -162,16 +169,19 @@ class _Run:
         Raises:
             BusError: The platform was away or busy for too long, or the dataset went.
         """
-        under_way: set[asyncio.Task[None]] = set()
+        under_way: dict[asyncio.Task[None], int] = {}
         cause: BusError | None = None
         try:
             async with beside(self._keep_width()), asyncio.TaskGroup() as tasks:
                 for photo in photos:
-                    while len(under_way) >= self._width:
+                    size = _size_of(photo)
+                    while len(under_way) >= self._width or (
+                        under_way and sum(under_way.values()) + size > HELD_MAX_BYTES
+                    ):
                         await asyncio.wait(under_way, return_when=asyncio.FIRST_COMPLETED)
                     task = tasks.create_task(self._one(photo))
-                    under_way.add(task)
-                    task.add_done_callback(under_way.discard)
+                    under_way[task] = size
+                    task.add_done_callback(under_way.pop)
         except* _EndError as group:
             # Raised here it would come out in a group.
             cause = next(one.cause for one in group.exceptions if isinstance(one, _EndError))
@@ -204,7 +214,8 @@ class _Run:
         self._meter.to(self._tally.done)
 
     async def _outcome(self, photo: Path, file: Path, subject: str | None) -> Outcome:
-        data = await asyncio.to_thread(_read, photo, self._client.max_payload)
+        max_bytes = self._client.body_max_bytes - BESIDE_PHOTO_BYTES
+        data = await asyncio.to_thread(_read, photo, max_bytes)
         entry = hashlib.sha256(data).hexdigest()[:ID_LENGTH]
         if entry in self._seen:
             return await self._double(file, entry, subject)
@@ -284,9 +295,11 @@ class _Run:
         return found[0] if found else None
 
     async def _patiently(self, endpoint: Any, ask: Any) -> Any:
+        timeout_s = TRY_S + len(ask.image) / LINE_BYTES_PER_S
+
         async def call() -> Any:
             return await self._client.call(
-                endpoint, ask, timeout_s=TRY_S, content_type=codec.MSGPACK
+                endpoint, ask, timeout_s=timeout_s, content_type=codec.MSGPACK
             )
 
         return await _patient(call)
@@ -336,12 +349,19 @@ async def _width_for(client: Client) -> int:
     return min(2 * sum(processors.get(host, 2) for host in hosts) or 2, WIDTH_MAX)
 
 
+def _size_of(photo: Path) -> int:
+    """Return how many bytes a photo has; one that cannot be asked fails when it is read."""
+    with contextlib.suppress(OSError):
+        return photo.stat().st_size
+    return 0
+
+
 def _read(photo: Path, max_bytes: int) -> bytes:
     size = photo.stat().st_size
     if size > max_bytes:
         raise TooLarge(
-            f"it has {size:,} bytes, {max_bytes:,} can be sent; make it smaller, or raise the "
-            "broker's max_payload"
+            f"it has {size:,} bytes, {max_bytes:,} can be sent; make it smaller, or raise "
+            f"{BODY_MAX_BYTES} here and for the workers"
         )
     data = photo.read_bytes()
     if not data:

@@ -1,7 +1,10 @@
-"""Bodies as they come in: block by block, in time, raw or as the parts of a form."""
+"""Bodies as they come in: block by block, in time, raw or as the parts of a form.
+
+What is too large for one message of the bus is put aside as it comes (`bus.bodies`).
+"""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import Final, TypeVar
 
@@ -9,19 +12,81 @@ import aiohttp
 from aiohttp import BodyPartReader, hdrs, web
 from aiohttp.http_exceptions import HttpProcessingError
 
+from bus.bodies import too_large
+from bus.client import Client, Reference
 from bus.errors import DeadlineExceeded, InvalidRequest, TooLarge
+from services.gateway.room import Room
+from services.gateway.translate import BODY_PATIENCE_S, read_body
 from services.gateway.uploads import CutOff
 
 # A caller that sends nothing more for this long has gone.
 STALL_S: Final = 60.0
 BLOCK_BYTES: Final = 64 * 1024
 PARTS_MAX: Final = 100
+# A body that somebody waits on has `BODY_PATIENCE_S` for each so many bytes begun.
+PATIENCE_BYTES: Final = 16 * 1024**2
 
 T = TypeVar("T")
 
 
 async def hold_back(_request: web.Request) -> None:
     """Send no `100 Continue` yet: who may not, or has too much, shall hear it before sending."""
+
+
+async def body_for_bus(request: web.Request, client: Client, room: Room) -> bytes | Reference:
+    """Return a request's body as it can be asked with.
+
+    What is too large for one message is put aside as it comes; whoever gets its reference asks
+    with it at once. No more than one message's worth is held here.
+
+    Raises:
+        TooLarge: There is more than can be asked with; said before the rest is read.
+        Overloaded: There is no room for it.
+        NoSpace: The store is full just now.
+        InvalidRequest: It is cut off, or not encoded as it says.
+        DeadlineExceeded: It did not come in time.
+    """
+    most = client.max_payload
+    if _is_here(request, most):
+        body = await read_body(request, most)
+        room.hold(len(body))
+        return body
+    check_length(request, client.body_max_bytes)
+    announced = request.content_length or 0
+    room.hold(min(announced, most))
+    blocks = _blocks_in_time(request)
+    if announced > most:
+        return await _put_aside(client, room, b"", blocks)
+    held = bytearray()
+    async for block in blocks:
+        held += block
+        room.hold_at_least(min(len(held), most))
+        if len(held) > most:
+            return await _put_aside(client, room, held, blocks)
+    return bytes(held)
+
+
+async def whole_body(request: web.Request, room: Room, max_bytes: int) -> bytes:
+    """Return all of a request's body; raises as `body_for_bus` does."""
+    if _is_here(request, max_bytes):
+        body = await read_body(request, max_bytes)
+        room.hold(len(body))
+        return body
+    check_length(request, max_bytes)
+    room.hold(request.content_length or 0)
+    held = bytearray()
+    async for block in _blocks_in_time(request):
+        held += block
+        if len(held) > max_bytes:
+            raise too_large(len(held), max_bytes, or_more=True)
+        room.hold_at_least(len(held))
+    return bytes(held)
+
+
+def check_length(request: web.Request, max_bytes: int) -> None:
+    """Refuse what says of itself that it is too large, before any of it is read."""
+    if (announced := request.content_length or 0) > max_bytes:
+        raise too_large(announced, max_bytes)
 
 
 async def blocks_of(request: web.Request) -> AsyncIterator[bytes]:
@@ -85,8 +150,15 @@ async def chunks_of(part: BodyPartReader) -> AsyncIterator[bytes]:
             yield block
 
 
-async def whole_part(part: BodyPartReader, max_bytes: int) -> bytes:
+async def whole_part(
+    part: BodyPartReader, max_bytes: int, grown: Callable[[int], None] = lambda _size: None
+) -> bytes:
     """Return all of a form's part.
+
+    Args:
+        part: The part.
+        max_bytes: How many bytes it may have.
+        grown: Is told how many have come; may refuse.
 
     Raises:
         TooLarge: It has more than `max_bytes`.
@@ -99,7 +171,54 @@ async def whole_part(part: BodyPartReader, max_bytes: int) -> bytes:
             raise TooLarge(
                 f"the field {part.name} has more than {max_bytes:,} bytes", field=part.name
             )
+        grown(len(raw))
     return bytes(raw)
+
+
+def _is_here(request: web.Request, most: int) -> bool:
+    """Tell whether a whole body came with the headers, as small ones do, and is no larger."""
+    content = request.content
+    return content.is_eof() and content.exception() is None and content.total_bytes <= most
+
+
+async def _blocks_in_time(request: web.Request) -> AsyncIterator[bytes]:
+    """Give the blocks of a body that somebody waits on."""
+    began, came = asyncio.get_running_loop().time(), 0
+    while True:
+        patience_s = BODY_PATIENCE_S * (1 + came // PATIENCE_BYTES)
+        try:
+            async with asyncio.timeout_at(began + patience_s):
+                block = await request.content.readany()
+        except (web.RequestPayloadError, web.PayloadAccessError) as error:
+            encoding = request.headers.get(hdrs.CONTENT_ENCODING)
+            how = f", or is not {encoding[:40]!r} as Content-Encoding says" if encoding else ""
+            raise InvalidRequest(f"the body is cut off{how}: {type(error).__name__}") from None
+        except TimeoutError:
+            raise DeadlineExceeded(
+                f"of the body {came:,} bytes came within {patience_s:g} s, and not the rest"
+            ) from None
+        if not block:
+            return
+        came += len(block)
+        yield block
+
+
+async def _put_aside(
+    client: Client, room: Room, held: bytes | bytearray, blocks: AsyncIterator[bytes]
+) -> Reference:
+    """Put aside what came of a body, and all that comes."""
+
+    async def all_of_it() -> AsyncIterator[bytes]:
+        nonlocal held
+        if held:
+            yield bytes(held)
+        held = b""
+        async for block in blocks:
+            yield block
+
+    reference = await client.bodies.put(all_of_it())
+    room.hold(0)
+    return reference
 
 
 @contextmanager

@@ -12,10 +12,11 @@ import msgspec
 from aiohttp import BodyPartReader, hdrs, web
 
 from bus import codec
-from bus.errors import InvalidRequest, TooLarge
-from services.gateway.bodies import parts_of, whole_part
+from bus.errors import InvalidRequest
+from services.gateway.bodies import check_length, parts_of, whole_body, whole_part
 from services.gateway.repository import switch
-from services.gateway.translate import asked, read_body
+from services.gateway.room import Room
+from services.gateway.translate import asked
 
 IMAGE: Final = "image"
 FIELD_MAX_BYTES: Final = 256 * 1024
@@ -40,6 +41,7 @@ async def read_images(
     request: web.Request,
     kind: type[T],
     max_bytes: int,
+    room: Room,
     *,
     images: Sequence[str] = (IMAGE,),
     said: Mapping[str, Any] | None = None,
@@ -51,22 +53,24 @@ async def read_images(
             query; or a form with them as fields.
         kind: The message.
         max_bytes: How many bytes the body may have.
+        room: For them.
         images: The fields that may come as files of a form; a single one may be the whole body.
         said: What the gateway adds.
 
     Raises:
         InvalidRequest: A field is not known, comes twice, or has a value that it cannot have.
         TooLarge: There are more bytes than may be.
-        BusError: As `read_body` and `parts_of`.
+        Overloaded: There is no room for them.
+        BusError: As `whole_body` and `parts_of`.
     """
-    _check_length(request, max_bytes)
+    check_length(request, max_bytes)
     allowed = [name for name in kind.__struct_fields__ if name not in _OURS]
     given = _by_name(allowed, _in_query(request, allowed))
     media = request.headers.get(hdrs.CONTENT_TYPE, "").partition(";")[0].strip().lower()
     if media.startswith("multipart/"):
-        fields = [pair async for pair in _in_form(request, allowed, images, max_bytes)]
+        fields = [pair async for pair in _in_form(request, allowed, images, max_bytes, room)]
     else:
-        fields = _in_body(media, await read_body(request, max_bytes), images)
+        fields = _in_body(media, await whole_body(request, room, max_bytes), images)
     given = _by_name(allowed, fields, given)
     return asked(kind, given | dict(said or {}))
 
@@ -77,16 +81,6 @@ def wants_msgpack(request: web.Request) -> bool:
         one.partition(";")[0].strip() for one in request.headers.get(hdrs.ACCEPT, "").split(",")
     ]
     return codec.MSGPACK in kinds and codec.JSON not in kinds
-
-
-def _check_length(request: web.Request, max_bytes: int) -> None:
-    """Refuse what says of itself that it is too large, before any of it is read."""
-    size = request.content_length or 0
-    if size > max_bytes:
-        raise TooLarge(
-            f"the body has {size:,} bytes; it travels in one message, of which the broker takes "
-            f"{max_bytes:,} bytes at most (its max_payload): send a smaller picture"
-        )
 
 
 def _by_name(
@@ -139,15 +133,20 @@ def _in_body(media: str, body: bytes, images: Sequence[str]) -> list[tuple[str, 
 
 
 async def _in_form(
-    request: web.Request, allowed: Sequence[str], images: Sequence[str], max_bytes: int
+    request: web.Request, allowed: Sequence[str], images: Sequence[str], max_bytes: int, room: Room
 ) -> AsyncIterator[tuple[str, Any]]:
     """Give the fields of a form; all of them together have no more than `max_bytes`."""
+    room.hold(request.content_length or 0)
     left = max_bytes
+
+    def grown(size: int) -> None:
+        room.hold_at_least(max_bytes - left + size)
+
     async for part in parts_of(request):
         name = part.name or ""
         _check_name(name, allowed)
         if name in images and _is_file(part, name):
-            raw = await whole_part(part, left)
+            raw = await whole_part(part, left, grown)
             yield name, raw if name == IMAGE else {IMAGE: raw}
         elif part.filename is not None:
             raise InvalidRequest(

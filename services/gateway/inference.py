@@ -9,6 +9,7 @@ from aiohttp import hdrs
 from bus.errors import Overloaded
 from bus.subjects import MODEL_INFER
 from services.gateway.parts import Parts
+from services.gateway.room import Room, full
 
 LENGTH: Final = "Inference-Header-Content-Length"
 # What it is, and who gave it.
@@ -23,15 +24,16 @@ RELAYING_MAX_BYTES: Final = 512 * 1024**2
 COMPRESS_MIN_BYTES: Final = 1_400
 
 
-def too_many(at: Parts, more_bytes: int, *, more: int = 1) -> Overloaded | None:
-    """Return why so many more requests with so many bytes cannot be taken, if it is so."""
-    if at.relaying + more <= RELAYING_MAX and at.relaying_bytes + more_bytes <= RELAYING_MAX_BYTES:
+def too_many(at: Parts, more_bytes: int) -> Overloaded | None:
+    """Return why one more request with so many bytes cannot be taken, if it is so."""
+    if at.relaying < RELAYING_MAX and at.relaying_bytes + more_bytes <= RELAYING_MAX_BYTES:
         return None
-    return Overloaded(
-        f"this gateway waits for {at.relaying} answers already; {RELAYING_MAX}, and "
-        f"{RELAYING_MAX_BYTES >> 20} MiB of bodies, are allowed",
-        retry_after_s=1,
-    )
+    return full(at, RELAYING_MAX, RELAYING_MAX_BYTES)
+
+
+def room_for_one(at: Parts) -> Room:
+    """Return room for one more request."""
+    return Room(at, RELAYING_MAX, RELAYING_MAX_BYTES)
 
 
 @lru_cache(4_096)

@@ -88,9 +88,12 @@ async def test_a_call_ends_with_the_callers_patience(client, settings):
         await until(lambda: candle.in_flight == 0)
 
 
-async def test_a_body_over_the_brokers_limit_is_refused_before_it_is_sent(client):
-    with pytest.raises(TooLarge, match=r"9,000,000 bytes, the broker takes 8,3"):
-        await client.relay("t.x", b"x" * 9_000_000)
+async def test_a_message_over_the_brokers_limit_is_refused_before_it_is_sent(client):
+    record = m.LogEvent(
+        plugin="a", level="info", message="x" * 9_000_000, timestamp=m.now(), slot=0
+    )
+    with pytest.raises(TooLarge, match=r"9,000,\d+ bytes, the broker takes 8,3"):
+        await client.publish(LOG, record, plugin="a", slot=0, level="info")
 
 
 async def test_a_body_that_does_not_fit_names_the_field(client, settings):

@@ -27,6 +27,7 @@ from services.cli.photos import files_in, subject_of
 from services.cli.progress import line_of
 from services.rustyface import samples
 from tests.cli.terminal import BKG, shown_at_terminal
+from tests.photos import camera_photo
 
 PHOTOS = Path(next(iter(samples.__path__)))
 
@@ -91,6 +92,22 @@ async def test_a_folder_is_enrolled_and_what_failed_is_told_with_its_reason(
         ("man", "man/1.jpg"),
     ]
     assert "4 of 4 photos" in ended.err
+
+
+async def test_photos_of_a_camera_are_enrolled_though_no_message_holds_them(
+    faces: Any, worker: Client, dataset: str, tmp_path: Path
+):
+    folder = tmp_path / "camera" / "eileen"
+    folder.mkdir(parents=True)
+    assert len(camera_photo()) > 12_000_000 > worker.max_payload
+    for i in range(4):
+        # What stands behind a JPEG's end is no part of the picture.
+        (folder / f"{i}.jpg").write_bytes(camera_photo() + bytes([i]))
+    told = (await faces("enrol", folder.parent, "-d", dataset, "--json", "--one-face")).json
+    assert (told["enrolled"], told["failed"]) == (4, [])
+    found = (await faces("search", folder / "0.jpg", "-d", dataset, "--json")).json
+    assert found["subject"] == "eileen"
+    assert not (await worker.bodies._stream.occupied("$O.>")).subjects
 
 
 async def test_a_second_run_sends_only_what_is_not_there(

@@ -1,8 +1,10 @@
 """A gateway on loopback before a real broker, and clients with and without the key."""
 
+import asyncio
 import io
+import json
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,15 +15,19 @@ import pytest_asyncio
 from aiohttp import ClientSession, ClientWebSocketResponse, CookieJar
 
 from bus import messages as m
-from bus.client import Client
+from bus.client import Client, connect
 from bus.errors import BusError, Conflict, NotFound
 from bus.instance import Instance, join
 from bus.messages import DesiredState, Message, PluginConfig, now
 from bus.models import next_version
 from bus.settings import Settings
-from bus.subjects import MODEL_ADD, MODEL_LOAD, Endpoint
+from bus.subjects import CAPABILITIES, MODEL_ADD, MODEL_LOAD, Endpoint
 from bus.tasks import beside
 from bus.testing import until
+from services.candle.repository.cache import Cache
+from services.candle.repository.repository import Repository
+from services.candle.service import Candle
+from services.candle.settings import CandleSettings
 from services.gateway.app import Options, gateway
 from services.gateway.pages import Pages
 from services.gateway.parts import Parts
@@ -34,6 +40,7 @@ from services.rustyface.settings import RustyfaceSettings
 from tests.gateway.dataset_asking import PEOPLE, ask
 
 KEY = "the-right-key"
+LINEAR = {"input_dim": 2, "output_dim": 1, "weights": [1, 1], "bias": [0]}
 PAGE = b'<!doctype html><script type="module" src="/ui/{hash}/main.js"></script>'
 
 
@@ -327,3 +334,50 @@ async def into(gate: Running, keeper: Keeper) -> Running:
     """A gateway that knows an instance of candle."""
     await until(gate.parts.models.instances)
     return gate
+
+
+@pytest.fixture
+def linear(tmp_path):
+    """Write a linear model, and return its path below the models folder."""
+    folder = tmp_path / "models"
+    folder.mkdir()
+
+    def write(name="m.json", **changes):
+        (folder / name).write_text(json.dumps({**LINEAR, **changes}))
+        return name
+
+    return write
+
+
+@pytest_asyncio.fixture
+async def candle(client, settings, tmp_path, linear, wanted):
+    """Start instances of candle."""
+    await wanted("candle", capabilities=[c for c in CAPABILITIES if c.startswith("candle")])
+    async with AsyncExitStack() as running:
+
+        @asynccontextmanager
+        async def one(slot=0, **changes):
+            here = msgspec.structs.replace(settings, slot=slot)
+            async with (
+                connect(here.nats_url, name="candle", root=here.root) as own,
+                join(own, here, plugin="candle", description="Under test.") as instance,
+            ):
+                cache = Cache(tmp_path / f"cache-{slot}", 1 << 30)
+                repository = Repository(own.store, tmp_path / "models", cache)
+                worker = Candle(instance, repository, CandleSettings(**changes), own.store.served)
+                serving = asyncio.create_task(worker.run())
+                try:
+                    yield worker, serving
+                finally:
+                    serving.cancel()
+                    await asyncio.gather(serving, return_exceptions=True)
+
+        async def start(slot=0, *, ready=True, **changes):
+            worker, serving = await running.enter_async_context(one(slot, **changes))
+            here = worker._instance
+            await until(
+                lambda: serving.done() or not ready or here._registration.status == "running"
+            )
+            return worker
+
+        yield start

@@ -1,6 +1,5 @@
 """Faces over HTTP, before a real worker with the real nets."""
 
-import asyncio
 import base64
 import io
 import json
@@ -8,38 +7,17 @@ import random
 
 import msgpack
 import pytest
-from aiohttp import FormData
 
 from services.gateway.image_bodies import FIELD_MAX_BYTES
+from tests.gateway.face_asking import form, post
 
 SEARCH = "/api/faces/search"
 ENCODE = "/api/faces/encode"
-
-
-async def post(gate, path, body, status=200, query=None, **headers):
-    named = {name.replace("_", "-"): value for name, value in headers.items()}
-    data = io.BytesIO(body) if isinstance(body, bytes) else body
-    async with gate.http.post(path, data=data, params=query, headers=named) as response:
-        told = await response.read()
-        assert response.status == status, told
-        if response.content_type == "application/msgpack":
-            return msgpack.unpackb(told, timestamp=3)
-        return await response.json(content_type=None)
+DETECT = "/api/faces/detect"
 
 
 async def ask(gate, path, status=200, **body):
     return await gate.post(path, body, status)
-
-
-def form(**parts):
-    """A form: bytes are files, everything else is text."""
-    made = FormData()
-    for name, value in parts.items():
-        if isinstance(value, bytes):
-            made.add_field(name, value, filename=f"{name}.jpg", content_type="image/jpeg")
-        else:
-            made.add_field(name, value)
-    return made
 
 
 # --- Four ways in ---------------------------------------------------------------------------------
@@ -216,31 +194,6 @@ async def test_a_form_with_an_unknown_file_or_a_huge_field_is_refused(faces, pho
     assert told["field"] == "photo"
     huge = form(image=photo("astronaut"), filter=" " * (FIELD_MAX_BYTES + 1))
     assert "filter has more than" in (await post(faces, SEARCH, huge, 413))["detail"]
-
-
-async def test_too_large_a_photo_is_refused_with_the_limit_before_it_is_sent(faces):
-    reader, writer = await asyncio.open_connection("127.0.0.1", faces.parts.port)
-    said = {
-        "Host": "127.0.0.1",
-        "Authorization": faces.http.headers["Authorization"],
-        "Content-Type": "image/jpeg",
-        "Content-Length": 2 * faces.parts.client.max_payload,
-    }
-    lines = [f"POST {SEARCH} HTTP/1.1", *(f"{name}: {value}" for name, value in said.items())]
-    writer.write("\r\n".join([*lines, "", ""]).encode())
-    assert b" 413 " in await reader.readline()
-    told = await reader.readuntil(b"}")
-    assert b"max_payload" in told
-    writer.transport.abort()
-
-
-async def test_too_large_a_photo_of_unknown_length_is_refused_as_well(faces):
-    async def blocks():
-        for _ in range(64):
-            yield bytes(256 * 1024)
-
-    told = await post(faces, SEARCH, blocks(), 413, Content_Type="image/jpeg")
-    assert "bytes allowed" in told["detail"]
 
 
 @pytest.mark.parametrize("path", [ENCODE, SEARCH, "/api/faces/detect"])

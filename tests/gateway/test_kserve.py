@@ -4,74 +4,15 @@ import asyncio
 import gzip
 import io
 import json
-import threading
-from contextlib import AsyncExitStack, asynccontextmanager
 from urllib.parse import quote
 
 import msgspec
 import pytest
-import pytest_asyncio
 from yarl import URL
 
-from bus.client import connect
-from bus.instance import join
-from bus.subjects import CAPABILITIES
 from bus.testing import until
-from services.candle.repository.cache import Cache
-from services.candle.repository.repository import Repository
-from services.candle.service import Candle
-from services.candle.settings import CandleSettings
 from services.gateway import inference
-
-ONES = {"inputs": [{"name": "inputs", "datatype": "FP32", "shape": [1, 2], "data": [1, 1]}]}
-LINEAR = {"input_dim": 2, "output_dim": 1, "weights": [1, 1], "bias": [0]}
-
-
-@pytest.fixture
-def linear(tmp_path):
-    """Write a linear model, and return its path below the models folder."""
-    folder = tmp_path / "models"
-    folder.mkdir()
-
-    def write(name="m.json", **changes):
-        (folder / name).write_text(json.dumps({**LINEAR, **changes}))
-        return name
-
-    return write
-
-
-@pytest_asyncio.fixture
-async def candle(client, settings, tmp_path, linear, wanted):
-    """Start instances of candle."""
-    await wanted("candle", capabilities=[c for c in CAPABILITIES if c.startswith("candle")])
-    async with AsyncExitStack() as running:
-
-        @asynccontextmanager
-        async def one(slot=0, **changes):
-            here = msgspec.structs.replace(settings, slot=slot)
-            async with (
-                connect(here.nats_url, name="candle", root=here.root) as own,
-                join(own, here, plugin="candle", description="Under test.") as instance,
-            ):
-                cache = Cache(tmp_path / f"cache-{slot}", 1 << 30)
-                repository = Repository(own.store, tmp_path / "models", cache)
-                worker = Candle(instance, repository, CandleSettings(**changes), own.store.served)
-                serving = asyncio.create_task(worker.run())
-                try:
-                    yield worker, serving
-                finally:
-                    serving.cancel()
-                    await asyncio.gather(serving, return_exceptions=True)
-
-        async def start(slot=0, *, ready=True, **changes):
-            worker, serving = await running.enter_async_context(one(slot, **changes))
-            here = worker._instance
-            await until(
-                lambda: serving.done() or not ready or here._registration.status == "running"
-            )
-            return worker
-
-        yield start
+from tests.gateway.inferring import ONES, held, post, put, version_of
 
 
 async def load(gate, name="m", status=200, **parameters):
@@ -79,44 +20,9 @@ async def load(gate, name="m", status=200, **parameters):
     return await post(gate, path, {"parameters": parameters}, status)
 
 
-async def put(gate, path, name="m", **more):
-    """Have a file served, as `candle.model.load` does."""
-    body = {"id": name, "path": path, **more}
-    return await gate.post("/api/capabilities/candle.model.load", body)
-
-
-async def post(gate, path, body, status=200):
-    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
-    async with gate.http.post(URL(path, encoded=True), data=io.BytesIO(raw)) as response:
-        assert response.status == status, await response.text()
-        return await response.json(content_type=None)
-
-
 async def infer(gate, name="m", status=200, timeout=30):
     path = f"/v2/models/{quote(name, safe='')}/infer?timeout={timeout}"
     return await post(gate, path, ONES, status)
-
-
-def version_of(worker, model="m"):
-    return worker._models[model].versions[0]
-
-
-@asynccontextmanager
-async def held(worker, model="m"):
-    """Hold the runs of a model's first version while inside; gives one entry for each."""
-    batcher = version_of(worker, model)._loaded.batcher
-    let_go, ran, run = threading.Event(), [], batcher._run
-
-    def wait_and_run(tensors):
-        ran.append(tensors)
-        let_go.wait(60)
-        return run(tensors)
-
-    batcher._run = wait_and_run
-    try:
-        yield ran
-    finally:
-        let_go.set()
 
 
 # --- On its way -----------------------------------------------------------------------------------
@@ -351,7 +257,7 @@ async def test_a_deadline_is_kept_and_what_is_late_never_runs(gate, candle, line
     "path", ["/v2/models/m/infer", "/v2/repository/models/m/load", "/v2/repository/index"]
 )
 async def test_a_small_body_that_inflates_beyond_the_limit_is_413(gate, path):
-    bomb = gzip.compress(bytes(40_000_000), 9)
+    bomb = gzip.compress(bytes(100_000_000), 9)
     headers = {"Content-Encoding": "gzip"}
     async with gate.http.post(path, data=io.BytesIO(bomb), headers=headers) as response:
         assert response.status == 413, await response.text()

@@ -2,6 +2,7 @@
 
 import ast
 import asyncio
+import io
 import json
 import os
 import signal
@@ -92,6 +93,13 @@ async def test_a_bad_request_is_the_callers_fault_and_says_why(session, body):
     status, said = await hello(session, body)
     assert (status, said["detail"]) == (400, "name must be text")
     assert said["type"] == "urn:bkg:problem:invalid-request"
+
+
+async def test_a_body_that_it_cannot_fetch_is_no_empty_request_for_it(session):
+    large = json.dumps({"name": "Ada" * 3_000_000}).encode()
+    async with session.post("/api/capabilities/greet.hello", data=io.BytesIO(large)) as answer:
+        assert answer.status == 400
+        assert (await answer.json(content_type=None))["detail"] == "name must be text"
 
 
 async def test_it_is_found_by_the_service_protocol(platform, session):

@@ -63,10 +63,10 @@ async def test_a_body_that_does_not_fit_is_refused(session, capability):
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 async def test_a_body_over_the_limit_is_refused_with_the_limit(session, capability):
-    large = io.BytesIO(b"x" * 9_000_000)
+    large = io.BytesIO(b"x" * 68_000_000)
     async with session.post(f"/api/capabilities/{capability}", data=large) as answer:
         assert answer.status == 413
-        assert "8,3" in await refused(answer)
+        assert "67,108,864" in await refused(answer)
 
 
 async def test_pictures_that_are_none_are_refused(session):

@@ -29,11 +29,13 @@ TYPES = {
 }  # fmt: skip
 
 
-def onnx(path: Path, kind: int = TensorProto.FLOAT, node: str = "Identity", **shapes: list) -> None:
+def onnx(
+    path: Path, kind: int = TensorProto.FLOAT, node: str = "Identity", gives=None, **shapes: list
+) -> None:
     """Write a model of one node from the inputs to the output `y`."""
     shapes = shapes or {"x": ["n", "m"]}
     inputs = [helper.make_tensor_value_info(name, kind, shape) for name, shape in shapes.items()]
-    output = helper.make_tensor_value_info("y", kind, next(iter(shapes.values())))
+    output = helper.make_tensor_value_info("y", kind, gives or next(iter(shapes.values())))
     graph = helper.make_graph([helper.make_node(node, [*shapes], ["y"])], "g", inputs, [output])
     made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     save(made, path)
@@ -46,6 +48,8 @@ def models(platform) -> Path:
         onnx(folder / f"same-{name.lower()}.onnx", kind)
     onnx(folder / "sum.onnx", TensorProto.FLOAT, "Add", a=["n", 3], b=["n", 3])
     onnx(folder / "image.onnx", x=["n", 3, "h", "w"])
+    mean = {"node": "GlobalAveragePool", "gives": ["n", 3, 1, 1]}
+    onnx(folder / "mean.onnx", **mean, x=["n", 3, "h", "w"])
     (folder / "double.json").write_text(
         '{"input_dim": 2, "output_dim": 2, "weights": [2, 0, 0, 2], "bias": [0, 0]}'
     )
@@ -193,7 +197,7 @@ def test_the_default_size_limit_takes_a_large_image(client, auth):
     reply = client.infer("image", [tensor("x", image, "FP32")], headers=auth)
     assert np.array_equal(reply.as_numpy("y"), image)
     large = np.zeros((1, 3, 1000, 1000), np.float32)
-    with pytest.raises(InferenceServerException, match=r"12,000,\d+ bytes, allowed are 8,"):
+    with pytest.raises(InferenceServerException, match=r"one message, has 12,000,\d+ bytes"):
         client.infer("image", [tensor("x", large, "FP32")], headers=auth)
 
 
@@ -285,6 +289,16 @@ async def test_the_asyncio_client_works_the_same(aio_client, auth):
     assert not await aio_client.is_model_ready("sum", headers=auth)
 
 
+def test_a_tensor_of_20_mb_is_run(client, auth):
+    client.load_model("mean", headers=auth)
+    image = np.random.default_rng(7).random((1, 3, 1_300, 1_300), np.float32)
+    assert image.nbytes > 20_000_000
+    found = client.infer("mean", [tensor("x", image, "FP32")], headers=auth).as_numpy("y")
+    assert np.allclose(found[0, :, 0, 0], image.mean(axis=(0, 2, 3)), atol=1e-4)
+    with pytest.raises(InferenceServerException, match="67,108,864; BKG_BODY_MAX_BYTES"):
+        client.infer("mean", [tensor("x", np.tile(image, (4, 1, 1, 1)), "FP32")], headers=auth)
+
+
 async def test_answers_name_version_artefact_and_instance(platform, auth):
     body = {"inputs": [{"name": "inputs", "datatype": "FP32", "shape": [1, 2], "data": [1, 2]}]}
     async with platform.session() as session:
@@ -307,7 +321,7 @@ async def test_errors_are_problems_that_clients_of_both_kinds_can_read(platform)
         async with session.get("/v2/nothing") as answer:
             assert (await answer.json(content_type=None))["error"]
         async with session.post(
-            "/v2/models/nobody/infer", data=io.BytesIO(b"x" * 9_000_000)
+            "/v2/models/nobody/infer", data=io.BytesIO(b"x" * 68_000_000)
         ) as answer:
             assert answer.status == 413
 

@@ -5,27 +5,25 @@ from typing import Final
 
 from aiohttp import hdrs, web
 
+from bus.client import Reference
 from bus.errors import (
     BusError,
     InvalidRequest,
     NobodyListens,
     NotAllowed,
     NotFound,
-    Overloaded,
     Unavailable,
 )
 from bus.messages import PluginState
 from bus.subjects import CAPABILITIES, MODEL_RUN, SUPERVISOR, name_of
+from services.gateway.bodies import body_for_bus, whole_body
 from services.gateway.models import why_nobody as why_no_model
 from services.gateway.parts import PARTS, Parts
-from services.gateway.translate import (
-    answer_as_it_is,
-    headers_for_bus,
-    read_body,
-    timeout_of,
-)
+from services.gateway.room import Room
+from services.gateway.translate import answer_as_it_is, headers_for_bus, timeout_of
 
 RELAYING_MAX: Final = 256
+RELAYING_MAX_BYTES: Final = 512 * 1024**2
 _NAME: Final = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)+")
 _NAME_MAX_CHARS: Final = 128
 
@@ -39,20 +37,22 @@ async def invoke(request: web.Request) -> web.Response:
     """
     at = request.app[PARTS]
     name = _capability(request)
-    timeout_s = timeout_of(request)
-    if at.relaying >= RELAYING_MAX:
-        raise Overloaded(f"this gateway waits for {RELAYING_MAX} answers already", retry_after_s=1)
-    at.relaying += 1
-    try:
-        body = await read_body(request, at.client.max_payload)
-        headers = headers_for_bus(request)
-        subject = _subject(at, name, body, request.headers.get(hdrs.CONTENT_TYPE))
+    timeout_s, headers = timeout_of(request), headers_for_bus(request)
+    with Room(at, RELAYING_MAX, RELAYING_MAX_BYTES) as room:
+        endpoint = CAPABILITIES.get(name)
+        body: bytes | Reference
+        if endpoint and endpoint.keys:
+            # Where it goes stands in it.
+            body = await whole_body(request, room, at.client.body_max_bytes)
+            kind = request.headers.get(hdrs.CONTENT_TYPE)
+            subject = endpoint.subject_of_body(at.client.root, body, kind)
+        else:
+            subject = _subject(at, name)
+            body = await body_for_bus(request, at.client, room)
         try:
             relayed = await at.client.relay(subject, body, headers=headers, timeout_s=timeout_s)
         except NobodyListens:
             raise await why_nobody(at, name, subject) from None
-    finally:
-        at.relaying -= 1
     return answer_as_it_is(relayed)
 
 
@@ -69,9 +69,7 @@ def _capability(request: web.Request) -> str:
     return name
 
 
-def _subject(at: Parts, name: str, body: bytes, content_type: str | None) -> str:
-    if endpoint := CAPABILITIES.get(name):
-        return endpoint.subject_of_body(at.client.root, body, content_type)
+def _subject(at: Parts, name: str) -> str:
     # Below a capability that is keyed lie its keys: they are told by the body, not by the path.
     if any(name.startswith(f"{keyed}.") for keyed, one in CAPABILITIES.items() if one.keys):
         raise _unknown(at, name)

@@ -4,10 +4,10 @@ Whoever may read may search, but reading that is open to everybody opens none of
 is on a picture. It changes nothing, so it needs no admin.
 """
 
+import asyncio
 import hashlib
 import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, Final, TypeVar
 
 import msgspec
@@ -15,7 +15,7 @@ from aiohttp import hdrs, web
 
 from bus import codec
 from bus.client import Answer
-from bus.errors import NobodyListens, Overloaded
+from bus.errors import NobodyListens
 from bus.messages import (
     DetectFaces,
     DrawSheet,
@@ -34,6 +34,7 @@ from bus.subjects import (
 )
 from services.gateway.image_bodies import IMAGE, read_images, wants_msgpack
 from services.gateway.parts import PARTS
+from services.gateway.room import Room
 from services.gateway.routes.capabilities import why_nobody
 from services.gateway.routes.jobs import idempotency_key
 from services.gateway.translate import (
@@ -68,29 +69,31 @@ async def encode(request: web.Request) -> web.Response:
     take, and why; 429 and 503 try again after `Retry-After`; 504 no answer in time.
     """
     key = idempotency_key(request)
-    with _room_for(request):
-        ask = await _asked(request, EncodeFace, by="admin")
+    with _room_for(request) as room:
+        ask = await _asked(request, room, EncodeFace, by="admin")
         if key is not None and ask.entry_id is None:
-            ask = msgspec.structs.replace(ask, entry_id=_entry_for(key, ask))
+            # A large image's digest takes a while.
+            entry = await asyncio.to_thread(_entry_for, key, ask)
+            ask = msgspec.structs.replace(ask, entry_id=entry)
         return await _answered(request, FACES_ENCODE, ask)
 
 
 async def detect(request: web.Request) -> web.Response:
     """Find the faces of an image; none is no error. Statuses as `encode`."""
-    with _room_for(request):
-        return await _answered(request, FACES_DETECT, await _asked(request, DetectFaces))
+    with _room_for(request) as room:
+        return await _answered(request, FACES_DETECT, await _asked(request, room, DetectFaces))
 
 
 async def search(request: web.Request) -> web.Response:
     """Find who is nearest to a face, or to each one of an image. Statuses as `encode`."""
-    with _room_for(request):
-        return await _answered(request, FACES_SEARCH, await _asked(request, SearchFaces))
+    with _room_for(request) as room:
+        return await _answered(request, FACES_SEARCH, await _asked(request, room, SearchFaces))
 
 
 async def verify(request: web.Request) -> web.Response:
     """Say whether two faces, `a` and `b`, are one person. Statuses as `encode`."""
-    with _room_for(request):
-        ask = await _asked(request, VerifyFaces, images=("a", "b"))
+    with _room_for(request) as room:
+        ask = await _asked(request, room, VerifyFaces, images=("a", "b"))
         return await _answered(request, FACES_VERIFY, ask)
 
 
@@ -99,8 +102,9 @@ async def sheet(request: web.Request) -> web.Response:
 
     Statuses as `encode`.
     """
-    with _room_for(request):
-        return await drawn(request, await _asked(request, DrawSheet, language=language_of(request)))
+    with _room_for(request) as room:
+        ask = await _asked(request, room, DrawSheet, language=language_of(request))
+        return await drawn(request, ask)
 
 
 async def drawn(request: web.Request, ask: DrawSheet) -> web.Response:
@@ -148,36 +152,16 @@ async def relayed(
         raise await why_nobody(at, endpoint.capability, subject) from None
 
 
-@contextmanager
-def _room_for(request: web.Request) -> Iterator[None]:
-    """Hold a place, and room for the body, while inside.
-
-    Raises:
-        Overloaded: There is none left.
-    """
-    at = request.app[PARTS]
-    # What does not say how large it is may be as large as any.
-    size = at.client.max_payload if request.content_length is None else request.content_length
-    if at.relaying >= RELAYING_MAX or at.relaying_bytes + size > RELAYING_MAX_BYTES:
-        raise Overloaded(
-            f"this gateway waits for {at.relaying} answers already; {RELAYING_MAX}, and "
-            f"{RELAYING_MAX_BYTES >> 20} MiB of bodies, are allowed",
-            retry_after_s=1,
-        )
-    at.relaying += 1
-    at.relaying_bytes += size
-    try:
-        yield
-    finally:
-        at.relaying -= 1
-        at.relaying_bytes -= size
+def _room_for(request: web.Request) -> Room:
+    """Return room for a request, and for its body."""
+    return Room(request.app[PARTS], RELAYING_MAX, RELAYING_MAX_BYTES)
 
 
 async def _asked(
-    request: web.Request, kind: type[T], images: Sequence[str] = (IMAGE,), **said: Any
+    request: web.Request, room: Room, kind: type[T], images: Sequence[str] = (IMAGE,), **said: Any
 ) -> T:
-    max_bytes = request.app[PARTS].client.max_payload - BESIDE_IMAGE_BYTES
-    return await read_images(request, kind, max_bytes, images=images, said=said)
+    max_bytes = request.app[PARTS].client.body_max_bytes - BESIDE_IMAGE_BYTES
+    return await read_images(request, kind, max_bytes, room, images=images, said=said)
 
 
 async def _answered(

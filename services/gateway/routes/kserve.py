@@ -17,13 +17,14 @@ from bus.models import DEFAULT
 from bus.statistics import sum_statistics
 from bus.subjects import CANDLE_STATS, MODEL_INFER, MODEL_LOAD, MODEL_UNLOAD
 from services.gateway import protocol
+from services.gateway.bodies import body_for_bus
 from services.gateway.inference import (
     COMPRESS_MIN_BYTES,
     LENGTH,
     NAME_MAX_CHARS,
+    room_for_one,
     shown,
     subject_of,
-    too_many,
 )
 from services.gateway.models import wanted_version, why_nobody
 from services.gateway.parts import PARTS, Parts
@@ -163,28 +164,15 @@ async def _relayed(request: web.Request, at: Parts, subject: str) -> Answer:
         raise outcome
     if isinstance(outcome, Answer):
         return outcome
-    # What came with the headers is here, and known, already.
-    size = 0 if request.content.is_eof() else request.content_length or 0
-    if full := too_many(at, size):
-        raise full
-    at.relaying += 1
-    at.relaying_bytes += size
-    try:
-        body = await read_body(request, at.client.max_payload)
-        # It may have come in pieces, or compressed: then nobody knew before how large it is.
-        at.relaying_bytes += len(body) - size
-        size = len(body)
-        if full := too_many(at, 0, more=0):
-            raise full
-        headers = {}
-        if length := request.headers.get(LENGTH):
-            headers[LENGTH] = length
-        if traced := trace.get():
-            headers[TRACEPARENT] = traced
-        return await at.client.relay(subject, body, headers=headers, timeout_s=timeout_of(request))
-    finally:
-        at.relaying -= 1
-        at.relaying_bytes -= size
+    headers = {}
+    if length := request.headers.get(LENGTH):
+        headers[LENGTH] = length
+    if traced := trace.get():
+        headers[TRACEPARENT] = traced
+    timeout_s = timeout_of(request)
+    with room_for_one(at) as room:
+        body = await body_for_bus(request, at.client, room)
+        return await at.client.relay(subject, body, headers=headers, timeout_s=timeout_s)
 
 
 def _named(request: web.Request) -> tuple[str, str | None]:

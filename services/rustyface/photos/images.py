@@ -18,7 +18,11 @@ from services.rustyface.photos.formats import ALLOWED, Header
 Image = npt.NDArray[np.uint8]
 """Pixels of shape ``[height, width, 3]``, blue first, upright."""
 
-MAX_BYTES: Final = 16 * 1024 * 1024
+MAX_BYTES: Final = 64 * 1024 * 1024
+"""What a request may bring unless `BKG_BODY_MAX_BYTES` says otherwise; a PNG of 24 megapixels has
+some 40 MB."""
+KEPT_MAX_BYTES: Final = 16 * 1024 * 1024
+"""From here on a picture that is written anew to be kept becomes a JPEG."""
 MAX_PIXELS: Final = 50_000_000
 """What today's cameras give: 150 MB once decoded, and up to 500 MB on the way there (10 bytes for
 each pixel, measured)."""
@@ -78,7 +82,7 @@ def decode(
 
 
 def without_metadata(
-    data: bytes, *, max_bytes: int = MAX_BYTES, max_pixels: int = MAX_PIXELS
+    data: bytes, *, max_bytes: int = KEPT_MAX_BYTES, max_pixels: int = MAX_PIXELS
 ) -> bytes:
     """Return a file with the same picture, and nothing else: no place, no time, no camera, no text.
 

@@ -1,0 +1,213 @@
+"""Bodies of requests that are too large for one message: put aside, fetched, gone with the request.
+
+Whoever asks puts the body into an object store of its own and says in headers which object it is.
+Whoever answers fetches it. When the request is over, whoever asked deletes it; should that process
+die, the store does, by age. `docs/decisions/0018-bodies-by-reference.md` says why it is so.
+"""
+
+import asyncio
+import contextlib
+import hashlib
+import re
+import secrets
+from collections.abc import AsyncIterator, Mapping
+from typing import Final, NamedTuple
+
+import structlog
+
+from bus.errors import BusError, Conflict, InvalidRequest, NoSpace, TooLarge, Unprocessable
+from bus.objects import chunks_subject, description, info_of, message, name_subject
+from bus.settings import BODY_MAX_BYTES
+from bus.streams import StoreFullError, Stream
+from bus.uploads import Upload
+
+# Of a request: the object that is its body, how many bytes that has, and its SHA-256 in hex.
+BODY: Final = "Bkg-Body"
+BODY_BYTES: Final = "Bkg-Body-Bytes"
+BODY_SHA256: Final = "Bkg-Body-Sha256"
+REFERENCE: Final = frozenset({BODY, BODY_BYTES, BODY_SHA256})
+# Travels in the body's place. Neither JSON nor MessagePack: a worker that does not know the headers
+# refuses it, where it would take an empty body for an empty request.
+IN_ITS_PLACE: Final = b"see the header Bkg-Body"
+DELETE_S: Final = 10.0
+# Of those that have come: computing a digest holds up everybody else.
+CHUNKS_IN_A_TURN: Final = 8
+RETRY_AFTER_S: Final = 1.0
+
+log = structlog.get_logger("bus.bodies")
+
+
+class Reference(NamedTuple):
+    """A body that is put aside.
+
+    Attributes:
+        name: The object's name.
+        size: How many bytes it has.
+        sha256: Their SHA-256, in hex.
+    """
+
+    name: str
+    size: int
+    sha256: str
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """What says so on a request."""
+        return {BODY: self.name, BODY_BYTES: str(self.size), BODY_SHA256: self.sha256}
+
+
+def reference_in(headers: Mapping[str, str]) -> Reference:
+    """Return the reference that a request's headers are.
+
+    Raises:
+        InvalidRequest: One is missing, or cannot be; names it.
+    """
+    size, sha256 = headers.get(BODY_BYTES, ""), headers.get(BODY_SHA256, "").lower()
+    if not _SIZE.fullmatch(size):
+        raise InvalidRequest(
+            f"{BODY_BYTES} is {size[:40]!r}; beside {BODY} it says how many bytes the body has",
+            field=BODY_BYTES,
+        )
+    if not _SHA256.fullmatch(sha256):
+        raise InvalidRequest(
+            f"{BODY_SHA256} is {sha256[:80]!r}; beside {BODY} it is the body's SHA-256 in hex",
+            field=BODY_SHA256,
+        )
+    return Reference(headers[BODY], int(size), sha256)
+
+
+def too_large(size: int, max_bytes: int, *, or_more: bool = False) -> TooLarge:
+    """Return what is said of too large a body."""
+    return TooLarge(
+        f"the body has {size:,} bytes{' or more' if or_more else ''}, allowed are {max_bytes:,}; "
+        f"{BODY_MAX_BYTES} changes that"
+    )
+
+
+class Bodies:
+    """The object store of bodies.
+
+    Args:
+        stream: The stream behind it.
+        bucket: Its name.
+        max_bytes: How large one may be.
+
+    Attributes:
+        max_bytes: The same.
+    """
+
+    def __init__(self, stream: Stream, bucket: str, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self._stream = stream
+        self._bucket = bucket
+
+    def check_size(self, size: int, *, or_more: bool = False) -> None:
+        """Raise TooLarge if a body of this size, or more, is not taken."""
+        if size > self.max_bytes:
+            raise too_large(size, self.max_bytes, or_more=or_more)
+
+    async def put(self, blocks: AsyncIterator[bytes]) -> Reference:
+        """Put a body aside as it comes, and return its reference.
+
+        Whoever has that asks with it, or deletes it.
+
+        Raises:
+            TooLarge: It has more than `max_bytes`.
+            NoSpace: The store is full just now.
+            Unavailable: The broker went away and did not come back in time.
+        """
+        name = secrets.token_hex(11)
+        upload = Upload(self._stream, chunks_subject(self._bucket, name), name, self)
+        try:
+            async for block in blocks:
+                self.check_size(upload.offset + len(block), or_more=True)
+                await upload.write(block)
+            done = await upload.commit()
+        except BaseException:
+            await upload.leave()
+            # Cancelled just when it had got its name.
+            await self.delete(name)
+            raise
+        return Reference(name, done.size, done.digest)
+
+    async def fetch(self, reference: Reference) -> bytes:
+        """Return a body.
+
+        Raises:
+            Conflict: It is not there, or no longer.
+            Unprocessable: It is not what the reference says.
+        """
+        last = await self._stream.last(name_subject(self._bucket, reference.name))
+        info = info_of(last) if last else None
+        if info is None:
+            raise Conflict(
+                f"the body {reference.name[:80]!r} is not in {self._bucket}, or no longer: put it "
+                "there and ask again",
+                field=BODY,
+            )
+        _check_size(info.size, reference)
+        blocks, found, sha = [], 0, hashlib.sha256()
+        chunks = self._stream.read(chunks_subject(self._bucket, info.nuid))
+        async with contextlib.aclosing(chunks):  # type: ignore[type-var]
+            async for chunk in chunks:
+                found += len(chunk.body)
+                sha.update(chunk.body)
+                blocks.append(chunk.body)
+                if found > reference.size:
+                    break
+                if not len(blocks) % CHUNKS_IN_A_TURN:
+                    await asyncio.sleep(0)
+        _check_size(found, reference)
+        if sha.hexdigest() != reference.sha256:
+            raise Unprocessable(
+                f"the body {reference.name[:80]!r} has the SHA-256 {sha.hexdigest()}, but "
+                f"{BODY_SHA256} says {reference.sha256}: put it there anew, and ask again",
+                field=BODY_SHA256,
+            )
+        return b"".join(blocks)
+
+    async def delete(self, name: str) -> None:
+        """Delete a body that was put here; what cannot be deleted now goes by its age."""
+        try:
+            async with asyncio.timeout(DELETE_S):
+                await self._stream.purge(name_subject(self._bucket, name))
+                await self.drop(name)
+        except (BusError, TimeoutError) as error:
+            log.debug("body.left", name=name, cause=str(error))
+
+    # --- For uploads ------------------------------------------------------------------------------
+
+    async def name(self, digest: str, upload: Upload) -> bool:
+        """Give chunks their name; no other has it."""
+        said = message(description(self._bucket, upload.id, upload, digest))
+        try:
+            await self._stream.append(name_subject(self._bucket, upload.id), said)
+        except StoreFullError as error:
+            raise await self.full(error, upload.offset) from None
+        return True
+
+    async def drop(self, upload_id: str) -> None:
+        """Delete chunks."""
+        await self._stream.purge(chunks_subject(self._bucket, upload_id))
+
+    async def full(self, error: StoreFullError, taken_bytes: int) -> NoSpace:
+        """Return the error for whoever wanted to store more than there is room for."""
+        return NoSpace(
+            f"the store of large bodies, {self._bucket}, was full after {taken_bytes:,} bytes of "
+            f"this one ({error.message}); it empties as requests end: try again",
+            retry_after_s=RETRY_AFTER_S,
+        )
+
+
+def _check_size(found: int, reference: Reference) -> None:
+    if found != reference.size:
+        more = " or more" if found > reference.size else ""
+        raise Unprocessable(
+            f"the body {reference.name[:80]!r} has {found:,} bytes{more}, but {BODY_BYTES} says "
+            f"{reference.size:,}: put it there whole, and ask again",
+            field=BODY_BYTES,
+        )
+
+
+_SIZE = re.compile(r"[0-9]{1,15}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
