@@ -16,7 +16,7 @@ from bus.bodies import too_large
 from bus.client import Client, Reference
 from bus.errors import DeadlineExceeded, InvalidRequest, TooLarge
 from services.gateway.room import Room
-from services.gateway.translate import BODY_PATIENCE_S, read_body
+from services.gateway.translate import BODY_PATIENCE_S, cut_off, read_body
 from services.gateway.uploads import CutOff
 
 # A caller that sends nothing more for this long has gone.
@@ -190,9 +190,7 @@ async def _blocks_in_time(request: web.Request) -> AsyncIterator[bytes]:
             async with asyncio.timeout_at(began + patience_s):
                 block = await request.content.readany()
         except (web.RequestPayloadError, web.PayloadAccessError) as error:
-            encoding = request.headers.get(hdrs.CONTENT_ENCODING)
-            how = f", or is not {encoding[:40]!r} as Content-Encoding says" if encoding else ""
-            raise InvalidRequest(f"the body is cut off{how}: {type(error).__name__}") from None
+            raise cut_off(request, error) from None
         except TimeoutError:
             raise DeadlineExceeded(
                 f"of the body {came:,} bytes came within {patience_s:g} s, and not the rest"

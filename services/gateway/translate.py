@@ -148,12 +148,17 @@ async def read_body(request: web.Request, max_bytes: int) -> bytes:
                 if len(body) > max_bytes:
                     raise TooLarge(f"the body has more than the {max_bytes:,} bytes allowed")
     except (web.RequestPayloadError, web.PayloadAccessError) as error:
-        encoding = request.headers.get(hdrs.CONTENT_ENCODING)
-        how = f", or is not {encoding[:40]!r} as Content-Encoding says" if encoding else ""
-        raise InvalidRequest(f"the body is cut off{how}: {type(error).__name__}") from None
+        raise cut_off(request, error) from None
     except TimeoutError:
         raise DeadlineExceeded(f"the body did not come within {BODY_PATIENCE_S:g} s") from None
     return bytes(body)
+
+
+def cut_off(request: web.Request, error: Exception) -> InvalidRequest:
+    """Return what is said of a body that aiohttp could not read to its end."""
+    encoding = request.headers.get(hdrs.CONTENT_ENCODING)
+    how = f", or is not {encoding[:40]!r} as Content-Encoding says" if encoding else ""
+    return InvalidRequest(f"the body is cut off{how}: {type(error).__name__}")
 
 
 def timeout_of(request: web.Request) -> float:
