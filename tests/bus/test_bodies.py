@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import hashlib
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -33,7 +32,7 @@ from bus.streams import NS, ask_jetstream
 from bus.subjects import FACES_DETECT, MODEL_INFER
 from bus.testing import until
 
-LARGE = os.urandom(1_000) * 20_000
+LARGE = bytes(range(250)) * 80_000
 SHA256 = hashlib.sha256(LARGE).hexdigest()
 
 
