@@ -1,12 +1,12 @@
 """Threads that images are worked on in, and the bounded queue before them."""
 
 import asyncio
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from bus.errors import Overloaded
+from bus.telemetry import allowed
 
 T = TypeVar("T")
 
@@ -51,7 +51,6 @@ class Workers:
 
 
 def _processors() -> int:
-    """Return how many processors this process may use."""
-    # Only Linux can say.
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
+    """Return how many processors this process may use, its control group's limit included."""
+    processors, _ = allowed()
+    return max(1, int(processors))
