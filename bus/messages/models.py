@@ -311,6 +311,7 @@ class ModelOutput(Message, frozen=True):
             of numbers.
         checksum: SHA-256 of the artefact that answered.
         instance: The instance that answered.
+        version: The version that answered.
     """
 
     id: str
@@ -319,6 +320,7 @@ class ModelOutput(Message, frozen=True):
     named: dict[str, Any] = {}
     checksum: str | None = None
     instance: str | None = None
+    version: str | None = None
 
 
 class DurationStat(Message, frozen=True, omit_defaults=False):

@@ -348,6 +348,30 @@ async def test_a_busy_instance_is_not_seen_where_there_is_another(
         await asyncio.gather(*asked)
 
 
+async def test_whoever_finds_one_instance_busy_is_answered_by_the_other(
+    client, connected, settings, monkeypatch
+):
+    """Only one of the two has ever answered this caller, so the broker picks, half of them wrong.
+
+    That the second try goes to the one that is known to answer leaves nothing to chance.
+    """
+    monkeypatch.setattr(serving, "MAX_IN_FLIGHT", 1)
+    async with two(client, connected, settings) as made:
+        made.go_on[0].clear()
+        direct = client._asker.to(made.subject, "candle.0")
+        held = asyncio.create_task(client.relay(direct, b"", timeout_s=60))
+        await until(lambda: made.counts[0] == 1)
+        while not client._asker.balance.known(made.subject):
+            with contextlib.suppress(Overloaded):
+                await made.ask()
+        await made.ask(60)
+        busy = made.instances[0]._asked.served[made.subject]
+        assert busy.errors > 5
+        assert busy.last_error.startswith("overloaded")
+        made.go_on[0].set()
+        await held
+
+
 async def test_one_particular_instance_can_be_asked_by_anybody(client, connected, settings):
     async with two(client, connected, settings) as made:
         for slot in (0, 1):

@@ -1,6 +1,9 @@
 """What is measured: within the limits of the control group, and told where others look."""
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -19,6 +22,7 @@ from bus.telemetry import (
 from bus.testing import until
 
 GIB = 1024**3
+REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -134,6 +138,19 @@ def test_a_host_is_what_its_control_group_may_use(tmp_path, cgroup):
     assert found.mem_available_bytes == 48 * 1024**2
     assert 0 < found.disk_free_bytes <= found.disk_total_bytes
     assert len(found.load) == 3
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="only Linux binds processes so")
+def test_processors_that_a_process_is_kept_from_are_not_its_own():
+    script = (
+        "import os; from bus.telemetry import allowed;"
+        "os.sched_setaffinity(0, {min(os.sched_getaffinity(0))});"
+        "print(allowed()[0])"
+    )
+    run = [sys.executable, "-c", script]
+    said = subprocess.run(run, check=True, capture_output=True, text=True, cwd=REPOSITORY)
+    # Less where the control group of this run allows less.
+    assert 0 < float(said.stdout) <= 1
 
 
 def test_a_process_is_measured_with_names_that_stay():

@@ -62,6 +62,7 @@ async def test_requests_rows_runs_and_failures_of_each_version_are_counted(clien
     assert found["rows_waiting", "m", "1"] == 0
     assert found["memory_bytes", "m", "1"] > 0
     assert found["compute_seconds_total", "m", "2"] > 0
+    assert found["queue_seconds_total", "m", "2"] > 0
 
 
 @pytest.mark.parametrize("name", ["a b", "ö.x", "a:b@c+d", "日本"])

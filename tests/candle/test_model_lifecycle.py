@@ -2,106 +2,34 @@
 
 import asyncio
 import contextlib
-import json
 import random
 import threading
-from contextlib import asynccontextmanager
 
 import msgspec
 import pytest
 
 from bus import messages as m
-from bus.errors import BusError, DeadlineExceeded, NobodyListens, Overloaded, Unavailable
+from bus.errors import BusError, DeadlineExceeded, Unavailable
 from bus.models import names_of
 from bus.subjects import (
     CANDLE_STATS,
     MODEL_ALIAS,
-    MODEL_INFER,
-    MODEL_LOAD,
-    MODEL_RUN,
-    MODEL_UNLOAD,
     MODEL_WAKE,
 )
 from bus.testing import until
+from services.candle.runtimes.linear import Linear
 from services.candle.serving import version
 from services.candle.serving.model import Model
-
-ONES = {"inputs": [{"name": "inputs", "datatype": "FP32", "shape": [1, 2], "data": [1, 1]}]}
-
-
-async def load(client, path=None, version=None, name="m", **config) -> m.LoadedModel:
-    wanted = m.ModelConfig(**config) if config else None
-    ask = m.LoadModel(id=name, path=path, version=version, config=wanted)
-    return await client.call(MODEL_LOAD, ask, timeout_s=30)
-
-
-async def unload(client, version=None, name="m") -> None:
-    await client.call(MODEL_UNLOAD, m.UnloadModel(id=name, version=version), timeout_s=30)
-
-
-async def infer(client, *name: str, model: str = "m", timeout_s: float = 10) -> float:
-    """Return what one and one are for a model."""
-    subject = MODEL_INFER.subject(client.root, model, *name)
-    reply = await client.relay(subject, json.dumps(ONES).encode(), timeout_s=timeout_s)
-    return json.loads(reply.body)["outputs"][0]["data"][0]
-
-
-async def answers(client, *name: str, model: str = "m") -> bool:
-    try:
-        await infer(client, *name, model=model)
-    except NobodyListens:
-        return False
-    return True
-
-
-async def state(client, name: str = "m", slot: int = 0) -> str | None:
-    entry = await client.store.served.get("candle", slot)
-    found = [one.state for one in entry.value.models if one.id == name] if entry else []
-    return found[0] if found else None
-
-
-async def state_is(client, wanted: str | None, name: str = "m") -> bool:
-    return await state(client, name) == wanted
-
-
-def version_of(candle, model: str = "m"):
-    return candle._models[model].versions[0]
-
-
-class Held:
-    """A model whose runs wait, and who asks it."""
-
-    def __init__(self, client, candle) -> None:
-        self.client = client
-        self.batcher = version_of(candle)._loaded.batcher
-        self.run = self.batcher._run
-        self.gate = threading.Event()
-        self.ran: list[int] = []
-        self.asked: list[asyncio.Task[float]] = []
-
-    def wait_and_run(self, tensors):
-        self.ran.append(sum(len(one) for one in tensors.values()))
-        self.gate.wait(60)
-        return self.run(tensors)
-
-    def ask(self) -> asyncio.Task[float]:
-        self.asked.append(asyncio.create_task(infer(self.client, timeout_s=60)))
-        return self.asked[-1]
-
-
-@asynccontextmanager
-async def held(client, candle):
-    """Hold every run of the model `m` while inside, with one request in it."""
-    one = Held(client, candle)
-    one.batcher._run = one.wait_and_run
-    try:
-        one.ask()
-        await until(lambda: one.ran)
-        yield one
-    finally:
-        one.gate.set()
-        await asyncio.gather(*one.asked, return_exceptions=True)
-        one.batcher._run = one.run
+from tests.candle.asking import (
+    answers,
+    held,
+    infer,
+    load,
+    state,
+    state_is,
+    unload,
+    version_of,
+)
 
 
 async def write(client, key: str, body: bytes) -> None:
@@ -193,6 +121,41 @@ async def test_a_model_that_is_deleted_from_the_bucket_is_unloaded(client, worke
         assert (await client.call(CANDLE_STATS, m.Empty())).models == []
         # The name is free again.
         assert (await load(client, linear())).version == "1"
+
+
+# --- Warm before it is asked ----------------------------------------------------------------------
+
+
+async def test_nobody_is_asked_before_a_version_is_warm_and_the_old_one_answers_until_then(
+    client, worker, linear, monkeypatch
+):
+    warming, gate = threading.Event(), threading.Event()
+    warm_up = Linear.warm_up
+
+    def wait_and_warm_up(self) -> None:
+        warming.set()
+        assert gate.wait(60)
+        warm_up(self)
+
+    monkeypatch.setattr(Linear, "warm_up", wait_and_warm_up)
+    async with worker() as candle:
+        loading = asyncio.create_task(load(client, linear()))
+        await until(warming.is_set)
+        assert not await answers(client)
+        assert not loading.done()
+        gate.set()
+        assert (await loading).version == "1"
+        assert await infer(client) == 2
+        warming.clear()
+        gate.clear()
+        loading = asyncio.create_task(load(client, linear(weights=[10, 10])))
+        await until(warming.is_set)
+        # For as long as that takes, and there is nobody else.
+        assert {await infer(client) for _ in range(50)} == {2}
+        assert [one.state for one in candle._versions()] == ["ready", "loading"]
+        gate.set()
+        assert (await loading).version == "2"
+        assert await infer(client) == 20
 
 
 # --- Wishes that nobody should write --------------------------------------------------------------
@@ -288,55 +251,6 @@ async def test_what_takes_long_at_the_start_does_not_hold_up_other_wishes(
 
 async def serves(client, slot: int, name: str, wanted: str) -> bool:
     return await state(client, name, slot) == wanted
-
-
-# --- Callers that leave, that are late, and too many ----------------------------------------------
-
-
-async def test_what_its_caller_gave_up_is_not_run_and_counted_so(client, worker, linear):
-    async with worker() as candle:
-        await load(client, linear())
-        async with held(client, candle) as model:
-            waiting = model.ask()
-            await until(lambda: version_of(candle).rows_waiting == 1)
-            waiting.cancel()
-            await until(lambda: version_of(candle).rows_waiting == 0)
-        counted = version_of(candle).counted()
-        assert counted.failures == {"cancelled": 1}
-        assert (model.ran, counted.inference_count) == ([1], 1)
-
-
-@pytest.mark.parametrize("way", ["infer", "run"])
-async def test_what_is_late_is_refused_in_time_and_never_run(client, worker, linear, way):
-    async with worker() as candle:
-        await load(client, linear())
-        async with held(client, candle) as model:
-            ask = m.RunModel(id="m", inputs=[[1, 1]])
-            late = (
-                infer(client, timeout_s=0.3)
-                if way == "infer"
-                else client.call(MODEL_RUN, ask, timeout_s=0.3)
-            )
-            with pytest.raises(DeadlineExceeded):
-                await late
-            await until(lambda: version_of(candle).rows_waiting == 0)
-        counted = version_of(candle).counted()
-        assert (model.ran, counted.inference_count) == ([1], 1)
-        assert sum(counted.failures.values()) == 1
-
-
-async def test_a_full_queue_names_itself_its_limit_and_the_setting(client, worker, linear):
-    async with worker() as candle:
-        await load(client, linear(), max_waiting_rows=2)
-        async with held(client, candle) as model:
-            model.ask()
-            model.ask()
-            await until(lambda: version_of(candle).rows_waiting == 2)
-            says = r"model 'm' version '1' is full.*max_waiting_rows allows 2"
-            with pytest.raises(Overloaded, match=says) as refused:
-                await infer(client)
-        assert refused.value.retry_after_s >= 1
-        assert [await one for one in model.asked] == [2, 2, 2]
 
 
 # --- Settings -------------------------------------------------------------------------------------

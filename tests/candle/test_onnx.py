@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 from onnx import AttributeProto, TensorProto, helper
+from onnx.defs import onnx_opset_version
 
 from bus.errors import BusError, InvalidRequest, Unprocessable
 from bus.process import give_back, trim
@@ -162,6 +164,50 @@ def test_what_is_no_string_is_not_made_one(echo, wrong):
 def test_bytes_that_are_no_utf_8_are_named(echo):
     with pytest.raises(InvalidRequest, match=r"x\[0\] is not UTF-8"):
         echo.run({"x": objects(b"\xff")})
+
+
+# From the first one that onnxruntime promises to take; some that it knows are under development.
+@pytest.mark.parametrize("opset", range(7, onnx_opset_version() + 1))
+def test_every_operator_set_that_onnxruntime_takes_is_taken(opset):
+    made = helper.make_model(
+        helper.make_graph(
+            [op("MatMul", "x w", "h"), op("Relu", "h")],
+            "g",
+            [helper.make_tensor_value_info("x", FLOAT, ["n", 2])],
+            [helper.make_tensor_value_info("y", FLOAT, ["n", 2])],
+            [helper.make_tensor("w", FLOAT, [2, 2], [1, -1, 1, -1])],
+        ),
+        opset_imports=[helper.make_opsetid("", opset)],
+        ir_version=8,
+    ).SerializeToString()
+    x = np.array([[1, 2]], np.float32)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    try:
+        theirs = onnxruntime.InferenceSession(made, options, providers=["CPUExecutionProvider"])
+    except Exception:  # noqa: BLE001 - whatever it says, so do we
+        with pytest.raises(Unprocessable, match=f"opset {opset} .* is newer than onnxruntime here"):
+            Onnx.load(made)
+        assert opset > 20
+        return
+    ours = Onnx.load(made)
+    ours.warm_up()
+    assert ours.run({"x": x})["y"].tolist() == theirs.run(None, {"x": x})[0].tolist() == [[3, 0]]
+
+
+@pytest.mark.filterwarnings("ignore:Specified provider 'CUDAExecutionProvider'")
+def test_a_provider_that_is_known_and_does_not_start_is_an_error_and_never_the_processor(
+    monkeypatch,
+):
+    """As onnxruntime does on a host without the libraries: it warns, and computes on the CPU."""
+    monkeypatch.setattr(
+        onnxruntime,
+        "get_available_providers",
+        lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"],
+    )
+    with pytest.raises(Unprocessable, match="'cuda' is known to onnxruntime here, but does not"):
+        Onnx.load(IRIS, provider="cuda")
+    assert Onnx.load(IRIS).provider == "cpu"
 
 
 def test_dynamic_axes_take_any_length():

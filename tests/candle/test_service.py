@@ -17,6 +17,7 @@ from bus.errors import (
 )
 from bus.subjects import CANDLE_STATS, MODEL_LOAD, MODEL_RUN, MODEL_UNLOAD
 from bus.testing import until
+from services.candle import service
 from services.candle.settings import CandleSettings
 
 
@@ -106,6 +107,33 @@ async def test_stats_list_what_is_loaded(client, worker, linear):
         await run(client, [[1, 2], [3, 4]], "a")
         stats = await client.call(CANDLE_STATS, m.Empty())
     assert [(s.id, s.requests, s.rows) for s in stats.models] == [("a", 1, 2), ("b", 0, 0)]
+
+
+async def test_stats_tell_threads_and_failures_and_threads_are_a_share_of_the_processors(
+    client, worker, linear, monkeypatch
+):
+    monkeypatch.setattr(service, "allowed", lambda: (6.0, 1 << 30))
+    async with worker():
+        ask = m.LoadModel(id="own", path=linear(), config=m.ModelConfig(threads=5))
+        await client.call(MODEL_LOAD, ask)
+        assert (await load(client, linear(), "second")).threads == 3
+        assert (await load(client, linear(), "third")).threads == 2
+        for _ in range(2):
+            with pytest.raises(InvalidRequest):
+                await run(client, [[1, 2, 3]], "third")
+        await run(client, [[1, 2]], "third")
+        stats = await client.call(CANDLE_STATS, m.Empty())
+    assert {one.id: one.threads for one in stats.models} == {"own": 5, "second": 3, "third": 2}
+    counted = {one.name: one for one in stats.model_stats}
+    assert {name: one.threads for name, one in counted.items()} == {
+        "own": 5, "second": 3, "third": 2,
+    }  # fmt: skip
+    third = counted["third"]
+    assert third.failures == {"invalid-request": 2}
+    told = third.inference_stats
+    assert (told.success.count, told.fail.count, told.queue.count) == (1, 2, 1)
+    assert told.compute_infer.ns > 0
+    assert [one.batch_size for one in third.batch_stats] == [1]
 
 
 async def test_telemetry_tells_how_large_batches_are_and_what_waits(client, worker, linear):

@@ -91,9 +91,11 @@ async def test_an_answer_says_which_version_artefact_and_instance_gave_it(client
         tensor = {"name": "inputs", "datatype": "FP32", "shape": [1, 2], "data": [1, 1]}
         subject = MODEL_INFER.subject(client.root, "m")
         reply = await client.relay(subject, json.dumps({"inputs": [tensor]}).encode())
-    assert reply.headers["Bkg-Model-Version"] == "1"
-    assert reply.headers["Bkg-Model-Digest"] == loaded.checksum
-    assert reply.headers["Bkg-Instance"] == candle._instance.id
+        ran = await client.call(MODEL_RUN, m.RunModel(id="m", inputs=[[1, 1]]))
+        here = candle._instance.id
+    assert reply.headers["Bkg-Model-Version"] == ran.version == "1"
+    assert reply.headers["Bkg-Model-Digest"] == ran.checksum == loaded.checksum
+    assert reply.headers["Bkg-Instance"] == ran.instance == here
 
 
 async def test_an_alias_holds_a_version_and_moves_without_a_failed_request(client, worker, linear):
@@ -348,13 +350,22 @@ async def test_without_room_a_model_is_refused_with_the_setting_to_turn(client, 
 async def test_a_replica_that_comes_later_serves_the_same_versions_and_aliases(
     client, worker, linear
 ):
+    config = {
+        "max_batch_rows": 3, "max_delay_ms": 1.5, "instances": 2, "threads": 1, "provider": "cpu",
+        "pinned": True, "keep_alive_s": 900.0,
+    }  # fmt: skip
     async with worker(0):
-        await load(client, linear("a.json"), "1")
+        await load(client, linear("a.json"), "1", **config)
         await load(client, linear("b.json", weights=[10, 10]), "2")
         await alias(client, "default", "1")
-    async with worker(1):
+    async with worker(1) as later:
         assert await infer(client) == (2, "1")
         assert await infer(client, "2") == (20, "2")
+        first, second = (await client.call(CANDLE_STATS, m.Empty())).models
+        assert (first.config, second.config) == (m.ModelConfig(**config), m.ModelConfig())
+        assert (first.names, second.names) == (["1", "default"], ["2", "latest"])
+        limits = later._models["m"].versions[0]._loaded.batcher._limits
+        assert (limits.max_rows, limits.max_delay_s, limits.instances) == (3, 0.0015, 2)
 
 
 async def test_versions_that_nobody_wants_do_not_stay_for_ever(client, worker, linear, monkeypatch):

@@ -16,9 +16,10 @@ async def put(gate, path, name="m", **more):
     return await gate.post("/api/capabilities/candle.model.load", body)
 
 
-async def post(gate, path, body, status=200):
+async def post(gate, path, body, status=200, headers=None):
     raw = body if isinstance(body, bytes) else json.dumps(body).encode()
-    async with gate.http.post(URL(path, encoded=True), data=io.BytesIO(raw)) as response:
+    url = URL(path, encoded=True)
+    async with gate.http.post(url, data=io.BytesIO(raw), headers=headers) as response:
         assert response.status == status, await response.text()
         return await response.json(content_type=None)
 

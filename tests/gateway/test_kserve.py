@@ -172,6 +172,7 @@ async def test_two_instances_are_one_model_and_their_statistics_one_sum(gate, ca
     assert told["inference_stats"]["success"]["count"] == 60
     assert told["inference_stats"]["fail"]["count"] == 1
     assert told["failures"] == {"invalid-request": 1}
+    assert told["threads"] == sum(one.threads for one in own) >= 2
     runs = sum(batch["compute_infer"]["count"] for batch in told["batch_stats"])
     assert runs == told["execution_count"]
     (everything,) = (await gate.json("/v2/models/stats"))["model_stats"]
@@ -214,8 +215,10 @@ async def test_a_full_queue_is_429_with_the_setting_and_another_instance_is_aske
         for _ in range(20):
             async with gate.http.post("/v2/models/m/infer", json=ONES) as response:
                 found.append(response.status)
-        assert found.count(200) >= 10
-        assert set(found) <= {200, 429}
+        # Until the other one has answered once it is found by chance; then by everybody.
+        assert 200 in found
+        assert set(found[found.index(200) :]) == {200}
+        assert version_of(first).counted().failures["overloaded"] > 2
     await asyncio.gather(*asked)
 
 
@@ -239,15 +242,19 @@ async def test_a_caller_that_hangs_up_is_not_run_and_counted_so(gate, candle, li
     assert (gate.parts.relaying, gate.parts.relaying_bytes) == (0, 0)
 
 
+@pytest.mark.parametrize("how", ["query", "header"])
 @pytest.mark.parametrize("path", ["/v2/models/m/infer", "/api/capabilities/candle.model.run"])
-async def test_a_deadline_is_kept_and_what_is_late_never_runs(gate, candle, linear, path):
+async def test_a_deadline_is_kept_and_what_is_late_never_runs(gate, candle, linear, path, how):
     worker = await candle()
     await put(gate, linear())
     body = ONES if path.startswith("/v2") else {"id": "m", "inputs": [[1, 1]]}
     async with held(worker) as ran:
         first = asyncio.create_task(infer(gate))
         await until(lambda: ran)
-        await post(gate, f"{path}?timeout=0.2", body, 504)
+        late, headers = f"{path}?timeout=0.2", {}
+        if how == "header":
+            late, headers = path, {"X-Timeout-Seconds": "0.2"}
+        await post(gate, late, body, 504, headers)
         await until(lambda: version_of(worker).rows_waiting == 0)
     await first
     assert (len(ran), version_of(worker).counted().inference_count) == (1, 1)

@@ -95,12 +95,14 @@ def test_a_model_is_loaded_described_counted_and_unloaded(client, auth):
     assert client.is_model_ready("sum", headers=auth)
     assert client.is_model_ready("sum", "1", headers=auth)
     described = client.get_model_metadata("sum", headers=auth)
+    assert described == client.get_model_metadata("sum", "1", headers=auth)
     assert described["platform"] == "onnxruntime_onnx"
     assert described["versions"] == ["1"]
     assert described["inputs"] == [
         {"name": name, "datatype": "FP32", "shape": [-1, 3]} for name in "ab"
     ]
     config = client.get_model_config("sum", headers=auth)
+    assert config == client.get_model_config("sum", "1", headers=auth)
     assert config["max_batch_size"] == 256
     assert config["input"][0] == {"name": "a", "data_type": "TYPE_FP32", "dims": [3]}
     index = client.get_model_repository_index(headers=auth)
@@ -174,15 +176,17 @@ def test_tensors_of_every_type_come_back_as_they_went(
     assert reply.get_response()["id"] == "here"
 
 
+@pytest.mark.parametrize("binary", [True, False])
 @pytest.mark.parametrize("there", [None, "gzip", "deflate"])
 @pytest.mark.parametrize("back", [None, "gzip", "deflate"])
-def test_bodies_are_compressed_as_the_client_likes(client, auth, there, back):
+def test_bodies_are_compressed_as_the_client_likes(client, auth, there, back, binary):
     if not client.is_model_ready("image", headers=auth):
         client.load_model("image", headers=auth)
     image = np.arange(3 * 40 * 40, dtype=np.float32).reshape(1, 3, 40, 40)
     reply = client.infer(
         "image",
-        [tensor("x", image, "FP32")],
+        [tensor("x", image, "FP32", binary=binary)],
+        outputs=[triton.InferRequestedOutput("y", binary_data=binary)],
         request_compression_algorithm=there,
         response_compression_algorithm=back,
         headers=auth,
@@ -263,30 +267,91 @@ def test_without_the_key_nothing_is_run_or_told(client):
             call()
 
 
-async def test_the_asyncio_client_works_the_same(aio_client, auth):
+async def test_every_call_of_the_asyncio_client_works_the_same(aio_client, auth, models):
     assert await aio_client.is_server_live()
     assert await aio_client.is_server_ready()
     assert (await aio_client.get_server_metadata())["name"] == "bkg"
-    await aio_client.load_model("sum", headers=auth)
-    assert await aio_client.is_model_ready("sum", headers=auth)
-    assert (await aio_client.get_model_metadata("sum", headers=auth))["name"] == "sum"
-    assert (await aio_client.get_model_config("sum", headers=auth))["name"] == "sum"
-    index = await aio_client.get_model_repository_index(headers=auth)
-    assert "sum" in {one["name"] for one in index}
+    assert not await aio_client.is_model_ready("twice", headers=auth)
+    content = (models / "sum.onnx").read_bytes()
+    config = json.dumps({"max_batch_size": 4})
+    await aio_client.load_model(
+        "twice", headers=auth, config=config, files={"file:7/model.onnx": content}
+    )
+    for version in ("", "7"):
+        assert await aio_client.is_model_ready("twice", version, headers=auth)
+        told = await aio_client.get_model_metadata("twice", version, headers=auth)
+        assert (told["name"], told["versions"]) == ("twice", ["7"])
+        told = await aio_client.get_model_config("twice", version, headers=auth)
+        assert (told["name"], told["max_batch_size"]) == ("twice", 4)
     tensors = [tensor("a", ROW, "FP32"), tensor("b", ROW, "FP32", binary=False)]
     replies = await asyncio.gather(
-        *(aio_client.infer("sum", tensors, headers=auth) for _ in range(20)),
-        # Triton's client writes into the headers that it is given.
-        aio_client.infer(
-            "sum", tensors, headers=dict(auth),
-            request_compression_algorithm="gzip", response_compression_algorithm="deflate",
-        ),
-    )  # fmt: skip
+        *(
+            aio_client.infer(
+                "twice", tensors, model_version=version, request_id=str(n), headers=auth
+            )
+            for n, version in enumerate(["", "7"] * 10)
+        )
+    )
     assert all(reply.as_numpy("y").tolist() == [[2, 4, 6]] for reply in replies)
-    stats = await aio_client.get_inference_statistics("sum", headers=auth)
-    assert stats["model_stats"][0]["inference_count"] >= 21
-    await aio_client.unload_model("sum", headers=auth)
-    assert not await aio_client.is_model_ready("sum", headers=auth)
+    assert [reply.get_response()["id"] for reply in replies] == [str(n) for n in range(20)]
+    for version in ("", "7"):
+        (told,) = (await aio_client.get_inference_statistics("twice", version, headers=auth))[
+            "model_stats"
+        ]
+        assert (told["name"], told["version"], told["inference_count"]) == ("twice", "7", 20)
+    everything = await aio_client.get_inference_statistics(headers=auth)
+    assert "twice" in {one["name"] for one in everything["model_stats"]}
+    index = await aio_client.get_model_repository_index(headers=auth)
+    assert {"name": "twice", "version": "7", "state": "READY"} in index
+    await aio_client.unload_model("twice", headers=auth)
+    assert not await aio_client.is_model_ready("twice", headers=auth)
+    with pytest.raises(InferenceServerException, match="not loaded"):
+        await aio_client.infer("twice", tensors, headers=auth)
+
+
+@pytest.mark.parametrize("binary_out", [True, False])
+@pytest.mark.parametrize("binary_in", [True, False])
+async def test_the_asyncio_client_sends_and_takes_tensors_of_every_type(
+    aio_client, auth, binary_in, binary_out
+):
+    for datatype, (_, kind) in TYPES.items():
+        if datatype == "FP16" and not (binary_in and binary_out):
+            continue
+        model = f"same-{datatype.lower()}"
+        if not await aio_client.is_model_ready(model, headers=auth):
+            await aio_client.load_model(model, headers=auth)
+        array = np.array([["a", "ö"]] if datatype == "BYTES" else [[0, 1]], kind)
+        reply = await aio_client.infer(
+            model,
+            [tensor("x", array, datatype, binary=binary_in)],
+            outputs=[triton_aio.InferRequestedOutput("y", binary_data=binary_out)],
+            headers=auth,
+        )
+        given = reply.as_numpy("y")
+        if datatype == "BYTES":
+            given = np.vectorize(lambda v: v.decode() if isinstance(v, bytes) else v)(given)
+        assert given.tolist() == array.tolist(), datatype
+
+
+@pytest.mark.parametrize("binary", [True, False])
+@pytest.mark.parametrize("there", [None, "gzip", "deflate"])
+@pytest.mark.parametrize("back", [None, "gzip", "deflate"])
+async def test_bodies_of_the_asyncio_client_are_compressed_as_it_likes(
+    aio_client, auth, there, back, binary
+):
+    if not await aio_client.is_model_ready("image", headers=auth):
+        await aio_client.load_model("image", headers=auth)
+    image = np.arange(3 * 20 * 20, dtype=np.float32).reshape(1, 3, 20, 20)
+    reply = await aio_client.infer(
+        "image",
+        [tensor("x", image, "FP32", binary=binary)],
+        outputs=[triton_aio.InferRequestedOutput("y", binary_data=binary)],
+        request_compression_algorithm=there,
+        response_compression_algorithm=back,
+        # Triton's client writes into the headers that it is given.
+        headers=dict(auth),
+    )
+    assert np.array_equal(reply.as_numpy("y"), image)
 
 
 def test_a_tensor_of_20_mb_is_run(client, auth):

@@ -25,6 +25,7 @@ from services.rustyface.transfers.files import (
     writer,
 )
 from services.rustyface.transfers.files import rows as rows_module
+from tests.rustyface.transfers import mutated
 
 FORMATS = ("json", "npz", "parquet")
 D = 4
@@ -374,27 +375,6 @@ def sound(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sound")
     files = {kind: written(folder / kind, kind, some_rows(5)).read_bytes() for kind in FORMATS}
     return files, folder / "broken"
-
-
-def mutated(content: bytes, luck: random.Random) -> bytes:
-    """Return bytes with some of them changed, cut out, doubled or cut off."""
-    body = bytearray(content)
-    for _ in range(luck.choice((1, 1, 2, 8))):
-        at = luck.randrange(len(body) + 1)
-        match luck.randrange(6):
-            case 0:
-                del body[at:]
-            case 1:
-                del body[at : at + luck.randrange(1, 40)]
-            case 2:
-                body[at:at] = body[at : at + luck.randrange(1, 60)]
-            case 3:
-                body[at:at] = luck.choice((b"\xff", b'"', b"{", b"]", b"\0" * 9, b"1e999", b"\\u"))
-            case 4 if body:
-                body[at % len(body)] ^= 1 << luck.randrange(8)
-            case 5 if body:
-                body[at % len(body)] = luck.randrange(256)
-    return bytes(body)
 
 
 @pytest.mark.parametrize("kind", FORMATS)

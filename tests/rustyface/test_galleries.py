@@ -307,6 +307,32 @@ async def test_the_longest_ids_in_any_alphabet_are_entries_too(client):
     assert client.connected
 
 
+@pytest.mark.parametrize("asked", ["a revision", "nothing"])
+async def test_a_replica_that_lags_answers_when_it_has_read_what_the_caller_has_written(
+    client, connected, asked
+):
+    async with replica(client) as first, replica(await connected()) as second:
+        await first.create("g")
+        await second.wait(await first.newest())
+        # Whoever reads tells it under this lock: the second comes one batch further at most.
+        reading = second._ledger._moved
+        await reading.acquire()
+        before = await enrol(first, "g", "before", EAST, None)
+        await until(lambda: second.revision == before)
+        written = await enrol(first, "g", "mine", EAST, None)
+        await first.wait(written)
+        revision = written if asked == "a revision" else None
+        searching = asyncio.create_task(second.search("g", looking(EAST, k=9, revision=revision)))
+        # What it has read already it answers at once, for who asks for no more.
+        behind = await second.search("g", looking(EAST, k=9, revision=before))
+        assert [one.entry.id for one in behind.matches] == ["before"]
+        assert (second.revision, searching.done()) == (before, False)
+        reading.release()
+        found = await searching
+        assert [one.entry.id for one in found.matches] == ["before", "mine"]
+        assert found.revision >= written
+
+
 async def test_events_that_were_deleted_from_the_stream_by_hand_are_not_waited_for(
     client, monkeypatch
 ):

@@ -138,29 +138,32 @@ def held(projection: Projection, *, revisions: bool = True) -> dict:
     } | {"images": dict(projection.images)}
 
 
-vectors = st.sampled_from([[1, 0], [0, 1], [1, 1], [-1, 2], [0, 0]])
+vectors = st.sampled_from([[1, 0], [0, 1], [1, 1], [-1, 2], [1, 0], [0, 1], [0, 0]])
 names = st.sampled_from(NAMES)
-steps = st.one_of(
-    st.tuples(
-        st.just("entry"),
-        st.sampled_from(ENTRIES),
-        vectors,
-        st.sampled_from([None, *NAMES]),
-        st.sampled_from([None, *IMPORTS]),
-        st.sampled_from([None, "i" * 64]),
-    ),
+entry_steps = st.tuples(
+    st.just("entry"),
+    st.sampled_from(ENTRIES),
+    vectors,
+    st.sampled_from([*NAMES, *NAMES, None]),
+    st.sampled_from([None, None, *IMPORTS]),
+    st.sampled_from([None, "i" * 64]),
+)
+# Somebody has to be there for what happens to them: entries come often, all of it goes seldom.
+steps = st.sampled_from([entry_steps] * 10 + [
     st.tuples(st.just("remove"), st.sampled_from(ENTRIES)),
-    st.tuples(st.just("move"), names, st.sampled_from([None, *NAMES])).filter(
-        lambda step: step[1] != step[2]
-    ),
-    st.tuples(st.just("reject"), st.sampled_from(REJECTIONS), names, vectors),
+    *[
+        st.tuples(st.just("move"), names, st.sampled_from([None, *NAMES, *NAMES])).filter(
+            lambda step: step[1] != step[2]
+        )
+    ] * 4,
+    *[st.tuples(st.just("reject"), st.sampled_from(REJECTIONS), names, vectors)] * 2,
     st.tuples(st.just("withdraw"), st.sampled_from(REJECTIONS), names),
     st.tuples(st.just("import"), st.sampled_from(IMPORTS), st.sampled_from(["running", "done"])),
     st.tuples(st.just("undo"), st.sampled_from(IMPORTS)),
     st.tuples(st.just("set"), st.sampled_from([0.1, 0.2])),
     st.tuples(st.just("clear")),
     st.tuples(st.just("recreate"), st.booleans()),
-)
+]).flatmap(lambda step: step)  # fmt: skip
 
 
 def carry_out(log: Log, step: tuple) -> None:

@@ -3,8 +3,10 @@
 import asyncio
 import json
 import os
+import random
 import signal
 import sys
+from collections import Counter
 from pathlib import Path
 
 import msgspec
@@ -27,6 +29,7 @@ from tests.rustyface.transfers import (
     as_file,
     ended_as,
     in_stream,
+    mutated,
     now_of,
     rows_of,
     stored,
@@ -172,6 +175,40 @@ async def test_an_import_can_be_undone(client, carrier, tmp_path):
         assert (record.id, record.state, record.added, record.by) == (job.job, "done", 3, "ann")
         assert (await at.galleries.undo_import("d", record.id))[0] == 3
         assert at.galleries.ids("d") == ["mine"]
+
+
+async def test_files_that_are_broken_somewhere_come_in_whole_or_not_at_all(
+    client, carrier, tmp_path
+):
+    """Jobs of a real worker; what the readers make of thousands of files stands in test_files."""
+    chance = random.Random(3)  # noqa: S311 - no secret
+    rows = rows_of(30)
+    sound = {kind: as_file(tmp_path / kind, rows, kind).read_bytes() for kind in FORMATS}
+    seen: Counter[str] = Counter()
+    async with carrier(at_once=2) as at:
+        jobs = {}
+        for i in range(60):
+            path = tmp_path / f"broken-{i}"
+            path.write_bytes(mutated(sound[FORMATS[i % 3]], chance))
+            artefact = await uploaded(client, path)
+            work = m.GalleryWork(action="import", dataset=f"d{i}", artefact=artefact)
+            jobs[f"d{i}"] = await at.jobs.enter(work)
+        for dataset, job in jobs.items():
+            await until(lambda one=job: has_ended(client, one), 60)
+            ended = await now_of(client, job)
+            seen[ended.state] += 1
+            if ended.state == "failed":
+                assert 10 < len(ended.error) < 1_000
+                assert at.galleries.ids(dataset) == []
+            else:
+                assert len(at.galleries.ids(dataset)) == ended.gallery_result.added > 0
+        assert seen.keys() == {"done", "failed"}
+        good = await at.do("import", "good", artefact=await uploaded(client, tmp_path / "npz"))
+        assert good.gallery_result.added == len(rows)
+
+
+async def has_ended(client, job: m.Job) -> bool:
+    return (await now_of(client, job)).state in {"done", "failed"}
 
 
 # --- Whoever dies ---------------------------------------------------------------------------------

@@ -11,9 +11,10 @@ import pytest
 from bus import messages as m
 from bus.broker import running_broker
 from bus.client import connect
-from bus.errors import BusError
+from bus.errors import BusError, NobodyListens
 from bus.subjects import DATASET_MANAGE
 from bus.testing import until
+from services.rustyface.galleries.ledger import Ledger
 from tests.rustyface.calls import answers, encode, manage, search, started
 
 _THEN = "2024-01-01T00:00:00+00:00"
@@ -198,3 +199,38 @@ async def started_with(client, settings, given) -> tuple[int, str]:
     async with started(client, settings, given) as process, asyncio.timeout(30):
         _, said = await process.communicate()
     return process.returncode or 0, said.decode()
+
+
+async def test_a_worker_is_ready_and_asked_only_when_it_knows_all_that_is_there(
+    client, worker, picture, monkeypatch
+):
+    async with worker(0):
+        await encode(client, picture("astronaut"), entry_id="eileen")
+        await encode(client, picture("cameraman"), entry_id="sandy")
+    gate, read = asyncio.Event(), []
+    clear_away = Ledger._clear_away
+
+    async def late(self) -> None:
+        # Everything has been read, and nobody was told so yet.
+        read.append(self.projection.revision)
+        await gate.wait()
+        await clear_away(self)
+
+    monkeypatch.setattr(Ledger, "_clear_away", late)
+    starting = worker(1)
+    entering = asyncio.create_task(starting.__aenter__())
+    try:
+        await until(lambda: read)
+        told = (await client.store.instances.get("rustyface", 1)).value
+        assert told.status == "starting"
+        with pytest.raises(NobodyListens):
+            await manage(client, "list")
+        assert not entering.done()
+        gate.set()
+        await entering
+        found = await search(client, image_base64=picture("astronaut-changed"))
+        assert [one.id for one in found.results] == ["eileen", "sandy"]
+    finally:
+        gate.set()
+        await entering
+        await starting.__aexit__(None, None, None)

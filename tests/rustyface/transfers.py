@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import random
 from pathlib import Path
 
 import msgspec
@@ -122,8 +123,8 @@ def vector(*values: float) -> np.ndarray:
 
 
 def rows_of(count: int) -> list[Row]:
-    random = np.random.default_rng(11)
-    made = random.normal(size=(count, D))
+    numbers = np.random.default_rng(11)
+    made = numbers.normal(size=(count, D))
     made /= np.linalg.norm(made, axis=1, keepdims=True)
     return [Row(f"e{i}", made[i].astype(np.float32), {"n": i}) for i in range(count)]
 
@@ -161,3 +162,24 @@ async def answers(galleries, dataset, query):
          one.entry.last_seen, one.entry.quality)
         for one in found.matches
     ]  # fmt: skip
+
+
+def mutated(content: bytes, luck: random.Random) -> bytes:
+    """Return bytes with some of them changed, cut out, doubled or cut off."""
+    body = bytearray(content)
+    for _ in range(luck.choice((1, 1, 2, 8))):
+        at = luck.randrange(len(body) + 1)
+        match luck.randrange(6):
+            case 0:
+                del body[at:]
+            case 1:
+                del body[at : at + luck.randrange(1, 40)]
+            case 2:
+                body[at:at] = body[at : at + luck.randrange(1, 60)]
+            case 3:
+                body[at:at] = luck.choice((b"\xff", b'"', b"{", b"]", b"\0" * 9, b"1e999", b"\\u"))
+            case 4 if body:
+                body[at % len(body)] ^= 1 << luck.randrange(8)
+            case 5 if body:
+                body[at % len(body)] = luck.randrange(256)
+    return bytes(body)

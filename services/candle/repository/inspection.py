@@ -11,6 +11,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -114,6 +115,10 @@ class Found(msgspec.Struct):
         self.advice += [readable(one) for one in advice[: MAX_PROBLEMS - len(self.advice)]]
 
 
+# Looks into a file: takes what was asked, what is known, and what to tell before each stage.
+Look = Callable[[Request, Found, Callable[[Stage], None]], None]
+
+
 def readable(text: str) -> str:
     """Return a text as it can be shown: names in a file may carry anything, terminal codes too."""
     plain = "".join(c if c.isprintable() else "?" for c in text[: MAX_TEXT + 1])
@@ -141,13 +146,15 @@ def main() -> None:
             left = left[os.write(channel, left) :]
 
     suffix = Path(request.name).suffix.lower()
-    look = {".json": _look_at_linear, ".onnx": _look_at_onnx}.get(suffix)
-    if look is None:
+    runtime = FORMATS.get(suffix)
+    if runtime is None:
         found.fault(
             f"{request.name!r}: the format is told by the suffix; served are {', '.join(FORMATS)}"
         )
         tell("done")
         return
+    looks: dict[str, Look] = {".json": _look_at_linear, ".onnx": _look_at_onnx}
+    look = looks.get(suffix) or partial(_look_at, runtime)
     if suffix == ".onnx":
         # Before the limits, so that they are for the artefact alone.
         found.runtime = _onnxruntime()
@@ -234,6 +241,18 @@ def _look_at_onnx(request: Request, found: Found, tell: Callable[[Stage], None])
     _opened(model, began, found)
     if objection:
         found.advise(f"onnxruntime runs it, but ONNX's checker says: {objection}")
+    _run(model, request, found, tell)
+
+
+def _look_at(
+    runtime: type[Runtime], request: Request, found: Found, tell: Callable[[Stage], None]
+) -> None:
+    """Look into a file of which only its runtime knows anything."""
+    found.format = str(runtime.format)
+    tell("opening")
+    began = time.perf_counter()
+    model = runtime.load(Path(request.path))
+    _opened(model, began, found)
     _run(model, request, found, tell)
 
 

@@ -57,9 +57,9 @@ def joined(outputs: Sequence[Mapping[str, Array]]) -> Mapping[str, Array]:
 
 
 def output_of(
-    model: str, outputs: Mapping[str, Array], took_ms: float, checksum: str, instance: str
+    model: str, outputs: Mapping[str, Array], took_ms: float, spec: m.ModelVersion, instance: str
 ) -> m.ModelOutput:
-    """Return outputs as they travel, with the artefact and the instance that gave them.
+    """Return outputs as they travel, with the version, artefact and instance that gave them.
 
     Raises:
         Unprocessable: They have values that JSON has no words for.
@@ -75,8 +75,9 @@ def output_of(
         outputs=numbers.tolist(),
         execution_ms=took_ms,
         named=named,
-        checksum=checksum,
+        checksum=spec.checksum,
         instance=instance,
+        version=spec.version,
     )
 
 

@@ -217,7 +217,7 @@ class Version:
             began, at_batcher = time.perf_counter(), True
             outputs = await _in_steps(loaded.batcher, loaded.runtime, given)
             took_ms, at_batcher = 1e3 * (time.perf_counter() - began), False
-            reply = rows.output_of(self.model, outputs, took_ms, self.spec.checksum, instance)
+            reply = rows.output_of(self.model, outputs, took_ms, self.spec, instance)
         except BusError as error:
             if not at_batcher:
                 self.statistics.failed(error.code)

@@ -1,12 +1,12 @@
 """Threads that images are worked on in, and the bounded queue before them."""
 
 import asyncio
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from bus.errors import Overloaded
+from bus.telemetry import allowed
 
 T = TypeVar("T")
 
@@ -25,7 +25,7 @@ class Workers:
     def __init__(self, max_waiting: int) -> None:
         self.max_waiting = max_waiting
         self.waiting = 0
-        self._threads = ThreadPoolExecutor(_processors(), "faces")
+        self._threads = ThreadPoolExecutor(processors(), "faces")
 
     async def run(self, work: Callable[[], T]) -> T:
         """Do work on one of the threads.
@@ -50,8 +50,7 @@ class Workers:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
 
-def _processors() -> int:
-    """Return how many processors this process may use."""
-    # Only Linux can say.
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
+def processors() -> int:
+    """Return how many processors this process may use, its control group's limit included."""
+    found, _ = allowed()
+    return max(1, int(found))

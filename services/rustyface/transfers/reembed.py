@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import os
 from typing import Any, Final, Protocol
 
 import msgspec
@@ -16,6 +15,7 @@ from bus.errors import BusError, Conflict, InvalidRequest, NotFound, Unavailable
 from bus.jobs import Told
 from bus.tasks import to_its_end
 from services.rustyface.galleries.galleries import Galleries, NewEntry
+from services.rustyface.photos.workers import processors
 from services.rustyface.transfers.files import BATCH
 from services.rustyface.transfers.imports import Pace
 
@@ -59,7 +59,7 @@ class Reembed:
         self._store = store
         self._galleries = galleries
         self._encoder = encoder
-        self._at_once = asyncio.Semaphore(os.cpu_count() or 1)
+        self._at_once = asyncio.Semaphore(processors())
 
     async def carry(self, job: m.Job, work: m.GalleryWork, told: Told) -> m.GalleryWorkDone:
         """Embed every kept image; what an earlier try has enrolled is gone on from.
