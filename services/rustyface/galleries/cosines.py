@@ -35,14 +35,21 @@ def units(vectors: npt.NDArray[np.floating[Any]]) -> tuple[Floats, npt.NDArray[n
     return np.asarray(wide / np.where(sound, lengths, 1), np.float32), sound[:, 0]
 
 
-def exact(rows: Floats, at: Ints, query: Floats) -> Doubles:
-    """Return cosines in float64; each is the same whatever else is computed with it."""
-    wide = query.astype(np.float64)
-    parts = [
-        (rows[at[i : i + _AT_ONCE]].astype(np.float64) * wide).sum(axis=1)
-        for i in range(0, len(at), _AT_ONCE)
-    ]
-    return np.concatenate(parts).clip(-1, 1) if parts else np.empty(0, np.float64)
+def exact(rows: Floats, at: Ints, queries: Floats, asked: Ints) -> Doubles:
+    """Return cosines in float64; each is the same whatever else is computed with it.
+
+    Args:
+        rows: All rows, of length 1.
+        at: Which of them.
+        queries: All queries, of length 1, shape ``[n, dimensions]``.
+        asked: To which query each row is compared.
+    """
+    cosines = np.empty(len(at), np.float64)
+    for i in range(0, len(at), _AT_ONCE):
+        here = slice(i, i + _AT_ONCE)
+        pairs = rows.take(at[here], axis=0), queries.take(asked[here], axis=0)
+        np.add.reduce(np.multiply(*pairs, dtype=np.float64), axis=1, out=cosines[here])
+    return cosines.clip(-1, 1, out=cosines)
 
 
 def cosines_to_means(rows: Floats, persons: Sequence[Ints], query: Floats) -> Doubles:
