@@ -8,11 +8,13 @@ import numpy.typing as npt
 
 from services.rustyface.galleries.cosines import Floats, Ints
 
-# So many are looked at first, at least, where far more reach the bounds than are asked for.
-_FEW: Final = 256
-_FEW_SHARE: Final = 16
-# Once there are so many times more candidates than are asked for, the worst of them leave.
+# The first rows of a block alone say roughly how good the best are: so many, and such a share.
+_FIRST: Final = 4_096
+_FIRST_SHARE: Final = 8
+# Once there are so many times more candidates than are asked for, and so many beside, the worst
+# of them leave: that takes as long as it does to rank the latter.
 _SPARE: Final = 2
+_BESIDE: Final = 64
 
 
 class Candidates:
@@ -40,11 +42,12 @@ class Candidates:
         self._wanted = wanted
         self._by_group = by_group
         self._groups = groups
-        self._slack = slack
+        # Both scores may be off, the one of a bound and the one that is compared with it.
+        self._margin = np.float32(2 * slack)
         self._parts: list[tuple[Ints, Ints, Floats]] = []
         self._count = 0
-        self._many = _SPARE * sum(wanted)
-        self._pruned = False
+        self._many = _SPARE * sum(wanted) + _BESIDE
+        self._raised = False
 
     def take(self, scores: Floats, begin: int) -> None:
         """Take those of some rows that reach the bounds.
@@ -54,14 +57,11 @@ class Candidates:
             begin: The first row.
         """
         n = scores.shape[1]
-        [places] = (scores >= self._bounds).ravel().nonzero()
-        if not self._pruned and n > _FEW and len(places) > self._many:
-            # The first ones alone say roughly how good the best are, so that few of the others
-            # have to be looked at twice.
-            few = max(_FEW, n // _FEW_SHARE)
-            self.take(scores[:, :few], begin)
-            self.take(scores[:, few:], begin + few)
-            return
+        passed = scores >= self._bounds
+        if not self._raised and np.count_nonzero(passed) > self._many:
+            self._raise(scores[:, : max(_FIRST, n // _FIRST_SHARE)], begin)
+            passed = scores >= self._bounds
+        [places] = passed.ravel().nonzero()
         asked, rows = np.divmod(places, n)
         if begin:
             rows += begin
@@ -83,32 +83,43 @@ class Candidates:
             self._parts = [(asked[order], rows[order], scores[order])]
         return self._parts[0]
 
+    def _raise(self, scores: Floats, begin: int) -> None:
+        """Raise the bounds by rows of which none is taken yet."""
+        self._raised = True
+        if any(self._by_group):
+            groups = self._groups[begin : begin + scores.shape[1]].astype(np.int64)
+            own = np.where(groups < 0, -1 - np.arange(len(groups)), groups)
+            order = own.argsort()
+            own = own[order]
+            starts = np.flatnonzero(np.append(True, own[1:] != own[:-1]))
+            scores = np.maximum.reduceat(scores[:, order], starts, axis=1)
+        last = scores.shape[1] - max(self._wanted)
+        if last >= 0:
+            worst = np.partition(scores, last, axis=1)[:, last, None]
+            self._bounds = np.maximum(self._bounds, worst - self._margin)
+
     def _prune(self) -> None:
         """Raise the bounds to the worst of the best so far, and let go of what is below."""
         asked, rows, scores = self._joined()
         # By search, best first: scores are less than 4 apart.
         order = np.argsort(4.0 * asked - scores)
         asked, rows, scores = asked[order], rows[order], scores[order]
-        # Both scores may be off, this one and the one that is compared with it.
-        margin = np.float32(2 * self._slack)
         kept = np.ones(len(rows), np.bool_)
         counting = np.arange(len(rows))
         if any(self._by_group):
             first, own = self._persons(asked, rows)
-            kept = scores >= scores[first][own] - margin
+            kept = scores >= scores[first][own] - self._margin
             counting = np.sort(first)
-        each = np.arange(len(self._wanted))
-        begins, ends = np.searchsorted(asked[counting], [each, each + 1])
-        last = begins + np.array(self._wanted) - 1
-        enough = last < ends
-        worst = scores[counting[last[enough]]]
-        self._bounds[enough, 0] = np.maximum(self._bounds[enough, 0], worst - margin)
+        ends = np.searchsorted(asked[counting], np.arange(len(self._wanted) + 1))
+        last = ends[:-1] + self._wanted - 1
+        enough = last < ends[1:]
+        worst = scores[counting[last[enough]]] - self._margin
+        self._bounds[enough, 0] = np.maximum(self._bounds[enough, 0], worst)
         kept &= scores >= self._bounds[asked, 0]
         self._parts = [(asked[kept], rows[kept], scores[kept])]
         self._count = len(self._parts[0][0])
         # Equal ones all stay; there may be any number of them.
         self._many = max(self._many, _SPARE * self._count)
-        self._pruned = True
 
     def _persons(self, asked: Ints, rows: Ints) -> tuple[Ints, Ints]:
         """Return the places of each person's first row, and of each row, which person's it is."""
