@@ -14,7 +14,15 @@ import numpy.typing as npt
 
 from bus.errors import InvalidRequest
 from services.rustyface.galleries.candidates import Candidates
-from services.rustyface.galleries.cosines import Floats, Ints, cosines_to_means, exact, units
+from services.rustyface.galleries.cosines import (
+    Doubles,
+    Floats,
+    Ints,
+    cosines_to_means,
+    exact,
+    means,
+    units,
+)
 from services.rustyface.galleries.filters import Columns, Wanted
 
 NOBODY: Final = -1
@@ -312,9 +320,11 @@ class Snapshot:
         ranked = self._ranked(searches, queries, *best.left())
         # One look at who each row shows, for all searches together.
         persons = self._rows_of(set().union(*map(_asked_about, searches, ranked)))
+        by_group = any(search.by_group for search in searches)
+        mean_of = self._means(persons) if by_group else {}
         return [
             Result(
-                self._hits(search, rank, persons),
+                self._hits(search, rank, persons, mean_of),
                 len(self._rows) if mask is None else int(np.count_nonzero(mask)),
             )
             for search, rank, mask in zip(searches, ranked, masks, strict=True)
@@ -329,7 +339,7 @@ class Snapshot:
     @property
     def _slack(self) -> float:
         """By how much a product in float32 may miss the exact one."""
-        return self._rows.shape[1] * _EPS
+        return float(self._rows.shape[1] * _EPS)
 
     def _mask(
         self, wanted: tuple[Wanted, ...], groups: frozenset[int] | None
@@ -365,14 +375,22 @@ class Snapshot:
             ranked.append(own[: search.candidates])
         return ranked
 
+    def _means(self, persons: Mapping[int, Ints]) -> dict[int, Doubles]:
+        return dict(zip(persons, means(self._rows, list(persons.values())), strict=True))
+
     def _hits(
-        self, search: Search, ranked: list[_Ranked], persons: Mapping[int, Ints]
+        self,
+        search: Search,
+        ranked: list[_Ranked],
+        persons: Mapping[int, Ints],
+        mean_of: Mapping[int, Doubles],
     ) -> list[Hit]:
         if not search.by_group and not search.rejected:
             return [Hit(entry, -below, group) for below, entry, group in ranked]
         shown = [group for _, _, group in ranked if group in persons] if search.by_group else []
-        means = cosines_to_means(self._rows, [persons[group] for group in shown], search.query)
-        mean_of = dict(zip(shown, means.tolist(), strict=True))
+        directions = np.array([mean_of[group] for group in shown]).reshape(-1, len(search.query))
+        cosines = cosines_to_means(directions, search.query)
+        to_mean = dict(zip(shown, cosines.tolist(), strict=True))
         hits = []
         for below, entry, group in ranked:
             own = persons.get(group)
@@ -387,8 +405,8 @@ class Snapshot:
                     entry,
                     -below,
                     group,
-                    mean_of.get(group),
-                    len(persons[group]) if group in mean_of else None,
+                    to_mean.get(group),
+                    len(persons[group]) if group in to_mean else None,
                     rejected,
                 )
             )
