@@ -28,8 +28,8 @@ from services.rustyface.galleries.filters import Columns, Wanted
 NOBODY: Final = -1
 
 _ROWS_FIRST: Final = 64
-# Such that scores stay in the processor's cache: for 32 queries at once that is faster than one
-# product over a million rows.
+# Such that scores stay in the processor's cache, for 32 queries at once: one product over a million
+# rows takes a sixth longer. However many queries there are, it is so many rows at least.
 _SCORES_AT_ONCE: Final = 1 << 19
 _ROWS_AT_ONCE: Final = 1 << 10
 _CACHE_LINE: Final = 64
