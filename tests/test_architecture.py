@@ -83,6 +83,7 @@ DEAF = (
     "services/rustyface/photos/embedding.py",
     "services/rustyface/photos/pipeline.py",
     "services/rustyface/galleries/search.py",
+    "services/rustyface/galleries/candidates.py",
 )
 
 

@@ -11,6 +11,7 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 
 from bus.testing import until
+from services.rustyface.galleries import search as searching
 from services.rustyface.galleries.cosines import units
 from services.rustyface.galleries.joined import AT_ONCE_MAX, Joined
 from services.rustyface.galleries.search import NOBODY, Matrix, Search
@@ -74,6 +75,43 @@ async def test_the_answer_to_one_is_the_same_whoever_else_asks():
     matrix = filled(5_000, 128)
     searches = [asking(matrix) for _ in range(AT_ONCE_MAX)]
     assert list(matrix.search(*searches)) == [matrix.search(one)[0] for one in searches]
+
+
+@examples(max_examples=60)
+@given(
+    st.integers(1, 4_000),
+    st.lists(
+        st.fixed_dictionaries(
+            {
+                "k": st.integers(1, 60),
+                "threshold": st.sampled_from([-1.0, 0.0, 0.5, 0.9]),
+                "by_group": st.booleans(),
+                "by_mean": st.booleans(),
+                "groups": st.none() | st.frozensets(st.integers(0, 8), max_size=4),
+                "rejected": st.none() | st.frozensets(st.integers(0, 8), min_size=1, max_size=3),
+            }
+        ),
+        min_size=1,
+        max_size=6,
+    ),
+    st.sampled_from([100, 1_000]),
+)
+def test_different_searches_find_together_in_small_blocks_what_each_finds_alone(
+    n: int, asked: list[dict], rows_at_once: int
+):
+    matrix = filled(n, 8)
+    faces, _ = units(RNG.standard_normal((2, 8)))
+    searches = [
+        asking(
+            matrix, **one | {"rejected": one["rejected"] and dict.fromkeys(one["rejected"], faces)}
+        )
+        for one in asked
+    ]
+    alone = [matrix.search(one)[0] for one in searches]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(searching, "_ROWS_AT_ONCE", rows_at_once)
+        patch.setattr(searching, "_SCORES_AT_ONCE", rows_at_once)
+        assert matrix.search(*searches) == alone
 
 
 async def test_where_a_row_stands_makes_no_difference():

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import msgspec
@@ -295,7 +294,7 @@ def test_both_find_the_same_to_the_last_bit(changes: list[tuple], query, by_grou
                 rejected=there.rejected() or None,
             )
         )
-        answers.append([replace(hit, group=0) for hit in found.hits])
+        answers.append([msgspec.structs.replace(hit, group=0) for hit in found.hits])
     assert answers[0] == answers[1]
 
 
