@@ -28,8 +28,20 @@ def broker(tmp_path_factory: pytest.TempPathFactory) -> Generator[Broker]:
     home = tmp_path_factory.mktemp("broker")
     with asyncio.Runner() as runner:
         running = running_broker(home, sync_interval="2m")
-        yield runner.run(running.__aenter__())
+        broker = runner.run(running.__aenter__())
+        runner.run(_keep_its_folder(broker))
+        yield broker
         runner.run(running.__aexit__(None, None, None))
+
+
+async def _keep_its_folder(broker: Broker) -> None:
+    """Have the broker keep a stream that no test deletes.
+
+    With the last stream the server also deletes the folder of all streams, a moment later, and
+    then makes none for whoever comes in between.
+    """
+    async with connect(broker.url, name="test", root="kept") as client:
+        await client.store.declare()
 
 
 @pytest.fixture

@@ -27,8 +27,11 @@ LONGEST_FIRST = ("journeys", "supervisor", "cli", "test_bench.py", "candle", "ru
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-    """Say what `-n auto` means; each process has a broker, and starts whole platforms."""
-    return min(processors(), PROCESSES_MAX)
+    """Say what `-n auto` means; each process has a broker, and starts whole platforms.
+
+    One more than there are processors: tests often wait for a process to start or to end.
+    """
+    return min(processors() + 1, PROCESSES_MAX)
 
 
 def processors() -> int:

@@ -1,18 +1,18 @@
-"""How large a body may be: as large as the broker says, and every side knows it."""
+"""How much one message holds: what the broker says, and every side knows it."""
 
+import gzip
 import io
 from contextlib import AsyncExitStack
 
-import pytest
 import pytest_asyncio
 from aiohttp import ClientSession
 
 from bus import broker
 from bus.broker import running_broker
 from bus.client import Answer, connect
-from bus.errors import TooLarge
 from bus.instance import join
 from bus.subjects import MODEL_INFER
+from bus.testing import until
 from services.gateway.app import Options, gateway
 from services.gateway.pages import Pages
 
@@ -52,22 +52,32 @@ async def small(tmp_path, settings, pages, monkeypatch):
         yield client, http, reached
 
 
-async def test_the_largest_body_is_what_the_broker_takes_and_the_refusal_names_it(small):
+async def test_what_no_message_of_this_broker_holds_goes_by_reference(small):
     client, http, reached = small
     limit = client.max_payload
     assert BROKER_TAKES - 65_536 < limit < BROKER_TAKES
-    async with http.post(INFER, data=io.BytesIO(bytes(limit))) as response:
-        assert response.status == 200, await response.text()
-        assert len(await response.read()) == limit
-    assert reached == [limit]
-    # A larger one does not even reach the broker, whichever way it comes.
-    for headers in ({}, {"X-Timeout-Seconds": "9"}):
-        body = io.BytesIO(bytes(limit + 1))
-        async with http.post(INFER, data=body, headers=headers) as response:
-            problem = await response.json(content_type=None)
-        assert response.status == 413
-        assert f"{limit:,}" in problem["error"]
-    subject = MODEL_INFER.subject(client.root, "m")
-    with pytest.raises(TooLarge, match=f"the broker takes {limit:,} at most"):
-        await client.relay(subject, bytes(limit + 1))
-    assert reached == [limit]
+    put, delete = [], client.bodies.delete
+
+    async def counted(name):
+        put.append(name)
+        await delete(name)
+
+    client.bodies.delete = counted
+    for size in (limit, limit + 1):
+        async with http.post(INFER, data=io.BytesIO(bytes(size))) as response:
+            if size > limit:
+                # An answer goes one way only.
+                problem = await response.json(content_type=None)
+                assert f"{limit:,}" in problem["error"]
+            else:
+                assert response.status == 200, await response.text()
+                assert len(await response.read()) == limit
+                assert not put
+    await until(lambda: len(put) == 1)
+    assert reached == [limit, limit + 1]
+    # Compressed it is small on its way in.
+    headers = {"Content-Encoding": "gzip"}
+    async with http.post(INFER, data=gzip.compress(bytes(limit + 1)), headers=headers) as response:
+        assert f"{limit:,}" in await response.text()
+    await until(lambda: len(put) == 2)
+    assert reached == [limit, limit + 1, limit + 1]
