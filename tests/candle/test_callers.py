@@ -95,7 +95,8 @@ async def test_a_bad_request_fails_alone_among_those_that_it_was_joined_with(
         async with held(client, candle) as model:
             asked = [asyncio.create_task(look_up(row)) for row in rows]
             await until(lambda: version_of(candle).rows_waiting == len(rows))
-        given = await asyncio.gather(*asked)
+            model.gate.set()
+            given = await asyncio.gather(*asked)
         assert model.ran[:2] == [1, len(rows)]
     expected = {0: [10, 10], 1: [20, 20], 2: [30, 30]}
     assert given == [expected.get(row, "unprocessable") for row in rows]
