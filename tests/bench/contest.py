@@ -76,7 +76,7 @@ def measure(plan: Plan, results: Results, say: Callable[[str], None]) -> None:
 def _measure_peer(
     peer: Peer, plan: Plan, number: int, results: Results, say: Callable[[str], None]
 ) -> None:
-    with started(peer) as (server, port, ready_s):
+    with started(peer, plan.models[0]) as (server, port, ready_s):
         idle_mib = sum(server.memory_mib().values())
         for model in plan.models:
             wanted = expected(MODELS_DIR, model)
