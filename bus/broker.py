@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import IO, Any, Final
 
 from bus.errors import Unavailable
-from bus.process import in_words
+from bus.process import in_words, stop_child
 
 USER: Final = "bkg"
 HOST: Final = "127.0.0.1"
@@ -154,7 +154,7 @@ async def running_broker(
         await _until_it_answers(broker, _answers(listen, password, name), start_s)
         yield broker
     finally:
-        await _stop(process, stop_s)
+        await stop_child(process, stop_s)
 
 
 def _from_wheel() -> str | None:
@@ -353,19 +353,6 @@ async def _answers(port: int, password: str, name: str) -> None:
                 with contextlib.suppress(OSError):
                     await writer.wait_closed()
         await asyncio.sleep(0.005)
-
-
-async def _stop(process: Process, stop_s: float) -> None:
-    if process.returncode is None:
-        with contextlib.suppress(ProcessLookupError):
-            process.terminate()
-        try:
-            async with asyncio.timeout(stop_s):
-                await process.wait()
-        except TimeoutError:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
-            await process.wait()
 
 
 _STAMP = re.compile(r"\A\[\d+\] \S+ \S+ ")

@@ -1,11 +1,13 @@
 """The rim of a process: event loop, signals, exit status, and not outliving the parent."""
 
 import asyncio
+import contextlib
 import ctypes
 import gc
 import os
 import signal
 import sys
+from asyncio.subprocess import Process
 from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
@@ -125,6 +127,21 @@ def in_words(status: int) -> str:
     if status < 0:
         return f"was ended by {signal.Signals(-status).name}"
     return f"ended with status {status}"
+
+
+async def stop_child(child: Process, patience_s: float) -> None:
+    """Ask a child process to end, and kill it if it does not in time; an ended one is left."""
+    if child.returncode is not None:
+        return
+    with contextlib.suppress(ProcessLookupError):
+        child.terminate()
+    try:
+        async with asyncio.timeout(patience_s):
+            await child.wait()
+    except TimeoutError:
+        with contextlib.suppress(ProcessLookupError):
+            child.kill()
+        await child.wait()
 
 
 async def _until_signal(main: Callable[[], Coroutine[Any, Any, None]]) -> None:

@@ -1,7 +1,6 @@
 """A service as a child process: started with a log file of its own, stopped, its end in words."""
 
 import asyncio
-import contextlib
 import os
 import subprocess
 import sys
@@ -12,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Final
 
-from bus.process import in_words
+from bus.process import in_words, stop_child
 
 LOG_MAX_BYTES: Final = 1_000_000
 
@@ -79,7 +78,7 @@ async def child(
     try:
         yield Child(name, process, log, log_start)
     finally:
-        await _stop(process, stop_s)
+        await stop_child(process, stop_s)
 
 
 async def first_line(file: IO[bytes]) -> bytes:
@@ -101,16 +100,3 @@ def _prepare(log: Path) -> int:
         log.replace(log.with_suffix(".log.1"))
         log.touch(mode=0o600)
     return log.stat().st_size
-
-
-async def _stop(process: Process, stop_s: float) -> None:
-    if process.returncode is None:
-        with contextlib.suppress(ProcessLookupError):
-            process.terminate()
-        try:
-            async with asyncio.timeout(stop_s):
-                await process.wait()
-        except TimeoutError:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
-            await process.wait()

@@ -140,7 +140,6 @@ def test_a_host_is_what_its_control_group_may_use(tmp_path, cgroup):
     assert len(found.load) == 3
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="only Linux binds processes so")
 def test_processors_that_a_process_is_kept_from_are_not_its_own():
     script = (
         "import os; from bus.telemetry import allowed;"

@@ -15,7 +15,8 @@ from bus.errors import BusError
 from bus.streams import AS_ONE_MAX
 from bus.subjects import gallery_events
 from bus.testing import until
-from services.rustyface.galleries.galleries import Galleries, NewEntry
+from services.rustyface.galleries.galleries import Galleries
+from tests.data.enrolling_replica import entry, part_of_import
 from tests.rustyface.transfers import REPOSITORY
 
 COUNT = 1_000
@@ -23,63 +24,6 @@ CALLERS = 16
 # An import's: one call's entries are a batch for the broker, and a part of another one.
 MANY = 12_000
 PART = 400
-
-# A replica in a process of its own: enrols what it is told to, and says what was acknowledged.
-REPLICA = """
-import asyncio, sys
-import numpy as np
-from bus.client import connect
-from bus.tasks import beside
-from services.rustyface.galleries.galleries import Galleries, NewEntry
-
-async def main(url, root, count, callers):
-    async with connect(url, name="replica", root=root) as client:
-        galleries = Galleries(client.store.galleries, root, "test", 2, changes=client.store.changes)
-        async with beside(galleries.run()):
-            await galleries.caught_up.wait()
-            left = iter(range(count))
-            async def enrol():
-                for i in left:
-                    vector = np.array([1, i], np.float32)
-                    new = NewEntry(id=f"e{i}", vector=vector, subject=f"p{i % 9}")
-                    revision = await galleries.enrol("g", new)
-                    print(i, revision, flush=True)
-            async with asyncio.TaskGroup() as tasks:
-                for _ in range(callers):
-                    tasks.create_task(enrol())
-
-asyncio.run(main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])))
-"""
-
-# The same with an import: as many entries at a time as it is told.
-IMPORTER = """
-import asyncio, sys
-from bus.client import connect
-from bus.tasks import beside
-from services.rustyface.galleries.galleries import Galleries
-from tests.rustyface.test_kills import part_of_import
-
-async def main(url, root, count, size):
-    async with connect(url, name="replica", root=root) as client:
-        galleries = Galleries(client.store.galleries, root, "test", 2, changes=client.store.changes)
-        async with beside(galleries.run()):
-            await galleries.caught_up.wait()
-            for first in range(0, count, size):
-                part = part_of_import(first, size)
-                outcome = await galleries.enrol_many("g", part, existing="skip")
-                print(first, outcome.revision, flush=True)
-
-asyncio.run(main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])))
-"""
-
-
-def part_of_import(first: int, size: int) -> list[NewEntry]:
-    return [
-        NewEntry(
-            id=f"e{i}", vector=np.array([1, i], np.float32), subject=f"p{i % 9}", imported="i1"
-        )
-        for i in range(first, first + size)
-    ]
 
 
 @contextlib.asynccontextmanager
@@ -93,6 +37,46 @@ async def reading(client):
         following.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await following
+
+
+@contextlib.asynccontextmanager
+async def on_a_broker_that_dies(tmp_path):
+    """Give a replica with a dataset, its client, and what kills the broker and brings it back."""
+    async with (
+        # In this order: nats-py never ends where it is closed while it looks for its broker.
+        contextlib.AsyncExitStack() as again,
+        contextlib.AsyncExitStack() as first,
+        contextlib.AsyncExitStack() as opened,
+    ):
+        broker = await first.enter_async_context(running_broker(tmp_path))
+        client = await opened.enter_async_context(connect(broker.url, name="test", root="r"))
+        await client.store.declare()
+        galleries = await opened.enter_async_context(reading(client))
+        await galleries.create("g")
+
+        async def die_and_come_back() -> None:
+            os.kill(broker.pid, signal.SIGKILL)
+            await first.aclose()
+            await again.enter_async_context(running_broker(tmp_path))
+
+        yield galleries, client, die_and_come_back
+
+
+async def killed_after(lines_wanted: int, *told: str) -> list[list[int]]:
+    """Run a replica, kill it once it has said so much, and return all that it said."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "tests.data.enrolling_replica", *told,
+        stdout=asyncio.subprocess.PIPE, cwd=REPOSITORY,
+    )  # fmt: skip
+    assert process.stdout is not None
+    lines: list[bytes] = []
+    while len(lines) < lines_wanted:
+        lines.append(await process.stdout.readline())
+        assert lines[-1], "it ended"
+    process.kill()
+    lines += (await process.stdout.read()).splitlines(keepends=True)
+    assert await process.wait() == -signal.SIGKILL
+    return [json.loads(f"[{one.decode().replace(' ', ',')}]") for one in lines if b"\n" in one]
 
 
 async def check(client, acknowledged: dict[str, int]) -> set[str]:
@@ -116,22 +100,12 @@ async def check(client, acknowledged: dict[str, int]) -> set[str]:
 
 async def test_a_broker_killed_in_the_middle_of_enrolments_loses_none_and_doubles_none(tmp_path):
     acknowledged: dict[str, int] = {}
-    async with (
-        # In this order: nats-py never ends where it is closed while it looks for its broker.
-        contextlib.AsyncExitStack() as again,
-        contextlib.AsyncExitStack() as first,
-        contextlib.AsyncExitStack() as opened,
-    ):
-        broker = await first.enter_async_context(running_broker(tmp_path))
-        client = await opened.enter_async_context(connect(broker.url, name="test", root="r"))
-        await client.store.declare()
-        galleries = await opened.enter_async_context(reading(client))
-        await galleries.create("g")
+    async with on_a_broker_that_dies(tmp_path) as (galleries, client, die_and_come_back):
         left = iter(range(COUNT))
 
         async def enrol() -> None:
             for i in left:
-                new = NewEntry(id=f"e{i}", vector=np.array([1, i], np.float32), subject=f"p{i % 9}")
+                new = entry(i)
                 # A caller that is told no tries again, as one does.
                 while f"e{i}" not in acknowledged:
                     with contextlib.suppress(BusError):
@@ -139,9 +113,7 @@ async def test_a_broker_killed_in_the_middle_of_enrolments_loses_none_and_double
 
         async def kill_and_come_back() -> None:
             await until(lambda: len(acknowledged) > COUNT // 3)
-            os.kill(broker.pid, signal.SIGKILL)
-            await first.aclose()
-            await again.enter_async_context(running_broker(tmp_path))
+            await die_and_come_back()
 
         async with asyncio.timeout(100):
             async with asyncio.TaskGroup() as tasks:
@@ -161,19 +133,8 @@ async def test_a_replica_killed_in_the_middle_of_enrolments_loses_none_and_doubl
 ):
     async with reading(client) as galleries:
         await galleries.create("g")
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, "-c", REPLICA, broker.url, client.root, str(COUNT), str(CALLERS),
-            stdout=asyncio.subprocess.PIPE,
-        )  # fmt: skip
-        assert process.stdout is not None
-        lines: list[bytes] = []
-        while len(lines) < COUNT // 3:
-            lines.append(await process.stdout.readline())
-            assert lines[-1], "it ended"
-        process.kill()
-        lines += (await process.stdout.read()).splitlines(keepends=True)
-        assert await process.wait() == -signal.SIGKILL
-        pairs = [json.loads(f"[{one.decode().replace(' ', ',')}]") for one in lines if b"\n" in one]
+        told = "enrol", broker.url, client.root, str(COUNT), str(CALLERS)
+        pairs = await killed_after(COUNT // 3, *told)
         acknowledged = {f"e{i}": revision for i, revision in pairs}
         assert len(acknowledged) < COUNT
         await galleries.wait(await galleries.newest())
@@ -185,16 +146,7 @@ async def test_a_replica_killed_in_the_middle_of_enrolments_loses_none_and_doubl
 async def test_a_broker_killed_in_the_middle_of_an_import_loses_none_and_doubles_none(tmp_path):
     acknowledged: dict[int, int] = {}
     added = 0
-    async with (
-        contextlib.AsyncExitStack() as again,
-        contextlib.AsyncExitStack() as first,
-        contextlib.AsyncExitStack() as opened,
-    ):
-        broker = await first.enter_async_context(running_broker(tmp_path))
-        client = await opened.enter_async_context(connect(broker.url, name="test", root="r"))
-        await client.store.declare()
-        galleries = await opened.enter_async_context(reading(client))
-        await galleries.create("g")
+    async with on_a_broker_that_dies(tmp_path) as (galleries, client, die_and_come_back):
         parts = iter(range(0, MANY, PART))
 
         async def import_some() -> None:
@@ -210,9 +162,7 @@ async def test_a_broker_killed_in_the_middle_of_an_import_loses_none_and_doubles
 
         async def kill_and_come_back() -> None:
             await until(lambda: len(acknowledged) > MANY // PART // 3)
-            os.kill(broker.pid, signal.SIGKILL)
-            await first.aclose()
-            await again.enter_async_context(running_broker(tmp_path))
+            await die_and_come_back()
 
         async with asyncio.timeout(100), asyncio.TaskGroup() as tasks:
             killing = tasks.create_task(kill_and_come_back())
@@ -230,19 +180,8 @@ async def test_a_replica_killed_in_the_middle_of_an_import_loses_none_and_double
 ):
     async with reading(client) as galleries:
         await galleries.create("g")
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, "-c", IMPORTER, broker.url, client.root, str(MANY), str(PART),
-            stdout=asyncio.subprocess.PIPE, cwd=REPOSITORY,
-        )  # fmt: skip
-        assert process.stdout is not None
-        lines: list[bytes] = []
-        while len(lines) < MANY // PART // 3:
-            lines.append(await process.stdout.readline())
-            assert lines[-1], "it ended"
-        process.kill()
-        lines += (await process.stdout.read()).splitlines(keepends=True)
-        assert await process.wait() == -signal.SIGKILL
-        pairs = [json.loads(f"[{one.decode().replace(' ', ',')}]") for one in lines if b"\n" in one]
+        told = "import", broker.url, client.root, str(MANY), str(PART)
+        pairs = await killed_after(MANY // PART // 3, *told)
         acknowledged = dict(pairs)
         assert len(acknowledged) < MANY // PART
         await check_import(client, acknowledged)

@@ -64,7 +64,7 @@ async def main():
 
 sys.exit(run(main))
 """
-NEVER_READY = "import time; time.sleep(1000)"
+NEVER_READY = "import signal; signal.pause()"
 
 
 def named(kind=m.NamePlugin, **more):

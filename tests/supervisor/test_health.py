@@ -225,7 +225,7 @@ async def test_whatever_the_path_only_the_instance_is_asked(path):
 
 
 async def test_a_worker_whose_event_loop_is_blocked_is_found(client, settings, plugin):
-    config = plugin(then="import time; time.sleep(1000)")
+    config = plugin(then="import signal; signal.pause()")
     env = {
         "BKG_NATS_URL": settings.nats_url,
         "BKG_ROOT": settings.root,

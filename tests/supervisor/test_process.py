@@ -108,8 +108,8 @@ async def test_one_that_floods_leaves_room_for_others(start, said):
 
 async def test_killing_takes_what_it_has_started_along(start, said):
     child = await start(
-        "import subprocess, time\n"
-        "print(subprocess.Popen(['sleep', '1000']).pid, flush=True)\ntime.sleep(1000)"
+        "import signal, subprocess\n"
+        "print(subprocess.Popen(['sleep', '1000']).pid, flush=True)\nsignal.pause()"
     )
     ending = asyncio.create_task(child.ended())
     await until(lambda: said)
@@ -121,7 +121,7 @@ async def test_killing_takes_what_it_has_started_along(start, said):
 
 async def test_a_leftover_is_ended_only_if_it_is_ours(start):
     ours = {"BKG_ROOT": "r", "BKG_HOST_NAME": "h", "BKG_SLOT": "0", "BKG_GENERATION": "4"}
-    child = await start("import time; time.sleep(1000)", **ours)
+    child = await start("import signal; signal.pause()", **ours)
     ending = asyncio.create_task(child.ended())
     stranger = {**ours, "BKG_GENERATION": "3"}
     assert await process.end_leftovers({child.pid: stranger, 2**22 + 1: ours}, 0.1) == []
