@@ -17,6 +17,8 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+import structlog
+
 from bus.errors import (
     BusError,
     Conflict,
@@ -32,9 +34,13 @@ from bus.uploads import CHUNK_BYTES, OFFSET, Upload, follows
 
 # An artefact of which nothing more comes for this long is given up.
 STALL_S: Final = 30.0
+# How long bytes are written over, an fsync for each chunk; shorter than `bus.uploads.LEAVE_S`.
+ERASE_S: Final = 5.0
 # What the broker stores beside a chunk: lengths, subject, headers, checksum.
 BESIDE_CHUNK_BYTES: Final = 512
 _TRIES: Final = 20
+
+log = structlog.get_logger("bus.artefacts")
 
 
 class Unfinished(NamedTuple):
@@ -354,12 +360,18 @@ class Artefacts:
         raise Conflict(f"others keep storing the artefact {digest}; try again")
 
     async def drop(self, upload_id: str) -> None:
-        """Delete chunks; what does not come to its end is garbage without a name."""
+        """Delete chunks; what does not come to its end is garbage without a name.
+
+        What cannot be erased within `ERASE_S` is only deleted: somebody waits, and for room.
+        """
         chunks = self._chunks_of(upload_id)
         if self._erases:
-            await self._stream.erase(chunks)
-        else:
-            await self._stream.purge(chunks)
+            try:
+                async with asyncio.timeout(ERASE_S):
+                    await self._stream.erase(chunks)
+            except TimeoutError:
+                log.info("artefact.not_erased", upload=upload_id, after_s=ERASE_S)
+        await self._stream.purge(chunks)
 
     async def _write_name(self, subject: str, body: dict[str, Any], before: int) -> None:
         await self._stream.append(

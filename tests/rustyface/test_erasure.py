@@ -9,17 +9,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bus import codec
+from bus import artefacts, codec
 from bus import messages as m
 from bus.broker import running_broker
 from bus.client import connect
 from bus.errors import Unavailable
 from bus.streams import Stream
 from bus.subjects import GALLERY_ENTRY, gallery_events
+from bus.tasks import beside
 from bus.testing import until
 from services.rustyface.galleries import clearing
 from services.rustyface.galleries.galleries import Galleries, NewEntry
-from services.rustyface.galleries.projection import LITTLE_ENDIAN
+from services.rustyface.galleries.projection import LITTLE_ENDIAN, Dead
 from services.rustyface.photos.kept import KeptImages
 
 D = 16
@@ -328,3 +329,31 @@ async def test_half_an_import_that_a_killed_broker_has_is_in_no_file_when_it_is_
         assert copies() == 1
         await brokers.enter_async_context(running_broker(tmp_path))
         assert copies() == 0
+
+
+async def test_an_image_that_an_entry_names_again_meanwhile_is_left(client):
+    images: dict[str, int] = {}
+    gone: list[str] = []
+
+    async def drop(digests: set[str]) -> None:
+        gone.extend(digests)
+        # While this one is being erased the other is enrolled again.
+        images.update({"a": 1, "b": 1})
+
+    dead = [Dead("g", seq, image=image) for seq, image in ((1, "a"), (2, "b"))]
+    made = clearing.Clearing(client.store.galleries, client.root, images, drop)
+    async with beside(made.run()):
+        await made.clear(dead)
+        await made.done()
+    assert len(gone) == 1
+
+
+async def test_what_cannot_be_erased_in_time_is_deleted_all_the_same(client, pieces, monkeypatch):
+    monkeypatch.setattr(artefacts, "ERASE_S", 0.0)
+    kept = KeptImages(client.store.faces)
+    digest = await kept.keep(PHOTO)
+    await kept.keep(PHOTO[::-1])
+    await kept.gone([digest])
+    assert await client.store.faces.size(digest) is None
+    assert not await client.store.faces.unfinished()
+    assert pieces() == 3

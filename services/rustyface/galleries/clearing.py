@@ -178,13 +178,16 @@ class Clearing:
                 raise result
 
     async def _drop_images(self, images: Iterable[str]) -> None:
-        gone = {one for one in images if one not in self._images}
-        if not gone or self._images_gone is None:
+        if self._images_gone is None:
             return
-        try:
-            await self._images_gone(gone)
-        except BusError as error:
-            log.warning("images.not_deleted", images=len(gone), cause=error.message)
+        for image in set(images):
+            # Looked at just before each: erasing takes a while, and an entry may bring it again.
+            if image in self._images:
+                continue
+            try:
+                await self._images_gone({image})
+            except BusError as error:
+                log.warning("image.not_deleted", image=image, cause=error.message)
 
 
 async def soon(event: Awaitable[object]) -> None:

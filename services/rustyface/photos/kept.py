@@ -39,7 +39,8 @@ class KeptImages:
         Its entry is stored already, so a failure is only told to the log.
         """
         try:
-            if await self._store.size(digest) is None:
+            # Whoever is deleting it just now sees that it was brought again, and leaves it.
+            if await self._store.touch(digest) is None:
                 await self.keep(image)
         except BusError as error:
             log.warning("image.not_kept", image=digest, cause=error.message)
