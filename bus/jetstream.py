@@ -88,7 +88,7 @@ async def ask_jetstream(
     if "error" in answer and not error_is_reply:
         if missing_is_none and answer["error"].get("err_code") == _NO_MESSAGE:
             return {}
-        raise _refusal(subject, answer["error"])
+        raise refusal(subject, answer["error"])
     return answer
 
 
@@ -124,7 +124,7 @@ async def store_batch(nc: Nats, messages: Sequence[Outgoing]) -> int | None:
             code = answer["error"].get("err_code")
             if code in _ONE_BY_ONE:
                 return None
-            failure = _refusal(messages[-1].subject, answer["error"])
+            failure = refusal(messages[-1].subject, answer["error"])
             if code not in _BROKEN_OFF:
                 raise failure
         if loop.time() + pause_s > deadline:
@@ -160,7 +160,7 @@ async def _committed(nc: Nats, messages: Sequence[Outgoing]) -> dict[str, Any]:
     )
 
 
-def _refusal(subject: str, error: Mapping[str, Any]) -> BusError:
+def refusal(subject: str, error: Mapping[str, Any]) -> BusError:
     """Return what an error of JetStream is here."""
     code, said = error.get("err_code"), error.get("description")
     if code in _WRONG_LAST_SEQUENCE:

@@ -18,7 +18,7 @@ from nats.aio.client import Client as Nats
 
 from bus.consumers import NS, Batch, Stored, consumer
 from bus.errors import BusError, Unavailable
-from bus.jetstream import Outgoing, StoreFullError, ask_jetstream, store_batch
+from bus.jetstream import Outgoing, StoreFullError, ask_jetstream, refusal, store_batch
 from bus.tasks import heed_cancellation
 
 __all__ = [
@@ -27,6 +27,8 @@ __all__ = [
 ]  # fmt: skip
 
 MIB: Final = 1024 * 1024
+# No such message, no such sequence, and what the store says of one that it has deleted already.
+_ALREADY_GONE: Final = {10037, 10043, 10057}
 # The broker takes up to 1,000 messages as one batch.
 AS_ONE_MAX: Final = 250
 AS_ONE_MAX_BYTES: Final = 4 * MIB
@@ -210,13 +212,15 @@ class Stream:
             seq: Which.
             erase: Write over its bytes in the broker's files as well, which costs an fsync: some
                 three milliseconds. Otherwise they lie there until their block is written anew.
+
+        Raises:
+            BusError: The broker did not do it; says why.
         """
-        await ask_jetstream(
-            self._nc,
-            f"$JS.API.STREAM.MSG.DELETE.{self.name}",
-            json.dumps({"seq": seq, "no_erase": not erase}).encode(),
-            error_is_reply=True,
-        )
+        subject = f"$JS.API.STREAM.MSG.DELETE.{self.name}"
+        asked = json.dumps({"seq": seq, "no_erase": not erase}).encode()
+        reply = await ask_jetstream(self._nc, subject, asked, error_is_reply=True)
+        if "error" in reply and reply["error"].get("err_code") not in _ALREADY_GONE:
+            raise refusal(subject, reply["error"])
 
     async def occupied(self, subject: str | None = None) -> Occupied:
         """Return what the stream holds, counted by subject for those that `subject` matches."""

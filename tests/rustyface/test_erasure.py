@@ -357,3 +357,12 @@ async def test_what_cannot_be_erased_in_time_is_deleted_all_the_same(client, pie
     assert await client.store.faces.size(digest) is None
     assert not await client.store.faces.unfinished()
     assert pieces() == 3
+
+
+async def test_a_deletion_that_the_broker_refuses_is_no_success(client):
+    with pytest.raises(Unavailable, match="the stream is not there"):
+        await Stream(client._nc, "not-there").remove(1, erase=True)
+    seq = await client.store.galleries.append(f"{client.root}.gallery.g.head", b"{}")
+    for _ in range(2):
+        await client.store.galleries.remove(seq, erase=True)
+    await client.store.galleries.remove(seq + 1_000)
