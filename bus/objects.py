@@ -41,7 +41,7 @@ def info_of(stored: Stored) -> Info | None:
             int(said.get("chunks", 0)),
             stored.at,
         )
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
         return None
 
 

@@ -8,7 +8,7 @@ when that has been fetched.
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -395,7 +395,15 @@ class Serving:
 
 def _fetched(call: Any) -> None:
     """Take a request when its body is here; held by its call as in `in_task`."""
-    call.on_cancel = asyncio.create_task(call.take()).cancel
+    _held_by(call, call.take())
+
+
+def _held_by(call: Call, work: Coroutine[Any, Any, None]) -> None:
+    """Do this in a task that the call holds, and so the table of those that are worked on."""
+    task = asyncio.create_task(work)
+    # Cancelled before its first step it never runs, and could not end the call itself.
+    task.add_done_callback(lambda done: call.drop() if done.cancelled() else None)
+    call.on_cancel = task.cancel
 
 
 async def _raised(error: BusError) -> Any:
@@ -416,8 +424,7 @@ def in_task(work: Callable[[Call], Awaitable[Answer]]) -> Callable[[Call], None]
         else:
             call.answer(answer.body, answer.headers)
 
-    # Held by its call, and so by the table of those that are worked on.
     def take(call: Call) -> None:
-        call.on_cancel = asyncio.create_task(do(call)).cancel
+        _held_by(call, do(call))
 
     return take

@@ -117,7 +117,7 @@ def body_max_bytes() -> int:
     Raises:
         InvalidRequest: `BKG_BODY_MAX_BYTES` is none; says what is allowed.
     """
-    return _between(BODY_MAX_BYTES, 8 * 1024 * 1024, 1024**3) or BODY_MAX_BYTES_DEFAULT
+    return _between(BODY_MAX_BYTES, 8 * 1024 * 1024, 128 * 1024 * 1024) or BODY_MAX_BYTES_DEFAULT
 
 
 def default_data_dir() -> Path:

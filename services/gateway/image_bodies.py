@@ -154,7 +154,7 @@ async def _in_form(
                 field=name[:40],
             )
         else:
-            raw = await whole_part(part, min(left, FIELD_MAX_BYTES))
+            raw = await whole_part(part, min(left, FIELD_MAX_BYTES), grown)
             yield name, _value_of(name, raw.decode(errors="replace"))
         left -= len(raw)
 

@@ -11,6 +11,7 @@ from bus.errors import NobodyListens, NotFound, Unavailable
 from bus.instance import RawCall, join
 from bus.subjects import MODEL_INFER
 from bus.testing import until
+from bus.wire import Incoming
 
 
 async def echo(call: RawCall) -> Answer:
@@ -77,6 +78,28 @@ async def test_a_reader_that_falls_behind_a_burst_of_large_requests_is_not_cut_o
         answers = await asyncio.gather(*asked)
     assert {answer.body for answer in answers} == {b"1048576"}
     assert behind._nc.stats["reconnects"] == 0
+
+
+async def test_a_request_that_is_given_up_before_it_is_begun_leaves_nothing(client, settings):
+    begun = []
+
+    async def note(_call: RawCall) -> Answer:
+        begun.append(1)
+        return Answer(b"", {})
+
+    async with (
+        join(client, settings, plugin="candle", description="a test") as candle,
+        candle.serving_raw(MODEL_INFER, note, "m"),
+    ):
+        subject = MODEL_INFER.subject(client.root, "m")
+        asked = candle._asked
+        asked.take(asked.served[subject], Incoming(subject, "inbox.of.somebody", b"", {}))
+        assert candle.in_flight == 1
+        # In the same turn of the event loop: the task that was made has not begun.
+        asked.cancel("inbox.of.somebody")
+        await until(lambda: candle.in_flight == 0)
+        await asyncio.wait_for(asked.served[subject].drained(), 1)
+    assert not begun
 
 
 def test_more_values_than_keys_are_refused():
