@@ -117,6 +117,7 @@ def body_max_bytes() -> int:
     Raises:
         InvalidRequest: `BKG_BODY_MAX_BYTES` is none; says what is allowed.
     """
+    # A larger one would outlast what is kept of it, and leave the store no room for others.
     return _between(BODY_MAX_BYTES, 8 * 1024 * 1024, 128 * 1024 * 1024) or BODY_MAX_BYTES_DEFAULT
 
 
