@@ -14,6 +14,8 @@ from bus.testing import until
 from services.gateway import inference
 from tests.gateway.inferring import ONES, held, post, put, version_of
 
+NAMES = ["1", "default", "latest"]
+
 
 async def load(gate, name="m", status=200, **parameters):
     path = f"/v2/repository/models/{quote(name, safe='')}/load"
@@ -76,6 +78,30 @@ async def test_while_a_model_loads_a_caller_hears_at_once_how_far_it_is(
 def _served(gate, name, state):
     found = gate.parts.models.served(name, "1")
     return any(one.state == state and one.progress in {None, 0.25} for _, one in found)
+
+
+async def test_what_was_loaded_is_ready_at_once_also_right_after_an_unloading(
+    gate, candle, linear, monkeypatch
+):
+    """What the instance wrote down before it left must not be taken for the new loading."""
+    worker = await candle()
+    await put(gate, linear())
+    await load(gate, "m")
+    write, let_go = worker._served.put, asyncio.Event()
+
+    async def late(told, plugin, slot):
+        await let_go.wait()
+        await write(told, plugin, slot)
+
+    monkeypatch.setattr(worker._served, "put", late)
+    await post(gate, "/v2/repository/models/m/unload", {})
+    loading = asyncio.create_task(load(gate, "m"))
+    await until(lambda: [worker._models["m"].names(v) for v in worker._versions()] == [NAMES])
+    assert (await infer(gate))["outputs"][0]["data"] == [2]
+    assert not loading.done()
+    let_go.set()
+    assert (await loading)["version"] == "1"
+    assert (await gate.json("/v2/models/m/ready"))["ready"]
 
 
 async def test_a_version_that_cannot_be_loaded_leaves_the_model_ready(gate, client, candle, linear):

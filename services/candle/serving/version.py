@@ -257,8 +257,8 @@ class Version:
             instances=self._instances,
         )
 
-    def told(self, names: list[str]) -> m.ServedModel:
-        """Return it as others see it."""
+    def told(self, names: list[str], revision: int) -> m.ServedModel:
+        """Return it as others see it, at a revision of the model's wish."""
         config = self.spec.config
         kept = "pinned" if config.pinned else "keep-alive" if config.keep_alive_s else "room"
         return m.ServedModel(
@@ -273,10 +273,11 @@ class Version:
             threads=self.threads,
             last_used=self.last_used,
             kept=kept if self.state == "ready" else None,
+            revision=revision,
         )
 
-    def as_loaded(self, names: list[str]) -> m.LoadedModel:
-        """Return it as `candle.stats` tells it.
+    def as_loaded(self, names: list[str], revision: int) -> m.LoadedModel:
+        """Return it as `candle.stats` tells it, at a revision of the model's wish.
 
         Raises:
             NotFound: It is not loaded.
@@ -307,6 +308,7 @@ class Version:
             memory_bytes=self.memory_bytes,
             last_used=self.last_used,
             config=self.spec.config,
+            revision=revision,
         )
 
     async def _load(self, *, may_evict: bool) -> None:
