@@ -12,6 +12,7 @@ from yarl import URL
 
 from bus.testing import until
 from services.gateway import inference
+from services.gateway.routes import models
 from tests.gateway.inferring import ONES, held, post, put, version_of
 
 NAMES = ["1", "default", "latest"]
@@ -83,21 +84,31 @@ def _served(gate, name, state):
 async def test_what_was_loaded_is_ready_at_once_also_right_after_an_unloading(
     gate, candle, linear, monkeypatch
 ):
-    """What the instance wrote down before it left must not be taken for the new loading."""
+    """What was written down before it left, or before all names lead to it, is too little."""
     worker = await candle()
     await put(gate, linear())
     await load(gate, "m")
-    write, let_go = worker._served.put, asyncio.Event()
+    write, half, let_go = worker._served.put, asyncio.Event(), asyncio.Event()
 
-    async def late(told, plugin, slot):
-        await let_go.wait()
+    async def late(_told, plugin, slot):
+        await half.wait()
+        told = worker._as_served()
+        if not let_go.is_set():
+            one = msgspec.structs.replace(told.models[0], names=["1"])
+            await write(msgspec.structs.replace(told, models=[one]), plugin, slot)
+            await let_go.wait()
         await write(told, plugin, slot)
 
     monkeypatch.setattr(worker._served, "put", late)
+    monkeypatch.setattr(models, "SEEN_S", 30.0)
     await post(gate, "/v2/repository/models/m/unload", {})
     loading = asyncio.create_task(load(gate, "m"))
     await until(lambda: [worker._models["m"].names(v) for v in worker._versions()] == [NAMES])
     assert (await infer(gate))["outputs"][0]["data"] == [2]
+    assert not loading.done()
+    half.set()
+    await until(lambda: not gate.parts.models.answers("m", "default"))
+    await gate.json("/v2/models/m/ready", 503)
     assert not loading.done()
     let_go.set()
     assert (await loading)["version"] == "1"
