@@ -313,6 +313,19 @@ async def test_a_small_body_that_inflates_beyond_the_limit_is_413(gate, path):
     assert (gate.parts.relaying, gate.parts.relaying_bytes) == (0, 0)
 
 
+@pytest.mark.parametrize("encoding", ["x-gzip", "gzip, gzip", "compress"])
+async def test_a_body_that_is_compressed_in_another_way_is_refused_in_words(
+    gate, candle, linear, encoding
+):
+    await candle()
+    await put(gate, linear())
+    problem = await post(gate, "/v2/models/m/infer", b"x", 400, {"Content-Encoding": encoding})
+    assert problem["error"] == (
+        f"Content-Encoding is '{encoding}'; gzip and deflate are taken, one of them"
+    )
+    assert problem["field"] == "Content-Encoding"
+
+
 async def test_bodies_that_come_in_pieces_count_as_large_as_they_turn_out_to_be(
     gate, candle, linear, monkeypatch
 ):
