@@ -401,7 +401,8 @@ class CandleStats(Message, frozen=True):
     Attributes:
         models: Every version that is loaded.
         instance: The instance that tells.
-        model_stats: What each of them has done, as Triton's statistics extension has it.
+        model_stats: What each version here has done, as Triton's statistics extension has it; also
+            of those that are not loaded just now.
     """
 
     models: list[LoadedModel]

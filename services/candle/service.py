@@ -307,7 +307,8 @@ class Candle:
         return m.CandleStats(
             models=sorted(told, key=lambda one: (one.id, one.version)),
             instance=self._instance.id,
-            model_stats=[v.counted() for v in ready],
+            # What left memory for a while keeps what it has done.
+            model_stats=[v.counted() for v in self._versions()],
         )
 
     async def _served_as(self, model: str, version: str, revision: int) -> Version:
