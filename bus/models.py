@@ -139,13 +139,17 @@ class ModelsView:
         """Tell whether an instance serves a version."""
         return any(one.state == "ready" for _, one in self.served(model, version))
 
-    def answers(self, model: str, name: str) -> bool:
+    def answers(self, model: str, name: str, revision: int = 0) -> bool:
         """Tell whether an instance answers to a version's name, or to an alias.
 
-        While another version is on its way, the old one answers to the names that they share.
+        While another version is on its way, the old one answers to the names that they share. What
+        was told of an older revision of the wish than the one that is asked for does not count.
         """
         return any(
-            one.id == model and one.state == "ready" and name in one.names
+            one.id == model
+            and one.state == "ready"
+            and name in one.names
+            and one.revision >= revision
             for instance in self._served.values()
             for one in instance.models
         )

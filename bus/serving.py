@@ -88,21 +88,21 @@ class Call:
         """Where its answer goes; no other call has that."""
         return self._message.reply
 
-    def answer(self, body: bytes, headers: Mapping[str, str]) -> None:
-        """Answer the caller."""
+    def answer(self, body: bytes, headers: Mapping[str, str]) -> BusError | None:
+        """Answer the caller; return what it is told instead, where the answer is too large."""
         if self._over:
-            return
+            return None
         try:
             sent = self._asked.reply_now(self._message, body, headers)
         except BusError as error:
-            # It is too large.
             self.fail(error)
-            return
+            return error
         self._end(None)
         if sent:
             self._served.left()
         else:
             self._asked.reply_later(self._message, body, headers, self._served.left)
+        return None
 
     def fail(self, error: BaseException) -> None:
         """Tell the caller why there is no answer; what it must not read is told to the log."""

@@ -15,6 +15,7 @@ from bus.errors import ErrorBody
 from bus.settings import BODY_MAX_BYTES_DEFAULT
 from services.cli import up
 from services.cli.faces_parser import faces_app
+from services.gateway import inference
 from services.gateway.routes import capabilities
 from services.rustyface import calibration
 from services.supervisor import process, reconcile, replicas
@@ -32,6 +33,10 @@ def test_an_example_of_the_workers_protocol_is_read_whole(kind, body):
     sent = codec.decode(body.encode(), dict)
     read = codec.decode(body.encode(), type_)
     assert codec.decode(codec.encode(read), dict).keys() == sent.keys(), "a field was passed over"
+
+
+def test_the_answers_of_models_that_a_gateway_waits_for_are_as_many_as_the_page_says():
+    assert f"for models' for {inference.RELAYING_MAX:,}" in OPERATIONS
 
 
 def test_every_message_of_a_worker_has_its_example():

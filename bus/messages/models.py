@@ -138,6 +138,7 @@ class ServedModel(Message, frozen=True):
         threads: Threads of one run.
         last_used: When it was last asked.
         kept: Why it stays: `pinned`, `keep-alive` or `room`.
+        revision: Of which revision of the model's wish this is told; 0 if it does not say.
     """
 
     id: str
@@ -151,6 +152,7 @@ class ServedModel(Message, frozen=True):
     threads: int = 0
     last_used: datetime | None = None
     kept: str | None = None
+    revision: int = 0
 
 
 class ServedModels(Message, frozen=True):
@@ -218,6 +220,7 @@ class LoadedModel(Message, frozen=True):
         memory_bytes: What loading it took.
         last_used: When it was last asked.
         config: How it is run.
+        revision: Of which revision of the model's wish this is told; 0 if it does not say.
     """
 
     id: str
@@ -239,6 +242,7 @@ class LoadedModel(Message, frozen=True):
     memory_bytes: int = 0
     last_used: datetime | None = None
     config: ModelConfig = ModelConfig()
+    revision: int = 0
 
 
 class UnloadModel(Message, frozen=True):
@@ -397,7 +401,8 @@ class CandleStats(Message, frozen=True):
     Attributes:
         models: Every version that is loaded.
         instance: The instance that tells.
-        model_stats: What each of them has done, as Triton's statistics extension has it.
+        model_stats: What each version here has done, as Triton's statistics extension has it; also
+            of those that are not loaded just now.
     """
 
     models: list[LoadedModel]

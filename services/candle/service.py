@@ -253,7 +253,7 @@ class Candle:
         """Have a model served by every replica, and answer when this one does."""
         name, revision = await self._repository.want(request)
         version = await self._served_as(request.id, name, revision)
-        return version.as_loaded(self._models[request.id].names(version))
+        return self._models[request.id].as_loaded(version)
 
     async def _unload(self, request: m.UnloadModel) -> m.UnloadedModel:
         revision = await self._repository.unwant(request.id, request.version)
@@ -299,15 +299,16 @@ class Candle:
         version = model.wake(wanted)
         if version is None:
             raise Unavailable(f"model {request.id!r} is about to be loaded", retry_after_s=1)
-        return version.told(model.names(version))
+        return model.told(version)
 
     async def _stats(self, _request: m.Empty) -> m.CandleStats:
         ready = [v for v in self._versions() if v.state == "ready"]
-        told = [v.as_loaded(self._models[v.model].names(v)) for v in ready]
+        told = [self._models[v.model].as_loaded(v) for v in ready]
         return m.CandleStats(
             models=sorted(told, key=lambda one: (one.id, one.version)),
             instance=self._instance.id,
-            model_stats=[v.counted() for v in ready],
+            # What left memory for a while keeps what it has done.
+            model_stats=[v.counted() for v in self._versions()],
         )
 
     async def _served_as(self, model: str, version: str, revision: int) -> Version:
@@ -438,7 +439,7 @@ class Candle:
             slot=self._instance.slot,
             instance=self._instance.id,
             host=self._instance.host,
-            models=[v.told(self._models[v.model].names(v)) for v in self._versions()],
+            models=[self._models[v.model].told(v) for v in self._versions()],
             budget_bytes=self._memory.budget_bytes,
         )
 

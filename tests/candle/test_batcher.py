@@ -22,8 +22,8 @@ from bus.errors import (
     Unprocessable,
 )
 from bus.testing import until
-from services.candle.serving.batcher import Batcher, Limits
-from services.candle.serving.joining import NextBatch, apart, count_rows, next_batch
+from services.candle.serving.batcher import Batcher
+from services.candle.serving.joining import Limits, NextBatch, apart, count_rows, next_batch
 from services.candle.serving.statistics import Statistics
 
 

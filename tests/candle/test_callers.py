@@ -45,6 +45,33 @@ async def test_what_is_late_is_refused_in_time_and_never_run(client, worker, lin
         assert sum(counted.failures.values()) == 1
 
 
+@pytest.mark.parametrize("fault", ["not finite", "not finite, rows", "too large"])
+async def test_outputs_that_nobody_gets_are_a_failure_and_no_success(client, worker, linear, fault):
+    subject = MODEL_INFER.subject(client.root, "m")
+    width = 1_000
+    path = linear(input_dim=1, output_dim=width, weights=[3e38] * width, bias=[0] * width)
+
+    async def ask(value: float, rows: int = 1) -> None:
+        if fault.endswith("rows"):
+            await client.call(MODEL_RUN, m.RunModel(id="m", inputs=[[value]] * rows))
+            return
+        tensor = {"name": "inputs", "datatype": "FP32", "shape": [rows, 1], "data": [value] * rows}
+        await client.relay(subject, json.dumps({"inputs": [tensor]}).encode(), timeout_s=30)
+
+    async with worker() as candle:
+        await load(client, path)
+        await ask(0)
+        with pytest.raises(BusError) as refused:
+            await (ask(0, 10_000) if fault == "too large" else ask(10))
+        counted = version_of(candle).counted()
+    assert counted.failures == {refused.value.code: 1}
+    assert refused.value.code == ("too-large" if fault == "too large" else "unprocessable")
+    done = counted.inference_stats
+    assert (done.success.count, done.queue.count, done.fail.count) == (1, 1, 1)
+    assert done.fail.ns > 0
+    assert counted.execution_count == 2
+
+
 async def test_the_time_that_a_body_allows_is_kept_for_a_plain_client_too(client, worker, linear):
     subject = MODEL_INFER.subject(client.root, "m")
     late = json.dumps({**ONES, "parameters": {"timeout": 200_000}}).encode()

@@ -686,7 +686,7 @@ def test_no_timeout_and_one_of_zero_are_none():
         ({"parameters": {"timeout": 1.5}}, "parameters.timeout", "is 1.5"),
         ({"parameters": {"timeout": True}}, "parameters.timeout", "is True"),
         ({"parameters": {"timeout": 2**63}}, "parameters.timeout", "is 9223372036854775808"),
-        ({"id": 3}, "id", "Expected `str`, got `int`"),
+        ({"id": 3}, "id", "Expected `str | null`, got `int`"),
     ],
 )
 def test_what_cannot_be_asked_for_is_refused_by_place(more, field, said):
@@ -714,8 +714,9 @@ def test_an_answer_names_the_model_its_version_and_the_request():
     }
 
 
-def test_an_answer_to_a_request_without_an_id_has_none():
-    written, _ = codec().write(codec().read(ask()), {"y": np.zeros((1, 2), np.float32)})
+@pytest.mark.parametrize("more", [{}, {"id": None, "outputs": None, "parameters": None}])
+def test_an_answer_to_a_request_without_an_id_has_none(more):
+    written, _ = codec().write(codec().read(ask(**more)), {"y": np.zeros((1, 2), np.float32)})
     assert "id" not in orjson.loads(written)
 
 

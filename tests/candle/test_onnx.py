@@ -231,6 +231,49 @@ def test_rows_are_put_together_only_where_they_come_out_as_they_went_in():
     assert [signature.batched for signature in signatures] == [True, True, False]
 
 
+def sums(kind: int) -> bytes:
+    """Rows that each have those before them added."""
+    axis = helper.make_tensor("axis", INT64, [], [0])
+    shape = ["n", 2]
+    node = op("CumSum", "x axis")
+    return model([node], [("x", kind, shape)], [("y", kind, shape)], weights=[axis])
+
+
+def steps() -> bytes:
+    """An LSTM whose first axis is time."""
+    weights = [
+        helper.make_tensor(name, FLOAT, shape, np.full(shape, 0.1, np.float32))
+        for name, shape in (("w", (1, 16, 3)), ("r", (1, 16, 4)))
+    ]
+    nodes = [op("LSTM", "x w r", "all", hidden_size=4), op("Squeeze", "all axis")]
+    axis = helper.make_tensor("axis", INT64, [1], [1])
+    takes, gives = [("x", FLOAT, ["n", 1, 3])], [("y", FLOAT, ["n", 1, 4])]
+    return model(nodes, takes, gives, weights=[*weights, axis])
+
+
+def shares() -> bytes:
+    """A softmax over all rows."""
+    takes, gives = [("x", FLOAT, ["n", 2])], [("y", FLOAT, ["n", 2])]
+    return model([op("Softmax", axis=0)], takes, gives)
+
+
+@pytest.mark.parametrize("content", [sums(FLOAT), sums(INT64), steps(), shares()])
+def test_rows_that_depend_on_those_beside_them_are_not_put_together(content):
+    """Else each caller's answer would be made of what others sent at the same moment."""
+    assert not Onnx.load(content).signature.batched
+
+
+def test_a_model_that_cannot_be_tried_is_taken_at_its_word():
+    nothing = helper.make_tensor("t", FLOAT, [0], [])
+    takes = [("x", INT64, ["n"])]
+    same, other = (
+        model([op("Gather", "t x")], takes, [("y", FLOAT, [name])], weights=[nothing])
+        for name in ("n", "m")
+    )
+    assert Onnx.load(same).signature.batched
+    assert not Onnx.load(other).signature.batched
+
+
 def test_warming_up_a_model_that_refuses_zeros_or_is_huge_is_no_error():
     ids = helper.make_tensor("t", FLOAT, [0], [])
     refuses = model(
@@ -254,7 +297,7 @@ def test_a_model_takes_its_weights_once(tmp_path):
     weights = helper.make_tensor("w", FLOAT, [values], bytes(4 * values), raw=True)
     path = tmp_path / "big.onnx"
     path.write_bytes(
-        model([op("Add", "x w")], [("x", FLOAT, ["n", 1])], [("y", FLOAT, ["n", values])],
+        model([op("Gather", "w x")], [("x", INT64, ["n"])], [("y", FLOAT, ["n"])],
               weights=[weights])
     )  # fmt: skip
     del weights

@@ -10,7 +10,8 @@ import pytest
 
 from bus.errors import Unprocessable
 from bus.tasks import beside
-from services.candle.serving.batcher import Batcher, Limits
+from services.candle.serving.batcher import Batcher
+from services.candle.serving.joining import Limits
 from services.candle.serving.pace import QUICK_NS, Pace
 from services.candle.serving.statistics import Statistics
 

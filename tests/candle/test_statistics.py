@@ -14,7 +14,8 @@ from bus import codec
 from bus import messages as m
 from bus.errors import Unprocessable
 from bus.statistics import sum_statistics
-from services.candle.serving.batcher import Batcher, Limits
+from services.candle.serving.batcher import Batcher
+from services.candle.serving.joining import Limits
 from services.candle.serving.statistics import Statistics
 
 durations = st.builds(m.DurationStat, count=st.integers(0, 99), ns=st.integers(0, 1 << 40))

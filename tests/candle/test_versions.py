@@ -305,7 +305,10 @@ async def test_a_model_that_nobody_asks_leaves_memory_and_comes_back(client, wor
         await load(client, linear(), keep_alive_s=0.1)
         assert await infer(client) == (2, "1")
         await until(lambda: state_is(client, "cold"))
-        assert (await client.call(CANDLE_STATS, m.Empty())).models == []
+        told = await client.call(CANDLE_STATS, m.Empty())
+        assert told.models == []
+        # What it has done is not forgotten.
+        assert [(one.name, one.inference_count) for one in told.model_stats] == [("m", 1)]
         assert await _nobody(client)
         told = await client.call(MODEL_WAKE, m.WakeModel(id="m"))
         assert told.state != "cold"

@@ -12,7 +12,10 @@ from yarl import URL
 
 from bus.testing import until
 from services.gateway import inference
+from services.gateway.routes import models
 from tests.gateway.inferring import ONES, held, post, put, version_of
+
+NAMES = ["1", "default", "latest"]
 
 
 async def load(gate, name="m", status=200, **parameters):
@@ -76,6 +79,40 @@ async def test_while_a_model_loads_a_caller_hears_at_once_how_far_it_is(
 def _served(gate, name, state):
     found = gate.parts.models.served(name, "1")
     return any(one.state == state and one.progress in {None, 0.25} for _, one in found)
+
+
+async def test_what_was_loaded_is_ready_at_once_also_right_after_an_unloading(
+    gate, candle, linear, monkeypatch
+):
+    """What was written down before it left, or before all names lead to it, is too little."""
+    worker = await candle()
+    await put(gate, linear())
+    await load(gate, "m")
+    write, half, let_go = worker._served.put, asyncio.Event(), asyncio.Event()
+
+    async def late(_told, plugin, slot):
+        await half.wait()
+        told = worker._as_served()
+        if not let_go.is_set():
+            one = msgspec.structs.replace(told.models[0], names=["1"])
+            await write(msgspec.structs.replace(told, models=[one]), plugin, slot)
+            await let_go.wait()
+        await write(told, plugin, slot)
+
+    monkeypatch.setattr(worker._served, "put", late)
+    monkeypatch.setattr(models, "SEEN_S", 30.0)
+    await post(gate, "/v2/repository/models/m/unload", {})
+    loading = asyncio.create_task(load(gate, "m"))
+    await until(lambda: [worker._models["m"].names(v) for v in worker._versions()] == [NAMES])
+    assert (await infer(gate))["outputs"][0]["data"] == [2]
+    assert not loading.done()
+    half.set()
+    await until(lambda: not gate.parts.models.answers("m", "default"))
+    await gate.json("/v2/models/m/ready", 503)
+    assert not loading.done()
+    let_go.set()
+    assert (await loading)["version"] == "1"
+    assert (await gate.json("/v2/models/m/ready"))["ready"]
 
 
 async def test_a_version_that_cannot_be_loaded_leaves_the_model_ready(gate, client, candle, linear):
@@ -274,6 +311,19 @@ async def test_a_small_body_that_inflates_beyond_the_limit_is_413(gate, path):
     async with gate.http.post(path, data=io.BytesIO(b"no gzip"), headers=headers) as response:
         assert response.status == 400, await response.text()
     assert (gate.parts.relaying, gate.parts.relaying_bytes) == (0, 0)
+
+
+@pytest.mark.parametrize("encoding", ["x-gzip", "gzip, gzip", "compress"])
+async def test_a_body_that_is_compressed_in_another_way_is_refused_in_words(
+    gate, candle, linear, encoding
+):
+    await candle()
+    await put(gate, linear())
+    problem = await post(gate, "/v2/models/m/infer", b"x", 400, {"Content-Encoding": encoding})
+    assert problem["error"] == (
+        f"Content-Encoding is '{encoding}'; gzip and deflate are taken, one of them"
+    )
+    assert problem["field"] == "Content-Encoding"
 
 
 async def test_bodies_that_come_in_pieces_count_as_large_as_they_turn_out_to_be(

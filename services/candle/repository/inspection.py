@@ -296,8 +296,8 @@ def _advice(signature: Signature) -> list[str]:
     ]
     if not fixed and not signature.rows_kept:
         advice.append(
-            "a row that goes in is not known to be one row that comes out: requests are not "
-            "batched; if they could be, give axis 0 of every input and output the same name"
+            "a row comes out otherwise beside others than by itself, or not as one row: requests "
+            "are not batched"
         )
     doubles = [spec.name for spec in signature.inputs if spec.datatype == "FP64"]
     if doubles:

@@ -92,7 +92,7 @@ class Signature:
     Attributes:
         inputs: What it takes, in its order.
         outputs: What it gives, in its order.
-        rows_kept: False where a row that goes in is known not to be one row that comes out.
+        rows_kept: False where a row does not come out as one row, or depends on those beside it.
     """
 
     inputs: tuple[TensorSpec, ...]
@@ -147,6 +147,25 @@ def blank(signature: Signature, any_length: int = 1) -> dict[str, Array] | None:
         if spec.datatype == "BYTES"
         else np.zeros(shapes[spec.name], DTYPES[spec.datatype])
         for spec in signature.inputs
+    }
+
+
+def varied(signature: Signature, any_length: int) -> dict[str, Array] | None:
+    """Return inputs as `blank` does, but with values that a model makes a difference of.
+
+    Numbers around zero, ones where whole numbers are taken: what an index or a mask can be.
+    """
+    given = blank(signature, any_length)
+    if given is None:
+        return None
+    numbers = np.random.default_rng(0)
+    return {
+        name: numbers.standard_normal(array.shape).astype(array.dtype)
+        if array.dtype.kind == "f"
+        else array
+        if array.dtype.kind == "O"
+        else np.ones_like(array)
+        for name, array in given.items()
     }
 
 

@@ -32,6 +32,7 @@ from bus.errors import (
 )
 from services.candle.runtimes.base import Tensors
 from services.candle.serving.joining import (
+    Limits,
     Outcome,
     Run,
     count_rows,
@@ -55,31 +56,6 @@ FAILED_SLOW_NS: Final = 5_000_000
 log = structlog.get_logger("candle.batcher")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """How a model's requests are put together.
-
-    Attributes:
-        max_rows: Rows in one run. A request with more runs alone, undivided.
-        max_waiting_rows: Rows that may wait; more are refused. A single request with more is
-            taken when nothing else waits.
-        max_delay_s: How long a batch that is not full waits for more, from the moment when its
-            oldest request came.
-        instances: Runs that may go on at the same time.
-    """
-
-    max_rows: int = 256
-    max_waiting_rows: int = 4_096
-    max_delay_s: float = 0.0
-    instances: int = 1
-
-    def __post_init__(self) -> None:
-        if min(self.max_rows, self.max_waiting_rows, self.instances) < 1 or self.max_delay_s < 0:
-            raise ValueError(
-                f"{self}: rows and instances must be at least 1, the delay must not be negative"
-            )
-
-
 class Ran(NamedTuple):
     """A request's part of a run.
 
@@ -96,8 +72,9 @@ class Ran(NamedTuple):
     batch_rows: int
 
 
-# Called once with what became of a request; must not raise.
-Done = Callable[[Ran | BusError], None]
+# Called once with what became of a request; must not raise. Returns why the outputs could not be
+# handed over, where that is so: the request is counted as failed then.
+Done = Callable[[Ran | BusError], BusError | None]
 
 
 @dataclass(slots=True, eq=False)
@@ -187,7 +164,12 @@ class Batcher:
         self._limits = limits
         self._look_soon()
 
-    async def submit(self, tensors: Tensors, deadline: float | None = None) -> Ran:
+    async def submit(
+        self,
+        tensors: Tensors,
+        deadline: float | None = None,
+        check: Callable[[Tensors], None] | None = None,
+    ) -> Ran:
         """Return the model's outputs for these inputs, rows in their order.
 
         Cancelled while it waits, the request leaves the queue at once and is not run.
@@ -195,6 +177,7 @@ class Batcher:
         Args:
             tensors: One array for each input.
             deadline: The moment of `time.monotonic()` after which no run begins for it.
+            check: Raises a BusError for outputs that are of no use; the request fails with it.
 
         Raises:
             InvalidRequest: The inputs have no common number of rows.
@@ -205,7 +188,7 @@ class Batcher:
             BusError: What the model raised for these inputs.
         """
         ran: asyncio.Future[Ran] = asyncio.get_running_loop().create_future()
-        asked = self.put(tensors, deadline, _settling(ran))
+        asked = self.put(tensors, deadline, _settling(ran, check))
         try:
             return await ran
         except asyncio.CancelledError:
@@ -408,10 +391,13 @@ class Batcher:
         for asked, share in zip(batch.asked, shares, strict=True):
             if not asked.over:
                 waited_ns = outcome.began_ns - asked.came_ns
-                queue_ns += waited_ns
-                requests += 1
                 asked.over = True
-                asked.done(Ran(share, waited_ns, compute_ns, batch.rows))
+                failed = asked.done(Ran(share, waited_ns, compute_ns, batch.rows))
+                if failed is None:
+                    queue_ns += waited_ns
+                    requests += 1
+                else:
+                    self._statistics.failed(failed.code, outcome.ended_ns - asked.came_ns)
         self._statistics.ran(
             requests=requests,
             rows=batch.rows,
@@ -479,15 +465,21 @@ class Batcher:
         return Unavailable(f"{self._name} is being stopped here; try again", retry_after_s=1)
 
 
-def _settling(ran: asyncio.Future[Ran]) -> Done:
+def _settling(ran: asyncio.Future[Ran], check: Callable[[Tensors], None] | None) -> Done:
     """Return what gives a future the outcome."""
 
-    def done(outcome: Ran | BusError) -> None:
-        if ran.done():
-            return
-        if isinstance(outcome, BusError):
-            ran.set_exception(outcome)
-        else:
-            ran.set_result(outcome)
+    def done(outcome: Ran | BusError) -> BusError | None:
+        failed: BusError | None = None
+        if check and isinstance(outcome, Ran):
+            try:
+                check(outcome.outputs)
+            except BusError as error:
+                outcome = failed = error
+        if not ran.done():
+            if isinstance(outcome, BusError):
+                ran.set_exception(outcome)
+            else:
+                ran.set_result(outcome)
+        return failed
 
     return done

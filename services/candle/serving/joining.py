@@ -13,6 +13,31 @@ from services.candle.runtimes.base import Tensors
 Run = Callable[[Tensors], Tensors]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """How a model's requests are put together.
+
+    Attributes:
+        max_rows: Rows in one run. A request with more runs alone, undivided.
+        max_waiting_rows: Rows that may wait; more are refused. A single request with more is
+            taken when nothing else waits.
+        max_delay_s: How long a batch that is not full waits for more, from the moment when its
+            oldest request came.
+        instances: Runs that may go on at the same time.
+    """
+
+    max_rows: int = 256
+    max_waiting_rows: int = 4_096
+    max_delay_s: float = 0.0
+    instances: int = 1
+
+    def __post_init__(self) -> None:
+        if min(self.max_rows, self.max_waiting_rows, self.instances) < 1 or self.max_delay_s < 0:
+            raise ValueError(
+                f"{self}: rows and instances must be at least 1, the delay must not be negative"
+            )
+
+
 def count_rows(tensors: Tensors) -> int:
     """Return how many rows a request has: the length of axis 0 of all its inputs.
 

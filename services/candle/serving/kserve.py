@@ -58,7 +58,7 @@ class Request(msgspec.Struct, frozen=True):
             the body, wherever it lies there, so it need not be aligned. BYTES are str where they
             came as JSON, and bytes where they came as binary data.
         outputs: What is asked for, in the order of the answer.
-        id: What the answer has to repeat; empty if there is none.
+        id: What the answer has to repeat; empty or None if there is none.
         timeout_us: How long the caller wants the request to wait at most, in microseconds.
         parameters: Those of the request, as they came. The ones on sequences mean nothing here:
             models have no state.
@@ -66,7 +66,7 @@ class Request(msgspec.Struct, frozen=True):
 
     tensors: Mapping[str, Array]
     outputs: tuple[Output, ...]
-    id: str = ""
+    id: str | None = ""
     timeout_us: int | None = None
     parameters: Mapping[str, bool | float | str] = MappingProxyType({})
 
@@ -308,7 +308,8 @@ class _Given(msgspec.Struct, Generic[_T], frozen=True, gc=False):
 
 class _Asked(msgspec.Struct, Generic[_T], frozen=True, gc=False):
     inputs: list[_Given[_T]]
-    id: str = ""
+    # Some clients write null for what they leave out.
+    id: str | None = ""
     parameters: dict[str, bool | int | float | str] | None = None
     outputs: list[_AskedOutput] | None = None
 

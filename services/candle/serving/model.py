@@ -158,6 +158,14 @@ class Model:
         """Return the names that lead to a version."""
         return sorted(name for name, door in self._doors.items() if door.version is version)
 
+    def told(self, version: Version) -> m.ServedModel:
+        """Return a version as others see it."""
+        return version.told(self.names(version), self.revision)
+
+    def as_loaded(self, version: Version) -> m.LoadedModel:
+        """Return a version as `candle.stats` tells it; raises NotFound if it is not loaded."""
+        return version.as_loaded(self.names(version), self.revision)
+
     async def run(self) -> None:
         """Work until there is nothing left to do for a model that is gone, or cancelled."""
         try:

@@ -56,18 +56,24 @@ def joined(outputs: Sequence[Mapping[str, Array]]) -> Mapping[str, Array]:
     }
 
 
+def check_finite(outputs: Mapping[str, Array]) -> None:
+    """Raise Unprocessable for values that JSON has no words for."""
+    for name, value in outputs.items():
+        if value.dtype.kind == "f" and not np.isfinite(value).all():
+            raise Unprocessable(
+                f"the model gave values that are not finite, in output {name!r}; JSON has none"
+            )
+
+
 def output_of(
     model: str, outputs: Mapping[str, Array], took_ms: float, spec: m.ModelVersion, instance: str
 ) -> m.ModelOutput:
     """Return outputs as they travel, with the version, artefact and instance that gave them.
 
-    Raises:
-        Unprocessable: They have values that JSON has no words for.
+    All of them have to be finite.
     """
     first = next((value for value in outputs.values() if value.dtype.kind in "biuf"), None)
     numbers = np.empty((0, 0)) if first is None else _as_numbers(first)
-    if not np.isfinite(numbers).all():
-        raise Unprocessable("the model gave values that are not finite; JSON has none")
     is_all = len(outputs) == 1 and first is not None and first.ndim == 2
     named = {} if is_all else {name: value.tolist() for name, value in outputs.items()}
     return m.ModelOutput(

@@ -23,7 +23,8 @@ from services.candle.repository.specs import tensors_of
 from services.candle.runtimes import open_model
 from services.candle.runtimes.base import CPU, Array, Runtime, Tensors
 from services.candle.serving import rows
-from services.candle.serving.batcher import Asked, Batcher, Limits, Ran
+from services.candle.serving.batcher import Asked, Batcher, Ran
+from services.candle.serving.joining import Limits
 from services.candle.serving.kserve import HEADER_LENGTH, Codec, Request
 from services.candle.serving.memory import FACTOR, Memory, NoRoom
 from services.candle.serving.pace import QUICK_NS, Pace
@@ -186,18 +187,17 @@ class Version:
 
     def _answer(
         self, call: Call, loaded: _Loaded, request: Request, outcome: Ran | BusError
-    ) -> None:
+    ) -> BusError | None:
         try:
             if isinstance(outcome, BusError):
                 call.fail(outcome)
-                return
+                return None
             body, headers = loaded.codec.write(request, outcome.outputs)
             headers.update(self._about)
-            call.answer(body, headers)
+            return call.answer(body, headers)
         except Exception as error:  # noqa: BLE001 - whatever it is belongs to who asked
-            if isinstance(error, BusError):
-                self.statistics.failed(error.code)
             call.fail(error)
+            return error if isinstance(error, BusError) else Internal(str(error))
         finally:
             self._used()
 
@@ -216,7 +216,7 @@ class Version:
             given = rows.as_rows(request.inputs, loaded.runtime)
             began, at_batcher = time.perf_counter(), True
             outputs = await _in_steps(loaded.batcher, loaded.runtime, given)
-            took_ms, at_batcher = 1e3 * (time.perf_counter() - began), False
+            took_ms = 1e3 * (time.perf_counter() - began)
             reply = rows.output_of(self.model, outputs, took_ms, self.spec, instance)
         except BusError as error:
             if not at_batcher:
@@ -257,8 +257,8 @@ class Version:
             instances=self._instances,
         )
 
-    def told(self, names: list[str]) -> m.ServedModel:
-        """Return it as others see it."""
+    def told(self, names: list[str], revision: int) -> m.ServedModel:
+        """Return it as others see it, at a revision of the model's wish."""
         config = self.spec.config
         kept = "pinned" if config.pinned else "keep-alive" if config.keep_alive_s else "room"
         return m.ServedModel(
@@ -273,10 +273,11 @@ class Version:
             threads=self.threads,
             last_used=self.last_used,
             kept=kept if self.state == "ready" else None,
+            revision=revision,
         )
 
-    def as_loaded(self, names: list[str]) -> m.LoadedModel:
-        """Return it as `candle.stats` tells it.
+    def as_loaded(self, names: list[str], revision: int) -> m.LoadedModel:
+        """Return it as `candle.stats` tells it, at a revision of the model's wish.
 
         Raises:
             NotFound: It is not loaded.
@@ -307,6 +308,7 @@ class Version:
             memory_bytes=self.memory_bytes,
             last_used=self.last_used,
             config=self.spec.config,
+            revision=revision,
         )
 
     async def _load(self, *, may_evict: bool) -> None:
@@ -450,6 +452,5 @@ def _deadline(call: Call, timeout_us: int | None) -> float | None:
 async def _in_steps(batcher: Batcher, runtime: Runtime, given: Array) -> Mapping[str, Array]:
     """Run rows through a model: at once, or in steps where its first axis has a fixed length."""
     parts: list[Tensors] = rows.steps(given, runtime)
-    if len(parts) == 1:
-        return (await batcher.submit(parts[0])).outputs
-    return rows.joined([(await batcher.submit(part)).outputs for part in parts])
+    done = [(await batcher.submit(part, check=rows.check_finite)).outputs for part in parts]
+    return done[0] if len(done) == 1 else rows.joined(done)

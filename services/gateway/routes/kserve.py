@@ -15,7 +15,7 @@ from bus.instance import bkg_version
 from bus.messages import Empty, ModelStatistics, UnloadModel
 from bus.models import DEFAULT
 from bus.statistics import sum_statistics
-from bus.subjects import CANDLE_STATS, MODEL_INFER, MODEL_LOAD, MODEL_UNLOAD
+from bus.subjects import CANDLE_STATS, MODEL_INFER, MODEL_UNLOAD
 from services.gateway import protocol
 from services.gateway.bodies import body_for_bus
 from services.gateway.inference import (
@@ -28,6 +28,7 @@ from services.gateway.inference import (
 )
 from services.gateway.models import wanted_version, why_nobody
 from services.gateway.parts import PARTS, Parts
+from services.gateway.routes.models import load_now
 from services.gateway.translate import (
     OUTCOME,
     TRACEPARENT,
@@ -39,6 +40,8 @@ from services.gateway.written import Relayed
 
 LOAD_S: Final = 300.0
 GATHER_S: Final = 2.0
+# What bodies may be compressed with; aiohttp hands on as it is what it does not know.
+ENCODINGS: Final = {"", "identity", "gzip", "deflate", "br", "zstd"}
 # How long a change may take until this gateway has seen it.
 SEEN_S: Final = 3.0
 
@@ -120,10 +123,7 @@ async def load(request: web.Request) -> web.Response:
     asked = await _read(request, _Parameters)
     at = request.app[PARTS]
     wanted = protocol.load_request(request.match_info["model"], asked.parameters, _settings(at))
-    loaded = await at.client.call(MODEL_LOAD, wanted, timeout_s=LOAD_S)
-    # Whoever is told so and then asks whether it is ready hears nothing else.
-    await at.models.until(lambda: at.models.answers(loaded.id, loaded.version), SEEN_S)
-    return answer(loaded)
+    return answer(await load_now(at, wanted))
 
 
 async def unload(request: web.Request) -> web.Response:
@@ -170,6 +170,12 @@ async def _relayed(request: web.Request, at: Parts, subject: str) -> Answer:
     if traced := trace.get():
         headers[TRACEPARENT] = traced
     timeout_s = timeout_of(request)
+    encoding = request.headers.get(hdrs.CONTENT_ENCODING, "")
+    if encoding.lower() not in ENCODINGS:
+        raise InvalidRequest(
+            f"Content-Encoding is {encoding[:40]!r}; gzip and deflate are taken, one of them",
+            field=hdrs.CONTENT_ENCODING,
+        )
     with room_for_one(at) as room:
         body = await body_for_bus(request, at.client, room)
         return await at.client.relay(subject, body, headers=headers, timeout_s=timeout_s)

@@ -222,8 +222,12 @@ async def load(request: web.Request) -> web.Response:
 async def load_now(at: Parts, ask: LoadModel) -> Any:
     """Have a version served; return it as the instance has it that was asked."""
     served = await at.client.call(MODEL_LOAD, ask, timeout_s=LOAD_S)
-    # Whoever is told so and then asks whether it is ready hears nothing else.
-    await at.models.until(lambda: at.models.answers(served.id, served.version), SEEN_S)
+    # Whoever is told so and then asks whether it is ready hears nothing else, by whichever name.
+    # What stands in the view from before an unloading is no answer to this.
+    names = {served.version, *served.names}
+    await at.models.until(
+        lambda: all(at.models.answers(served.id, name, served.revision) for name in names), SEEN_S
+    )
     return served
 
 
