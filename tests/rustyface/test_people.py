@@ -350,6 +350,22 @@ async def test_an_entry_can_be_rejected_and_takes_its_face_with_it(people, clien
     assert await vectors_of(client) == ["a0", "a1", "a2", "b"]
 
 
+@pytest.mark.parametrize("how", ["move", "merge"])
+async def test_whoever_says_that_it_is_them_after_all_takes_a_rejection_back(people, replica, how):
+    await people.enrol("g", new("x", NEARLY_EAST, subject="eve"))
+    await people.reject("g", "ann", entry="x")
+    kept, _ = await people.reject("g", "ann", vector=NORTH)
+    if how == "move":
+        await people.move_entry("g", "x", "ann")
+    else:
+        await people.move_subjects("g", ["eve"], "ann")
+    async with replica() as replayed:
+        for one in (people, replayed):
+            assert list(one._galleries["g"].rejections) == [kept]
+            [best, *_] = await found(one, NEARLY_EAST, group_by="subject")
+            assert (best.entry.id, best.subject, best.rejected) == ("x", "ann", False)
+
+
 async def test_a_rejection_leaves_with_the_last_entry_of_its_person(people, client):
     await people.reject("g", "bob", vector=EAST)
     await people.remove("g", "b")
