@@ -1,13 +1,15 @@
 """What the commands show: tables, colours, lines that change."""
 
+import re
 import sys
 from collections.abc import Iterable
 from types import TracebackType
 from typing import Final, Self
 
 import msgspec
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.live import Live
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
@@ -26,8 +28,24 @@ HOST_COLOURS: Final = {"ready": "green", "draining": "yellow", "drained": "dim",
 BAD_VERBS: Final = {"crashed", "degraded", "lost"}
 LEVEL_COLOURS: Final = {"debug": "dim", "info": "", "warn": "yellow", "error": "bold red"}
 
+# What a terminal obeys: colours, the cursor, its title, the direction of what follows. It has no
+# width, so a table is right without it.
+_OBEYED: Final = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+class _Console(Console):
+    """A console on which no name and no log record is a command to the terminal."""
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterable[Segment]:
+        """Give the parts of what is shown; see `Console.render`."""
+        for one in super().render(renderable, options):
+            yield one if one.control else Segment(_OBEYED.sub("", one.text), one.style)
+
+
 # Soft wrapping leaves it to the terminal to break lines, so that links can be copied whole.
-out: Final = Console(soft_wrap=True, highlight=False)
+out: Final = _Console(soft_wrap=True, highlight=False)
 
 
 def show_json(value: object) -> None:

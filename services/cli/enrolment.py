@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import hashlib
 import random
+import stat
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -39,7 +40,16 @@ from bus.tasks import beside
 from services.cli.console import out, show_json
 from services.cli.galleries import ask_dataset, have
 from services.cli.options import Platform
-from services.cli.photos import PHOTOS, Outcome, SubjectFrom, Tally, files_in, subject_of, written
+from services.cli.photos import (
+    PHOTOS,
+    Outcome,
+    SubjectFrom,
+    Tally,
+    files_in,
+    shown,
+    subject_of,
+    written,
+)
 from services.cli.plugins import connected
 from services.cli.progress import Meter
 
@@ -197,16 +207,17 @@ class _Run:
 
     async def _one(self, photo: Path) -> None:
         file = photo.relative_to(self._wanted.folder)
-        subject = subject_of(file, self._wanted.subject_from)
+        subject = None
         try:
+            subject = subject_of(file, self._wanted.subject_from)
             outcome = await self._outcome(photo, file, subject)
         except (Unprocessable, InvalidRequest, TooLarge, Internal, DeadlineExceeded) as error:
             outcome = Outcome(
-                file=str(file), status="failed", subject=subject, reason=error.message
+                file=shown(file), status="failed", subject=subject, reason=error.message
             )
         except OSError as error:
             reason = f"it cannot be read: {error.strerror or error}"
-            outcome = Outcome(file=str(file), status="failed", subject=subject, reason=reason)
+            outcome = Outcome(file=shown(file), status="failed", subject=subject, reason=reason)
         except BusError as error:
             raise _EndError(error) from None
         self._tally.done += 1
@@ -237,7 +248,7 @@ class _Run:
             if before.subject != subject and self._wanted.subject_from != "none":
                 odd = f"it is there as {before.subject or 'nobody'}; `bkg faces move` changes that"
             return Outcome(
-                file=str(file), status="there", entry=entry, subject=before.subject, reason=odd
+                file=shown(file), status="there", entry=entry, subject=before.subject, reason=odd
             )
         if self._wanted.one_face:
             ask = m.DetectFaces(image=data, faces_max=2)
@@ -248,7 +259,7 @@ class _Run:
             "image": data,
             "dataset": self._wanted.dataset,
             "entry_id": entry,
-            "metadata": {"file": str(file), **self._wanted.metadata},
+            "metadata": {"file": shown(file), **self._wanted.metadata},
             "subject": subject,
             "quality": self._wanted.quality,
             "by": "cli",
@@ -259,7 +270,7 @@ class _Run:
         if len(face.faces) > 1:
             warnings.append(f"it shows {len(face.faces)} faces; the largest was taken")
         return Outcome(
-            file=str(file),
+            file=shown(file),
             status="enrolled",
             entry=face.id,
             subject=subject,
@@ -272,13 +283,13 @@ class _Run:
         other = subject_of(first, self._wanted.subject_from)
         if other != subject:
             raise Unprocessable(
-                f"it is the same photo as {first}, which shows {other or 'nobody'}; one photo "
-                "cannot be two persons"
+                f"it is the same photo as {shown(first)}, which shows {other or 'nobody'}; one "
+                "photo cannot be two persons"
             )
-        same = f"it is the same photo as {first}"
+        same = f"it is the same photo as {shown(first)}"
         if not await is_there:
             raise Unprocessable(f"{same}, which failed")
-        return Outcome(file=str(file), status="there", entry=entry, subject=subject, reason=same)
+        return Outcome(file=shown(file), status="there", entry=entry, subject=subject, reason=same)
 
     async def _entry(self, entry: str) -> m.EntryInfo | None:
         ask = {"dataset": self._wanted.dataset, "entry_id": entry, "limit": 1}
@@ -357,7 +368,11 @@ def _size_of(photo: Path) -> int:
 
 
 def _read(photo: Path, max_bytes: int) -> bytes:
-    size = photo.stat().st_size
+    told = photo.stat()
+    if not stat.S_ISREG(told.st_mode):
+        # Whoever reads a pipe may wait for ever.
+        raise Unprocessable("it is no file, but a folder, a pipe, a socket or a device")
+    size = told.st_size
     if size > max_bytes:
         raise TooLarge(
             f"it has {size:,} bytes, {max_bytes:,} can be sent; make it smaller, or raise "

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ import typer
 from rich.text import Text
 
 from bus import codec
+from bus.errors import Unprocessable
 from services.cli.console import out, plain_table
 
 # What is sent as a photo. The workers look at the bytes, not at the name: of those that they
@@ -73,7 +75,7 @@ def files_in(folder: Path) -> tuple[list[Path], list[Outcome]]:
             raise typer.BadParameter(f"{folder} cannot be read: {error.strerror}")
         others.append(
             Outcome(
-                file=str(path.relative_to(folder)),
+                file=shown(path.relative_to(folder)),
                 status="failed",
                 reason=f"the folder cannot be read: {error.strerror}",
             )
@@ -91,19 +93,39 @@ def files_in(folder: Path) -> tuple[list[Path], list[Outcome]]:
                 photos.append(path)
                 continue
             else:
-                reason = f"it is no photo by its name ({path.suffix or 'no ending'})"
-            file = str(path.relative_to(folder))
+                ending = shown(Path(path.suffix)) if path.suffix else "no ending"
+                reason = f"it is no photo by its name ({ending})"
+            file = shown(path.relative_to(folder))
             others.append(Outcome(file=file, status="left out", reason=reason))
     return photos, others
 
 
+def shown(path: Path) -> str:
+    r"""Return a path as text; bytes of it that are no UTF-8 as numbers, such as ``\xff``."""
+    return str(path).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
 def subject_of(file: Path, source: SubjectFrom) -> str | None:
-    """Return whom a photo shows, by its path below the folder; None where that says nothing."""
-    if source == "folder":
-        return file.parts[0] if len(file.parts) > 1 else None
-    if source == "file":
-        return _NUMBERED.sub("", file.stem) or file.stem
-    return None
+    """Return whom a photo shows, by its path below the folder; None where that says nothing.
+
+    A letter and its accent are one character afterwards (NFC): some systems write them as two, and
+    one person would be two who look the same in every list.
+
+    Raises:
+        Unprocessable: The name is no UTF-8.
+    """
+    if source == "folder" and len(file.parts) > 1:
+        name = file.parts[0]
+    elif source == "file":
+        name = _NUMBERED.sub("", file.stem) or file.stem
+    else:
+        return None
+    if not name.isascii() and shown(Path(name)) != name:
+        raise Unprocessable(
+            f"nobody can be called {shown(Path(name))!r}: the name is no UTF-8; give the {source} "
+            "another one"
+        )
+    return unicodedata.normalize("NFC", name)
 
 
 class Tally:

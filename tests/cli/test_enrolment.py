@@ -23,7 +23,7 @@ from bus.errors import Conflict, DeadlineExceeded, NotFound, Overloaded, Unavail
 from bus.subjects import DATASET_MANAGE
 from bus.testing import until
 from services.cli import enrolment
-from services.cli.photos import files_in, subject_of
+from services.cli.photos import SubjectFrom, files_in, subject_of
 from services.cli.progress import line_of
 from services.rustyface import samples
 from tests.cli.terminal import BKG, shown_at_terminal
@@ -193,6 +193,27 @@ async def test_broken_photos_and_unknown_formats_fail_each_for_itself(
     assert "1,073,741,824 bytes" in why["man/huge.tif"]
 
 
+async def test_a_name_that_is_no_utf8_or_a_pipe_ends_nothing(
+    faces: Any, worker: Client, dataset: str, album: Path, tmp_path: Path
+):
+    photo = (album / "eileen/1.jpg").read_bytes()
+    os.mkfifo(album / "eileen/pipe.jpg")
+    for file in (b"jos\xe9/1.jpg", b"eileen/\xff.jpg", b"eileen/\xfe.\xfd"):
+        path = album / os.fsdecode(file)
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(photo + file)
+    report = tmp_path / "report.jsonl"
+    ended = await faces("enrol", album, "-d", dataset, "--report", report, status=1)
+    assert f"{dataset}: 4 enrolled, 0 were there, 3 failed, 1 left out" in ended.out
+    told = {one["file"]: one for one in map(json.loads, report.read_text().splitlines())}
+    assert "is no file, but a folder, a pipe" in told["eileen/pipe.jpg"]["reason"]
+    assert "the name is no UTF-8" in told["jos\\xe9/1.jpg"]["reason"]
+    assert "(.\\xfd)" in told["eileen/\\xfe.\\xfd"]["reason"]
+    assert told["eileen/\\xff.jpg"]["status"] == "enrolled"
+    files = {one.metadata["file"] for one in await entries_of(worker, dataset)}
+    assert "eileen/\\xff.jpg" in files
+
+
 async def test_one_photo_in_two_places_is_one_entry_and_cannot_be_two_persons(
     faces: Any, worker: Client, dataset: str, album: Path
 ):
@@ -328,6 +349,14 @@ def test_a_number_behind_a_name_is_no_part_of_it(name: str, number: int, form: s
 
 def test_a_name_that_is_a_number_stays_one():
     assert subject_of(Path("0001.jpg"), "file") == "0001"
+
+
+@pytest.mark.parametrize("source", ["folder", "file"])
+def test_one_name_written_with_accents_in_two_ways_is_one_person(source: SubjectFrom):
+    composed, decomposed = "Jos\u00e9", "Jose\u0301"
+    for name in (composed, decomposed):
+        file = Path(f"{name}/{name}_01.jpg")
+        assert subject_of(file, source) == composed
 
 
 def test_a_folder_that_cannot_be_read_is_no_folder_without_photos(

@@ -10,8 +10,10 @@ import pytest
 import typer
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.text import Text
 
 from bus.messages import ModelVersion, TensorInfo, now
+from services.cli.console import out, plain_table
 from services.cli.examples import WRITTEN_MAX, examples_of
 from services.cli.options import named, pairs
 from services.cli.progress import line_of
@@ -24,6 +26,18 @@ tensors = st.builds(
     datatype=st.sampled_from(["FP32", "INT64", "UINT8", "BOOL", "BYTES"]),
     shape=st.lists(st.sampled_from([-1, 1, 2, 3, 40]), max_size=3),
 )
+
+
+def test_no_name_is_a_command_to_the_terminal():
+    table = plain_table("person")
+    table.add_row(Text("\x1b[31mred\x9b2J\u202e, Jos\u00e9", "red"))
+    with out.capture() as captured:
+        out.print(Text("\x1b]0;title\x07 anna\nb"))
+        out.print(table, soft_wrap=False)
+    shown = captured.get()
+    assert shown.splitlines()[:2] == ["]0;title anna", "b"]
+    assert "[31mred2J, Jos\u00e9" in shown
+    assert not set(shown) & set("\x1b\x07\x9b\u202e")
 
 
 @given(names.filter(lambda name: ":" not in name), versions)

@@ -39,6 +39,37 @@ def test_a_face_says_where_it_is_and_how_good(pipeline: Pipeline, photo: Photo):
     assert all(left < x < left + width and top < y < top + height for x, y in face.landmarks)
 
 
+@pytest.mark.parametrize("name", ["astronaut", "cameraman"])
+@pytest.mark.parametrize(("side", "wide"), [(1_280, 60), (2_560, 120), (4_000, 160), (6_000, 240)])
+def test_a_face_in_a_large_photo_is_the_same_as_cut_out(
+    pipeline: Pipeline, photo: Photo, name: str, side: int, wide: int
+):
+    (alone,) = pipeline.analyse(photo(name))
+    scale = wide / alone.box[2]
+    how = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
+    pasted = cv2.resize(photo(name), None, fx=scale, fy=scale, interpolation=how)
+    image = np.full((side * 3 // 4, side, 3), 128, np.uint8)
+    top, left = side // 9, side // 7
+    image[top : top + len(pasted), left : left + pasted.shape[1]] = pasted
+    face = pipeline.analyse(image)[0]
+    assert cosine(face, alone) > 0.9
+
+
+def test_of_two_faces_side_by_side_each_is_itself_in_a_large_photo(
+    pipeline: Pipeline, photo: Photo
+):
+    cut = [photo("astronaut")[40:200, 140:280], photo("cameraman")[90:250, 150:290]]
+    portraits = [cv2.resize(one, (210, 240), interpolation=cv2.INTER_CUBIC) for one in cut]
+    alone = [pipeline.analyse(np.pad(one, ((99,), (99,), (0,))))[0] for one in portraits]
+    image = np.full((1_500, 2_000, 3), 128, np.uint8)
+    image[300:540, 400:820] = np.hstack(portraits)
+    found = sorted(pipeline.analyse(image), key=lambda face: face.box[0])
+    assert len(found) == 2
+    for face, same, other in zip(found, alone, reversed(alone), strict=True):
+        assert cosine(face, same) > 0.8
+        assert cosine(face, other) < 0.4
+
+
 def test_a_blurred_face_is_less_sharp(pipeline: Pipeline, photo: Photo):
     image = photo("astronaut")
     (sharp,) = pipeline.analyse(image)

@@ -60,6 +60,10 @@ async def test_a_photo_without_a_face_is_refused_with_a_reason(client, worker, p
         with pytest.raises(Unprocessable, match="no face was found in the image of") as raised:
             await encode(client, picture("coffee"))
         assert raised.value.field == "image_base64"
+        assert "be some 30 pixels wide" in raised.value.message
+        large = cv2.imencode(".jpg", np.zeros((3_000, 6_400, 3), np.uint8))[1].tobytes()
+        with pytest.raises(Unprocessable, match="be some 100 pixels wide in it"):
+            await encode(client, base64.b64encode(large).decode())
         assert await manage(client, "list") == {"default": 0}
 
 

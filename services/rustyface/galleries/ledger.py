@@ -340,7 +340,7 @@ class Ledger:
         return await self.append(there, subject, event, message_id=message_id)
 
     async def withdraw_orphans(self, there: Gallery) -> int:
-        """Withdraw rejections whose face was removed, or whose person has no entry any more.
+        """Withdraw rejections whose face was removed or is that person's now, or whose person left.
 
         Does not wait until that is read: the reader itself calls this.
 
@@ -349,7 +349,9 @@ class Ledger:
         """
         revision = 0
         for one in list(there.rejections.values()):
-            if one.person.entries and (one.entry is None or one.entry in there.entries):
+            face = there.entries.get(one.entry) if one.entry is not None else None
+            holds = one.entry is None or (face is not None and face.person is not one.person)
+            if one.person.entries and holds:
                 continue
             try:
                 revision = await self.withdraw(there, one.id)

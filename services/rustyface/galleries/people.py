@@ -77,6 +77,7 @@ class People(Questions):
                 into=into,
                 count=count,
             )
+        await self._ledger.settle(there, [])
         return sum(concerned), revision
 
     async def remove_subject(

@@ -38,6 +38,19 @@ TILE_SCALE: Final = 4
 INSIDE_MAX: Final = 0.7
 """A find of which more than this lies in a surer one is a part of that face, seen too near."""
 
+NEAR_BELOW: Final = 64
+"""A face that is smaller than this once the picture is shrunk is looked at again from near. A pixel
+that its landmarks are off there is ten in a picture of 6,000, and what is aligned by them is not
+quite the same face."""
+
+NEAR_SIDE: Final = 192
+"""Of three faces, 45 to 280 pixels wide in 41 pictures of 1,280 to 4,000, the cosine to the same
+face cut out was 0.88 in the median, 0.45 at worst; looked at from near 0.96 and 0.93. At 128 pixels
+that is 0.93 and 0.85, at 320 0.96 and 0.75. It takes 2 ms more."""
+
+NEAR_REACH: Final = 1.5
+"""How far that look goes from the middle of a face, in lengths of its longer side."""
+
 _STRIDES: Final = (8, 16, 32)
 _OUTPUTS: Final = [f"{kind}_{s}" for kind in ("cls", "obj", "bbox", "kps") for s in _STRIDES]
 
@@ -96,10 +109,35 @@ class Detector:
             layer = np.asarray(cv2.resize(image, size, interpolation=cv2.INTER_AREA), np.uint8)
         return _merged(every)
 
-    def _search(self, image: Image, score_min: float) -> Detections:
+    def refined(self, image: Image, box: Floats, landmarks: Floats) -> Floats:
+        """Return a face's landmarks as they are seen from near; as they are if that is no better.
+
+        Args:
+            image: The picture that the face was found in.
+            box: Where, as in `Detections`.
+            landmarks: Likewise.
+        """
+        shrink = self._longer_side / max(image.shape[:2])
+        if shrink >= 1 or box[2:].max() * shrink >= NEAR_BELOW:
+            return landmarks
+        reach = NEAR_REACH * box[2:].max()
+        begin = np.maximum(box[:2] + box[2:] / 2 - reach, 0).astype(int)
+        end = (box[:2] + box[2:] / 2 + reach).astype(int)
+        near = image[begin[1] : end[1], begin[0] : end[0]]
+        found = self._search(near, SCORE_MIN, longer_side=NEAR_SIDE)
+        aside = np.abs(found.boxes[:, :2] + found.boxes[:, 2:] / 2 + begin - box[:2] - box[2:] / 2)
+        # Whoever stands beside is in the look too.
+        same = np.flatnonzero((aside < box[2:] / 4).all(axis=1))
+        if not same.size:
+            return landmarks
+        return np.asarray(found.landmarks[same[0]] + begin, np.float32)
+
+    def _search(
+        self, image: Image, score_min: float, *, longer_side: int | None = None
+    ) -> Detections:
         """Search a picture as a whole, shrunk to what the net was trained for."""
         height, width = image.shape[:2]
-        shrink = min(1.0, self._longer_side / max(height, width))
+        shrink = min(1.0, (longer_side or self._longer_side) / max(height, width))
         if shrink < 1:
             size = max(1, round(width * shrink)), max(1, round(height * shrink))
             image = np.asarray(cv2.resize(image, size, interpolation=cv2.INTER_AREA), np.uint8)

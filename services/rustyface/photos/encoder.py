@@ -12,7 +12,7 @@ import numpy.typing as npt
 from bus.errors import Unprocessable
 from bus.state import Store
 from services.rustyface.photos import images, pipeline
-from services.rustyface.photos.detection import SCORE_MIN
+from services.rustyface.photos.detection import LONGER_SIDE, SCORE_MIN
 from services.rustyface.photos.embedding import ArcFace, Pixel32
 from services.rustyface.photos.images import MAX_PIXELS
 from services.rustyface.photos.nets import Nets
@@ -122,9 +122,10 @@ class FaceEncoder:
         vector = faces[0].embedding if faces else None
         if vector is None:
             height, width = image.shape[:2]
+            wide = max(30, 10 * max(width, height) // LONGER_SIDE)
             raise Unprocessable(
                 f"no face was found in the image of {width} x {height} pixels; one must be seen "
-                "from the front or half from the side, and be some 30 pixels wide",
+                f"from the front or half from the side, and be some {wide} pixels wide in it",
                 field=field,
             )
         if not (np.isfinite(vector).all() and vector.any()):

@@ -86,6 +86,8 @@ class Pipeline:
         """
         found = self.detector.detect(image, score_min=score_min, small=small)
         order = np.argsort(-found.boxes[:, 2:].prod(axis=1), kind="stable")[:faces_max]
+        for i in order[:embedded_max]:
+            found.landmarks[i] = self.detector.refined(image, found.boxes[i], found.landmarks[i])
         crops = [align(image, found.landmarks[i]) for i in order]
         vectors = self.embedder.embed(crops[:embedded_max])
         faces = []
