@@ -448,3 +448,12 @@ def test_events_are_told_without_loss():
     event = moved(event, 5, "ann", None)
     assert [(move.seq, move.into) for move in event.moves] == [(5, "bob"), (None, None)]
     assert msgspec.json.decode(codec.encode(event), type=m.GallerySubject) == event
+
+
+def test_somebody_who_loses_one_entry_and_gets_another_at_once_stays(log: Log):
+    log.entry("e0", [1, 0], subject="ann")
+    log.entry("e0", [0, 0], subject="ann")
+    log.entry("e1", [1, 0], subject="ann")
+    # All in one batch, as a replica reads them that begins anew.
+    batch = log.replayed(2, log.all[:2])
+    assert batch.galleries["g"].names() == ["ann"]

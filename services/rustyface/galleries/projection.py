@@ -245,10 +245,10 @@ class Projection:
         # In this order, or an image that both have would be gone in between.
         self.images.update(image for i in good if (image := arrived[i][0].image))
         self._count_out(replaced)
-        bad = [one for one, i in last.items() if not sound[i]]
-        there.forget(bad)
         if good:
             there.add([arrived[i][0] for i in good], rows[good])
+        # Only now, or somebody who has lost one entry and got another would be gone in between.
+        there.forget(one for one, i in last.items() if not sound[i])
         for kept, _, _ in arrived:
             if kept.person is not None:
                 there.leave(kept.person)
