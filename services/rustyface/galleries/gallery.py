@@ -117,6 +117,11 @@ class Gallery:
             self._rejected = {group: np.stack(rows) for group, rows in faces.items()}
         return self._rejected
 
+    def has_sense(self, rejection: Rejection) -> bool:
+        """Tell whether both are there: who was rejected, and the entry whose face they are not."""
+        entry = rejection.entry
+        return bool(rejection.person.entries) and (entry is None or entry in self.entries)
+
     def add(self, kept: Sequence[Kept], rows: Floats) -> None:
         """Add entries with their vectors, or replace them."""
         groups = [NOBODY if one.person is None else one.person.group for one in kept]

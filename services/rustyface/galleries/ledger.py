@@ -349,7 +349,7 @@ class Ledger:
         """
         revision = 0
         for one in list(there.rejections.values()):
-            if one.person.entries and (one.entry is None or one.entry in there.entries):
+            if there.has_sense(one):
                 continue
             try:
                 revision = await self.withdraw(there, one.id)
