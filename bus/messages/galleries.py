@@ -99,8 +99,8 @@ class ManageDataset(Message, frozen=True):
         file_name: Of `import`: what that file is called; kept as the import's `source`.
         format: Of a file that is imported (found out if absent) or exported.
         existing: What an import does with entries that are there already.
-        file_settings: What an import does with the settings that its file carries: `take` or `keep`
-            those of the dataset; see `GalleryWork`.
+        file_settings: Whether an import is to `take` the settings in its file, or `keep` those of
+            the dataset; see `GalleryWork`.
         filter: Of `entries`: as in `SearchFaces`.
         limit: How many are told of.
         after: Go on behind this one: entry, person, or revision of the history.

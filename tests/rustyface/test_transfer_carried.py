@@ -294,7 +294,7 @@ async def test_of_many_rejections_that_are_left_out_the_first_are_told_and_all_c
     async with carrier() as at:
         done = (await at.do("import", "d", artefact=artefact)).gallery_result
         assert (len(done.failed), done.failed[-1]) == (100, f"rejection r0099: {NOBODY_THERE}")
-        assert done.notes == ["1,200 rejections were left out"]
+        assert done.notes == ["rejections left out: 1,200"]
 
 
 async def test_undoing_an_import_takes_back_the_rejections_that_it_brought_and_no_others(
@@ -312,7 +312,7 @@ async def test_undoing_an_import_takes_back_the_rejections_that_it_brought_and_n
         artefact = await uploaded(client, as_file(tmp_path / "f", both, rows=[]))
         job = await at.do("import", "d", artefact=artefact)
         assert job.gallery_result.rejections == 2
-        assert "1 rejections were there already" in job.gallery_result.notes
+        assert "rejections that were there already: 1" in job.gallery_result.notes
         assert {one.id for one in at.galleries.rejections("d")} == {mine, "r1", "r2", "r3"}
         await at.galleries.undo_import("d", job.job)
         assert {one.id for one in at.galleries.rejections("d")} == {mine, "r1"}

@@ -76,9 +76,9 @@ class Repeating:
     @property
     def notes(self) -> list[str]:
         """What is not plain from how many are new, in sentences."""
-        said = [f"{self.known:,} rejections were there already"] if self.known else []
+        said = [f"rejections that were there already: {self.known:,}"] if self.known else []
         if self.left > len(self.told):
-            said.append(f"{self.left:,} rejections were left out")
+            said.append(f"rejections left out: {self.left:,}")
         return said
 
     def leave(self, rejection: str, why: str) -> None:

@@ -147,9 +147,13 @@ def as_said(row: RejectionRow) -> bytes:
     if row.entry is not None:
         said["entry"] = row.entry
     if row.vector is not None:
-        # As in the entries: with as many digits as a float32 needs to come back the same.
-        said["embedding"] = msgspec.Raw(orjson.dumps(row.vector, option=orjson.OPT_SERIALIZE_NUMPY))
+        said["embedding"] = as_numbers(row.vector)
     return msgspec.json.encode(said)
+
+
+def as_numbers(vector: Floats) -> msgspec.Raw:
+    """Return a vector as JSON, with as many digits as a float32 needs to come back the same."""
+    return msgspec.Raw(orjson.dumps(vector, option=orjson.OPT_SERIALIZE_NUMPY))
 
 
 def _read(piece: bytes, index: int) -> _Said:

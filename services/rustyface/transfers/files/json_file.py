@@ -14,11 +14,11 @@ from typing import IO, Any, Final
 
 import msgspec
 import numpy as np
-import orjson
 
 from bus import codec
 from bus.errors import BusError, Unprocessable
 from services.rustyface.transfers.files.carried import (
+    as_numbers,
     as_said,
     check_many,
     head_in,
@@ -211,11 +211,8 @@ class JsonWriter:
     def add(self, rows: Sequence[Row]) -> None:
         """See `Writer.add`."""
         for row in rows:
-            # orjson writes a float32 with as many digits as it needs to come back the same.
-            vector = orjson.dumps(row.vector, option=orjson.OPT_SERIALIZE_NUMPY)
-            entry = _Written(
-                row.id, msgspec.Raw(vector), row.metadata, row.last_seen, row.subject, row.quality
-            )
+            vector = as_numbers(row.vector)
+            entry = _Written(row.id, vector, row.metadata, row.last_seen, row.subject, row.quality)
             self._file.write(self._comma + b"\n" + msgspec.json.encode(entry))
             self._comma = b","
 
