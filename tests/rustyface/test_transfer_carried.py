@@ -16,6 +16,7 @@ from bus.errors import InvalidRequest
 from bus.subjects import DATASET_JOB_CANCEL, DATASET_JOB_RETRY, gallery_events
 from bus.testing import until
 from services.rustyface.galleries.galleries import Galleries, NewEntry, NewRejection, Query
+from services.rustyface.galleries.ledger import Ledger
 from services.rustyface.manage import Manage
 from services.rustyface.transfers.files import Head, RejectionRow, writer
 from services.rustyface.transfers.transfer import take_in
@@ -359,6 +360,30 @@ async def test_a_rejection_without_a_face_takes_its_entry_s(carrier):
         with pytest.raises(InvalidRequest, match="needs an entry or an embedding"):
             await at.galleries.reject_again("d", more)
         assert [one.id for one in at.galleries.rejections("d")] == ["r"]
+
+
+async def test_a_rejection_of_somebody_who_is_renamed_at_that_moment_is_told_and_not_kept(
+    carrier, monkeypatch
+):
+    async with carrier() as at:
+        await at.galleries.create("d")
+        await at.galleries.enrol_many("d", people("Ada", "Bob"), existing="fail")
+        append = Ledger.append
+
+        async def late(self, *args: object, **more: object):
+            monkeypatch.undo()
+            await at.galleries.move_subjects("d", ["Ada"], "Ada L.")
+            return await append(self, *args, **more)
+
+        monkeypatch.setattr(Ledger, "append", late)
+        said = [
+            NewRejection(id="a", subject="Ada", vector=vector(0, 1)),
+            NewRejection(id="b", subject="Bob", vector=vector(0, 1)),
+        ]
+        told = await at.galleries.reject_again("d", said)
+        assert (told.added, [one.id for one, _ in told.refused]) == (1, ["a"])
+        await at.galleries.wait(await at.galleries.newest())
+        assert list(at.galleries._galleries["d"].rejections) == ["b"]
 
 
 async def test_an_export_goes_when_a_rejection_is_taken_back(client, carrier):

@@ -122,6 +122,11 @@ class Gallery:
         entry = rejection.entry
         return bool(rejection.person.entries) and (entry is None or entry in self.entries)
 
+    def rejects(self, rejection: str) -> bool:
+        """Tell whether there is a rejection, by its id, that has sense."""
+        there = self.rejections.get(rejection)
+        return there is not None and self.has_sense(there)
+
     def add(self, kept: Sequence[Kept], rows: Floats) -> None:
         """Add entries with their vectors, or replace them."""
         groups = [NOBODY if one.person is None else one.person.group for one in kept]

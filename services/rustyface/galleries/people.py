@@ -190,7 +190,12 @@ class People(Questions):
                 count=len(said),
                 imported=imports.pop() if len(imports) == 1 else None,
             )
-        return Repeated(added + len(said), known, refused, revision)
+        # Renamed or removed between the look and the append, it would be about nobody.
+        lost = [one for one in said if not there.rejects(one.id)]
+        if lost:
+            refused += [(one, "whom or what it is about has left at this moment") for one in lost]
+            await self._ledger.settle(there, [])
+        return Repeated(added + len(said) - len(lost), known, refused, revision)
 
     async def withdraw(self, gallery: str, rejection: str, *, by: str | None = None) -> int:
         """Take a rejection back; raises NotFound if there is no such gallery or rejection."""
