@@ -42,7 +42,7 @@ OUTSIDERS = {
     "nats": {"bus/client.py", "bus/connection.py", "bus/consumers.py", "bus/jetstream.py",
              "bus/state.py", "bus/streams.py"},
     "orjson": {"services/candle/serving/kserve.py",
-               "services/rustyface/transfers/files/json_file.py"},
+               "services/rustyface/transfers/files/carried.py"},
     "pyarrow": {"services/rustyface/transfers/files/parquet_file.py"},
     "psutil": {
         "bus/telemetry.py", "bus/metrics.py", "services/supervisor/process.py", "services/cli",

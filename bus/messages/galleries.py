@@ -7,7 +7,7 @@ from msgspec import Meta
 
 from bus.messages.base import Message, Name
 from bus.messages.faces import Cosine, EntryId, SubjectName
-from bus.messages.jobs import FileFormat, FileName, Job
+from bus.messages.jobs import FileFormat, FileName, FileSettings, Job
 from bus.messages.repository import Digest
 
 Quality = Literal["reject", "warn", "off"]
@@ -99,6 +99,8 @@ class ManageDataset(Message, frozen=True):
         file_name: Of `import`: what that file is called; kept as the import's `source`.
         format: Of a file that is imported (found out if absent) or exported.
         existing: What an import does with entries that are there already.
+        file_settings: Whether an import is to `take` the settings in its file, or `keep` those of
+            the dataset; see `GalleryWork`.
         filter: Of `entries`: as in `SearchFaces`.
         limit: How many are told of.
         after: Go on behind this one: entry, person, or revision of the history.
@@ -124,6 +126,7 @@ class ManageDataset(Message, frozen=True):
     file_name: FileName | None = None
     format: FileFormat | None = None
     existing: Literal["skip", "replace", "fail"] = "skip"
+    file_settings: FileSettings | None = None
     filter: Annotated[dict[str, Any], Meta(max_length=16)] = {}
     limit: Annotated[int, Meta(ge=1, le=1_000)] = 100
     after: Annotated[str, Meta(max_length=256)] | None = None
@@ -293,6 +296,8 @@ class GalleryHead(Message, frozen=True):
         embedder: What makes its vectors; entries of another are refused.
         dimensions: Their length.
         embedder_digest: Which version of the embedder; None in events older than this field.
+        settings: What it is set to until a `GallerySettings` says otherwise; the defaults if None.
+        imported: The import that made it.
         deleted: Whether this ends it.
     """
 
@@ -301,6 +306,8 @@ class GalleryHead(Message, frozen=True):
     embedder: str
     dimensions: int
     embedder_digest: str | None = None
+    settings: DatasetSettings | None = None
+    imported: str | None = None
     deleted: bool = False
 
 
@@ -375,6 +382,7 @@ class GalleryRejection(Message, frozen=True):
         subject: Who it is not, as named then.
         embedding: The face, little-endian float32 values; absent when withdrawn.
         entry: The entry that it was, if it was one.
+        imported: The import that brought it.
     """
 
     id: str
@@ -382,6 +390,7 @@ class GalleryRejection(Message, frozen=True):
     subject: str
     embedding: bytes | None = None
     entry: str | None = None
+    imported: str | None = None
 
 
 class GalleryImport(Message, frozen=True, omit_defaults=False):
@@ -392,11 +401,12 @@ class GalleryImport(Message, frozen=True, omit_defaults=False):
         at: When it began.
         source: The file's name, or its digest.
         format: What it was.
-        state: How it ended. `undone`: all entries that it added and nobody has replaced since are
-            gone, at once.
+        state: How it ended. `undone`: all entries that it added and nobody has replaced since, and
+            all rejections that it brought, are gone, at once.
         added: Entries that were not there before.
         replaced: Entries that were; undoing does not bring them back.
         skipped: Entries that were there and stayed.
+        rejections: Rejections that were not there before.
         by: Who.
     """
 
@@ -408,4 +418,5 @@ class GalleryImport(Message, frozen=True, omit_defaults=False):
     added: int = 0
     replaced: int = 0
     skipped: int = 0
+    rejections: int = 0
     by: str | None = None

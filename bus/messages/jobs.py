@@ -13,6 +13,7 @@ JobStage = Literal[
     "fetching", "storing", "validating", "loading", "reading", "embedding", "writing"
 ]
 FileFormat = Literal["json", "npz", "parquet"]
+FileSettings = Literal["take", "keep"]
 
 
 class ImportModel(Message, frozen=True):
@@ -50,6 +51,9 @@ class GalleryWork(Message, frozen=True):
         artefact: The file that is imported.
         format: Its format, or that of the export.
         existing: What an import does with entries that are there already.
+        file_settings: What an import does with the settings of the dataset that its file carries:
+            `take` sets the dataset to them, `keep` leaves it as it is set. Absent, a dataset that
+            the import makes takes them, and one that is there keeps its own.
         into: The dataset that `reembed` makes.
         by: Who asked.
         key: The idempotency key.
@@ -61,6 +65,7 @@ class GalleryWork(Message, frozen=True):
     artefact: Digest | None = None
     format: FileFormat | None = None
     existing: Literal["skip", "replace", "fail"] = "skip"
+    file_settings: FileSettings | None = None
     into: Name | None = None
     by: str | None = None
     key: str | None = None
@@ -75,7 +80,12 @@ class GalleryWorkDone(Message, frozen=True, omit_defaults=False):
         added: How many of them are new.
         replaced: How many took another's place.
         skipped: How many were left as they were.
-        failed: What could not be taken, and why, the first 100 of them.
+        failed: What could not be taken, and why, the first 100 of them: entries, rejections.
+        rejections: How many rejections were written, or are new.
+        settings: What became of the dataset's settings: they were `written` into the file, `taken`
+            from it, or those that the dataset had were `kept`; null where there were none.
+        notes: What is otherwise than whoever asked may think, a sentence each: settings that were
+            left behind, rejections that were there already.
         artefact: The file that was exported, by SHA-256; it is deleted an hour after.
         size_bytes: Its size.
         file_name: What to call it.
@@ -87,6 +97,9 @@ class GalleryWorkDone(Message, frozen=True, omit_defaults=False):
     replaced: int = 0
     skipped: int = 0
     failed: list[str] = []
+    rejections: int = 0
+    settings: Literal["written", "taken", "kept"] | None = None
+    notes: list[str] = []
     artefact: str | None = None
     size_bytes: int | None = None
     file_name: str | None = None

@@ -282,8 +282,9 @@ async def imports(dataset: str, at: Platform) -> None:
         show_json(found)
         return
     table = plain_table(
-        "import", "state", "began", "added", "replaced", "skipped", "format", "by", "from"
-    )
+        "import", "state", "began", "added", "replaced", "skipped", "rejections", "format", "by",
+        "from",
+    )  # fmt: skip
     for one in found:
         table.add_row(
             Text(one.id, "cyan"),
@@ -292,6 +293,7 @@ async def imports(dataset: str, at: Platform) -> None:
             f"{one.added:,}",
             f"{one.replaced:,}",
             f"{one.skipped:,}",
+            f"{one.rejections:,}",
             one.format,
             one.by or "-",
             Text(one.source, overflow="fold"),

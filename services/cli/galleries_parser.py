@@ -198,10 +198,19 @@ def bring_in(
         Literal["skip", "replace", "fail"],
         typer.Option(help="What happens with entries that are there already."),
     ] = "skip",
+    settings: Annotated[
+        Literal["take", "keep"] | None,
+        typer.Option(
+            help="Whether the dataset is set as the file says.",
+            show_default="take if the import makes it, else keep",
+        ),
+    ] = None,
     detach: Detach = False,
     at: Platform,
 ) -> None:
     """Bring a file of entries into a dataset; all of it is checked before any of it is stored.
+
+    Rejections come along where whom they concern is there, and settings as --settings says.
 
     Example: bkg faces import staff.npz --dataset staff --existing replace
     """
@@ -209,7 +218,14 @@ def bring_in(
 
     plugins.run(
         gallery_files.bring_in(
-            file, dataset, at, create=create, kind=kind, existing=existing, detach=detach
+            file,
+            dataset,
+            at,
+            create=create,
+            kind=kind,
+            existing=existing,
+            settings=settings,
+            detach=detach,
         )
     )
 
@@ -227,7 +243,7 @@ def bring_out(
     force: Force = False,
     at: Platform,
 ) -> None:
-    """Write a dataset to a file: ids, vectors, persons and metadata, but no photos.
+    """Write a dataset to a file: entries, persons, rejections and settings, but no photos.
 
     Example: bkg faces export staff staff.parquet
     """

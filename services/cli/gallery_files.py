@@ -31,6 +31,7 @@ async def bring_in(
     create: bool,
     kind: str | None,
     existing: str,
+    settings: str | None,
     detach: bool,
 ) -> None:
     """Bring a file of entries into a dataset: it is uploaded, and a job takes it in.
@@ -43,8 +44,12 @@ async def bring_in(
     before = file.stat()
     digest = await digest_of(file, before.st_size, quiet=at.as_json)
     async with connected(at.nats, at.data_dir) as client:
-        # Before anything is sent: it may not be there.
-        await have(client, dataset, create=create)
+        # Before anything is sent: it may not be there, or nobody be who could take it in. What is
+        # not there and may be made is made by the import, as its file says.
+        if create:
+            await ask_dataset(client, "list", dataset=dataset)
+        else:
+            await have(client, dataset, create=False)
         faces = client.store.faces
         await store(faces, f"{client.root}|faces", file, before, digest, quiet=at.as_json)
         answer = await ask_dataset(
@@ -56,6 +61,7 @@ async def bring_in(
             file_name=file.name.encode(errors="replace").decode()[-NAME_MAX:],
             format=kind,
             existing=existing,
+            file_settings=settings,
         )
         job = _job_of(answer)
         if detach:
@@ -94,7 +100,8 @@ async def bring_out(
         show_json({"path": str(path), "job": job.job} | msgspec.to_builtins(done))
     else:
         size = decimal(path.stat().st_size)
-        out.print(Text(f"{dataset} is in {path}: {done.entries:,} entries, {size}"))
+        parts = f"{done.entries:,} entries, {done.rejections:,} rejections, its settings"
+        out.print(Text(f"{dataset} is in {path}: {parts}, {size}"))
 
 
 async def reembed(dataset: str, into: str, at: Platform, *, detach: bool) -> None:

@@ -296,8 +296,16 @@ def _by(job: m.Job) -> str:
 
 
 def _led_to(done: m.GalleryWorkDone) -> list[tuple[str, str]]:
-    counts = (("added", done.added), ("replaced", done.replaced), ("skipped", done.skipped))
+    counts = (
+        ("added", done.added),
+        ("replaced", done.replaced),
+        ("skipped", done.skipped),
+        ("rejections", done.rejections),
+    )
     facts = [(title, f"{count:,}") for title, count in counts if count]
+    if done.settings:
+        facts.append(("settings", done.settings))
+    facts += [("note", sentence) for sentence in done.notes]
     if done.artefact:
         size = decimal(done.size_bytes or 0)
         facts.append(("file", f"{done.file_name}, {size}, {done.artefact}, kept for an hour"))

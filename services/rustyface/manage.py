@@ -1,6 +1,5 @@
 """Answers `dataset.manage`: each of its actions is a question to the galleries, or one change."""
 
-import difflib
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final, Protocol
@@ -11,10 +10,17 @@ import structlog
 from bus import codec
 from bus import messages as m
 from bus.errors import InvalidRequest, NotFound
+from services.rustyface.galleries.asked import changed
 from services.rustyface.galleries.galleries import Galleries
 
 # What has left a dataset leaves its exported files as well.
-_DELETIONS: Final = {"delete-dataset", "remove-entry", "remove-subject", "undo-import"}
+_DELETIONS: Final = {
+    "delete-dataset",
+    "remove-entry",
+    "remove-subject",
+    "withdraw-rejection",
+    "undo-import",
+}
 _CHANGES: Final = {
     "create",
     "configure",
@@ -268,6 +274,7 @@ class Manage:
             "file_name": request.file_name if request.action == "import" else None,
             "format": request.format,
             "existing": request.existing,
+            "file_settings": request.file_settings,
             "into": request.into if request.action == "reembed" else None,
             "by": request.by,
             "key": request.key,
@@ -277,32 +284,6 @@ class Manage:
 
     async def _told(self, name: str) -> m.DatasetStats:
         return await self._galleries.stats(name, self._thresholds, self._expected_false)
-
-
-def changed(before: m.DatasetSettings, changes: Mapping[str, Any]) -> m.DatasetSettings:
-    """Return a dataset's settings with some of them changed, and of `quality` some bounds.
-
-    Raises:
-        InvalidRequest: There is no such setting, or it cannot have that value; names it.
-    """
-    _check_names(changes, m.DatasetSettings)
-    present = codec.plain(before)
-    quality = changes.get("quality")
-    if isinstance(quality, dict):
-        _check_names(quality, m.QualityBounds, "quality.")
-        changes = {**changes, "quality": present["quality"] | quality}
-    return codec.convert(present | changes, m.DatasetSettings)
-
-
-def _check_names(given: Mapping[str, Any], kind: type[m.Message], place: str = "") -> None:
-    known = kind.__struct_fields__
-    for name in given:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
-            raise InvalidRequest(
-                f"a dataset has no setting {place}{name[:40]}; {hint}", field=f"{place}{name[:40]}"
-            )
 
 
 def _dataset(request: m.ManageDataset) -> str:

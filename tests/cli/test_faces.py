@@ -305,17 +305,32 @@ async def test_what_is_exported_is_imported_elsewhere_and_undone(
     faces: Any, staff: str, tmp_path: Path, ending: str
 ):
     file, copy = tmp_path / f"staff.{ending}", f"{staff}-copy"
+    await faces("set", staff, "--threshold", "0.52")
+    await faces("reject", staff, "--person", "man", "--entry", "e1")
     told = await faces("export", staff, file)
-    assert "3 entries" in told.out
+    assert "3 entries, 1 rejections, its settings" in told.out
     await faces("export", staff, file, status=2)
-    await faces("import", file, "-d", copy, "--create")
+    told = await faces("import", file, "-d", copy, "--create")
+    assert [line.split() for line in told.out.splitlines()[-2:]] == [
+        ["rejections", "1"],
+        ["settings", "taken"],
+    ]
+    shown = (await faces("show", copy, "--json")).json
+    assert (shown["settings"]["threshold"], shown["rejections"]) == (0.52, 1)
+    await faces("set", copy, "--threshold", "0.4")
+    told = await faces("import", file, "-d", copy)
+    assert "set otherwise than the file says, in threshold" in told.out
+    assert "rejections that were there already: 1" in told.out
+    await faces("import", file, "-d", copy, "--settings", "take")
+    assert (await faces("show", copy, "--json")).json["settings"]["threshold"] == 0.52
     found = (await faces("search", ASTRONAUT, "-d", copy, "--json")).json["results"]
     before = (await faces("search", ASTRONAUT, "-d", staff, "--json")).json["results"]
     assert [(r["id"], r["subject"], r["metadata"]) for r in found] == [
         (r["id"], r["subject"], r["metadata"]) for r in before
     ]
-    [record] = (await faces("imports", copy, "--json")).json
+    *_, record = (await faces("imports", copy, "--json")).json
     assert (record["source"], record["state"], record["added"]) == (file.name, "done", 3)
+    assert record["rejections"] == 1
     assert "3 entries" in (await faces("undo", copy, record["id"], "--dry-run")).out
     await faces("undo", copy, record["id"], "--yes")
     assert (await faces("show", copy, "--json")).json["entries"] == 0

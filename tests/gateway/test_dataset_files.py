@@ -88,6 +88,7 @@ async def test_the_same_import_with_an_idempotency_key_is_the_same_job(people):
     [
         ("?format=csv", {}, 400, "format"),
         ("?existing=maybe", {}, 400, "existing"),
+        ("?file_settings=some", {}, 400, "file_settings"),
         ("?how=fast", {}, 400, "how"),
         ("?sha256=12", {}, 400, "64 hex digits"),
         ("", {"X_Checksum_Sha256": "0" * 64}, 422, "SHA-256"),
@@ -149,6 +150,34 @@ async def test_an_export_is_fetched_whole_or_in_part_and_can_be_imported(people,
     await ask(people, "PUT", "/api/datasets/copy", status=201)
     job, _ = await ask(people, "POST", "/api/datasets/copy/import", body, 202)
     assert (await ended(people, job["job"]))["gallery_result"]["added"] == 20
+
+
+async def test_settings_and_rejections_go_over_http_and_come_back(people):
+    job, _ = await ask(people, "POST", f"{PEOPLE}/import", dataset_file(2), 202)
+    await ended(people, job["job"])
+    for entry in ("e00000", "e00001"):
+        await ask(people, "PATCH", f"{PEOPLE}/entries/{entry}", {"subject": entry.upper()})
+    await ask(people, "PATCH", PEOPLE, {"threshold": 0.6})
+    said = {"subject": "E00000", "entry": "e00001"}
+    told, _ = await ask(people, "POST", f"{PEOPLE}/rejections", said, 201)
+    job, _ = await ask(people, "POST", f"{PEOPLE}/export", status=202)
+    done = (await ended(people, job["job"]))["gallery_result"]
+    assert (done["rejections"], done["settings"]) == (1, "written")
+    body, _ = await ask(people, "GET", f"{PEOPLE}/exports/{job['job']}")
+    copy = "/api/datasets/copy"
+    await ask(people, "PUT", copy, {"threshold": 0.3}, 201)
+    for query, became, threshold, new in (
+        ("", "kept", 0.3, 1),
+        ("?file_settings=take", "taken", 0.6, 0),
+    ):
+        job, _ = await ask(people, "POST", f"{copy}/import{query}", body, 202)
+        done = (await ended(people, job["job"]))["gallery_result"]
+        assert (done["settings"], done["rejections"], done["failed"]) == (became, new, [])
+        assert (await people.json(copy))["settings"]["threshold"] == threshold
+        [newest, *_] = (await people.json(f"{copy}/imports"))["imports"]
+        assert newest["rejections"] == new
+    listed = (await people.json(f"{copy}/subjects"))["subjects"]
+    assert [one["rejections"] for one in listed] == [[told["rejection"]], []]
 
 
 async def test_an_export_whose_file_was_deleted_is_410(people):

@@ -19,7 +19,7 @@ from services.rustyface.transfers.files import (
     Row,
     format_of,
     json_file,
-    npz_file,
+    npz_arrays,
     parquet_file,
     reader,
     writer,
@@ -330,7 +330,7 @@ def test_without_pyarrow_parquet_is_refused_in_a_sentence(tmp_path, monkeypatch)
 
 
 def test_metadata_that_would_blow_up_an_npz_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(npz_file, "COLUMN_MAX_BYTES", 1_000)
+    monkeypatch.setattr(npz_arrays, "COLUMN_MAX_BYTES", 1_000)
     with pytest.raises(Unprocessable, match="export in json or parquet instead"):
         written(tmp_path / "d", "npz", [Row(str(i), unit(1, 0, 0, 0), "x" * 300) for i in range(9)])
 

@@ -53,9 +53,10 @@ class Log:
         self.all.append(stored)
         self.dead += self.live.apply([stored])
 
-    def head(self, *, deleted: bool) -> None:
-        at = m.now()
-        event = m.GalleryHead(id="g", at=at, embedder="t", dimensions=2, deleted=deleted)
+    def head(self, *, deleted: bool, settings: m.DatasetSettings | None = None) -> None:
+        event = m.GalleryHead(
+            id="g", at=m.now(), embedder="t", dimensions=2, settings=settings, deleted=deleted
+        )
         self.append(GALLERY_HEAD, event)
 
     def entry(self, name, vector, **more) -> None:
@@ -72,9 +73,11 @@ class Log:
         event = moved(before, stored.seq if stored else 0, name, into)
         self.append(GALLERY_SUBJECT, event, subject=name)
 
-    def reject(self, rejection: str, name: str, vector) -> None:
+    def reject(self, rejection: str, name: str, vector, imported: str | None = None) -> None:
         body = None if vector is None else np.array(vector, "<f4").tobytes()
-        event = m.GalleryRejection(id=rejection, at=m.now(), subject=name, embedding=body)
+        event = m.GalleryRejection(
+            id=rejection, at=m.now(), subject=name, embedding=body, imported=imported
+        )
         self.append(GALLERY_REJECTION, event, codec.MSGPACK, rejection=rejection)
 
     def imported(self, name: str, state) -> None:
@@ -123,7 +126,7 @@ def held(projection: Projection, *, revisions: bool = True) -> dict:
                 for name, one in there.persons.items()
             },
             "rejections": {
-                one.id: (one.seq, one.person.name, one.vector.tobytes())
+                one.id: (one.seq, one.person.name, one.imported, one.vector.tobytes())
                 for one in there.rejections.values()
             },
             "imports": there.imports,
@@ -155,7 +158,15 @@ steps = st.sampled_from([entry_steps] * 10 + [
             lambda step: step[1] != step[2]
         )
     ] * 4,
-    *[st.tuples(st.just("reject"), st.sampled_from(REJECTIONS), names, vectors)] * 2,
+    *[
+        st.tuples(
+            st.just("reject"),
+            st.sampled_from(REJECTIONS),
+            names,
+            vectors,
+            st.sampled_from([None, *IMPORTS]),
+        )
+    ] * 2,
     st.tuples(st.just("withdraw"), st.sampled_from(REJECTIONS), names),
     st.tuples(st.just("import"), st.sampled_from(IMPORTS), st.sampled_from(["running", "done"])),
     st.tuples(st.just("undo"), st.sampled_from(IMPORTS)),
@@ -174,8 +185,8 @@ def carry_out(log: Log, step: tuple) -> None:
             log.entry(name, None)
         case ("move", name, into):
             log.move(name, into)
-        case ("reject", rejection, name, vector):
-            log.reject(rejection, name, vector)
+        case ("reject", rejection, name, vector, imported):
+            log.reject(rejection, name, vector, imported)
         case ("withdraw", rejection, name):
             log.reject(rejection, name, None)
         case ("import", name, state):
@@ -193,7 +204,7 @@ def carry_out(log: Log, step: tuple) -> None:
             if cleared:
                 head = GALLERY_HEAD.subject("r", gallery="g")
                 log.last = {subject: one for subject, one in log.last.items() if subject == head}
-            log.head(deleted=False)
+            log.head(deleted=False, settings=m.DatasetSettings(threshold=0.3) if cleared else None)
 
 
 @settings(max_examples=400)
@@ -448,3 +459,36 @@ def test_events_are_told_without_loss():
     event = moved(event, 5, "ann", None)
     assert [(move.seq, move.into) for move in event.moves] == [(5, "bob"), (None, None)]
     assert msgspec.json.decode(codec.encode(event), type=m.GallerySubject) == event
+
+
+def test_somebody_who_loses_one_entry_and_gets_another_at_once_stays(log: Log):
+    log.entry("e0", [1, 0], subject="ann")
+    log.entry("e0", [0, 0], subject="ann")
+    log.entry("e1", [1, 0], subject="ann")
+    # All in one batch, as a replica reads them that begins anew.
+    batch = log.replayed(2, log.all[:2])
+    assert batch.galleries["g"].names() == ["ann"]
+
+
+def test_an_import_that_is_undone_takes_its_rejections_along_and_they_stay_out(log: Log):
+    log.entry("e1", [1, 0], subject="ann")
+    log.reject("mine", "ann", [0, 1])
+    log.imported("i1", "running")
+    log.reject("theirs", "ann", [1, 1], "i1")
+    log.imported("i1", "undone")
+    # Sent before the undoing was known, it is stored after it.
+    log.reject("late", "ann", [1, 1], "i1")
+    assert sorted(log.live.galleries["g"].rejections) == ["mine"]
+    assert [one.seq for one in log.dead] == [5, 7]
+    assert held(log.replayed(9))["g"]["rejections"] == held(log.live)["g"]["rejections"]
+
+
+def test_a_gallery_is_set_as_it_was_made_until_it_is_set_otherwise():
+    made = Log()
+    made.head(deleted=False, settings=m.DatasetSettings(threshold=0.7))
+    assert made.live.galleries["g"].settings.threshold == 0.7
+    made.set(0.2)
+    assert made.live.galleries["g"].settings.threshold == 0.2
+    made.head(deleted=True)
+    made.head(deleted=False)
+    assert made.live.galleries["g"].settings == m.DatasetSettings()

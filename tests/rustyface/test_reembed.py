@@ -130,16 +130,41 @@ async def test_metadata_with_a_number_that_is_none_do_not_keep_it_from_ending(
 
 
 async def test_settings_and_rejected_entries_come_along_but_no_threshold(client, old, today):
-    await old.reject("old", "ann", entry="bob0")
-    await old.reject("old", "bob", vector=EAST)
+    of_entry, _ = await old.reject("old", "ann", entry="bob0")
+    of_face, _ = await old.reject("old", "bob", vector=EAST)
+    of_photo, _ = await old.reject("old", "ann", entry="bob1")
+    # Another photo, of which nobody has said anything.
+    north = np.array([0, 1], np.float32)
+    [bob1] = old.picked("old", ["bob1"])
+    await old.enrol("old", NewEntry(id="bob1", vector=north, subject="bob", image=bob1.image))
     for _ in range(2):
         # Taken up again after its last step, it says nothing twice.
         async with embedding(client, today, pixels := Pixels()) as carried:
             pixels.let_go.set()
-            await carried
-    assert await today.rejections("new") == [("ann", "bob0")]
-    settings = await today.settings("new")
-    assert settings == m.DatasetSettings(scoring="best", threshold=None)
+            done = await carried
+    [there] = today.rejections("new")
+    assert (there.id, there.subject, there.entry) == (of_entry, "ann", "bob0")
+    [bob0] = today.picked("new", ["bob0"], embeddings=True)
+    assert there.vector.tolist() == pytest.approx(bob0.embedding, abs=1e-6)
+    assert await today.settings("new") == m.DatasetSettings(scoring="best", threshold=None)
+    assert (done.rejections, done.settings) == (1, "taken")
+    [note] = done.notes
+    assert note.startswith("threshold, 0.7, was left behind: cosines of pixel32 mean something")
+    assert sorted(done.failed) == sorted([
+        f"rejection {of_face}: its face is no entry and has no photo; reject it again",
+        f"rejection {of_photo}: bob1 has another photo by now; reject it again",
+    ])  # fmt: skip
+
+
+async def test_thresholds_come_along_where_the_embedder_is_the_same(client, today, images):
+    thresholds = m.DatasetSettings(threshold=0.7, verify_threshold=0.6)
+    await today.create("old", settings=thresholds)
+    faces = np.ones(1024, np.float32)
+    await today.enrol("old", NewEntry(id="a", vector=faces, subject="ann", image=images[0]))
+    async with embedding(client, today, pixels := Pixels()) as carried:
+        pixels.let_go.set()
+        assert (await carried).notes == []
+    assert await today.settings("new") == thresholds
 
 
 async def test_what_somebody_has_put_into_the_new_dataset_stays_theirs(client, old, today):

@@ -30,17 +30,18 @@ FORM_MAX_BYTES: Final = 64 * 1024
 JOB_MAX_CHARS: Final = 40
 FILE_NAME_MAX: Final = 255
 
-_FIELDS: Final = ("format", "existing", "sha256", "file_name")
+_FIELDS: Final = ("format", "existing", "file_settings", "sha256", "file_name")
 
 
 async def take(request: web.Request) -> web.Response:
     """Take a dataset file: a raw body of any length, or a form with the part `file`.
 
-    `format` (found out if absent) and `existing` (`skip`, `replace` or `fail`) stand in the query
-    or in the form; a digest in the usual headers, or as the field `sha256`. What the file is called
-    `file_name` says, the form, or `Content-Disposition`. A dataset that is not there is made. 202
-    with `Location`: the job that reads it; the same `Idempotency-Key` again gives the same job. 400
-    a value that there cannot be; 413; 422 another digest; 429 too many jobs or uploads; 503 no
+    `format` (found out if absent), `existing` (`skip`, `replace` or `fail`) and `file_settings`
+    (`take` or `keep`) stand in the query or in the form; a digest in the usual headers, or as the
+    field `sha256`. What the file is called `file_name` says, the form, or `Content-Disposition`. A
+    dataset that is not there is made, set as the file says unless they are to be kept. 202 with
+    `Location`: the job that reads it; the same `Idempotency-Key` again gives the same job. 400 a
+    value that there cannot be; 413; 422 another digest; 429 too many jobs or uploads; 503 no
     rustyface; 504 nothing came for a minute; 507 no room.
     """
     at = request.app[PARTS]

@@ -1,5 +1,6 @@
 """What galleries are asked, and what they answer: the values that go in and out at their door."""
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -37,6 +38,42 @@ class NewEntry:
     quality: Mapping[str, float] = field(default_factory=dict)
     imported: str | None = None
     at: datetime | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewRejection:
+    """A face that is not a person, as it was said in another gallery, or in this one.
+
+    Attributes:
+        id: Its own.
+        subject: Who it is not.
+        vector: The face, shape ``[dimensions]``, not all zeros; the entry's own if None.
+        entry: The entry that it was, if it was one.
+        imported: The import that brings it.
+    """
+
+    id: str
+    subject: str
+    vector: Floats | None
+    entry: str | None = None
+    imported: str | None = None
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """What saying rejections again has led to.
+
+    Attributes:
+        added: How many were not there before.
+        known: How many were.
+        refused: Which could not be said here, and why.
+        revision: The gallery's revision that has them.
+    """
+
+    added: int
+    known: int
+    refused: list[tuple[NewRejection, str]]
+    revision: int
 
 
 @dataclass(frozen=True)
@@ -141,3 +178,29 @@ def check_metadata(metadata: Any) -> None:
             f"metadata: it has {size:,} bytes, allowed are {METADATA_MAX_BYTES:,}",
             field="metadata",
         )
+
+
+def changed(before: m.DatasetSettings, changes: Mapping[str, Any]) -> m.DatasetSettings:
+    """Return a dataset's settings with some of them changed, and of `quality` some bounds.
+
+    Raises:
+        InvalidRequest: There is no such setting, or it cannot have that value; names it.
+    """
+    _check_names(changes, m.DatasetSettings)
+    present = codec.plain(before)
+    quality = changes.get("quality")
+    if isinstance(quality, dict):
+        _check_names(quality, m.QualityBounds, "quality.")
+        changes = {**changes, "quality": present["quality"] | quality}
+    return codec.convert(present | changes, m.DatasetSettings)
+
+
+def _check_names(given: Mapping[str, Any], kind: type[m.Message], place: str = "") -> None:
+    known = kind.__struct_fields__
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+            raise InvalidRequest(
+                f"a dataset has no setting {place}{name[:40]}; {hint}", field=f"{place}{name[:40]}"
+            )

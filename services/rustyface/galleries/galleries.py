@@ -24,8 +24,10 @@ from services.rustyface.galleries.asked import (
     Found,
     Match,
     NewEntry,
+    NewRejection,
     Outcome,
     Query,
+    Repeated,
     check_metadata,
 )
 from services.rustyface.galleries.cosines import Floats
@@ -43,8 +45,10 @@ __all__ = [
     "Galleries",
     "Match",
     "NewEntry",
+    "NewRejection",
     "Outcome",
     "Query",
+    "Repeated",
     "check_metadata",
 ]
 
@@ -60,6 +64,7 @@ class Galleries(People):
         *,
         at: datetime | None = None,
         settings: m.DatasetSettings | None = None,
+        imported: str | None = None,
         by: str | None = None,
     ) -> int:
         """Create a gallery and return its revision; one that is there stays as it is.
@@ -68,6 +73,7 @@ class Galleries(People):
             gallery: Its name.
             at: When it was created; now if None.
             settings: What it is set to.
+            imported: The import that makes it.
             by: Who asks.
 
         Raises:
@@ -83,6 +89,9 @@ class Galleries(People):
             embedder=self._embedder,
             dimensions=self._dimensions,
             embedder_digest=self._digest,
+            # With the gallery itself: nobody ever sees it without, whoever is killed when.
+            settings=settings,
+            imported=imported,
         )
         try:
             revision = await self._ledger.append_head(
@@ -95,8 +104,6 @@ class Galleries(People):
             return revision
         await self.wait(revision)
         self._tell(gallery, "create", revision, by)
-        if settings is not None:
-            revision = await self.configure(gallery, settings, by=by)
         return revision
 
     async def configure(
@@ -349,8 +356,10 @@ class Galleries(People):
     ) -> tuple[int, int]:
         """Take out all entries that an import has added and nobody has replaced since.
 
+        The rejections that it has brought leave as well.
+
         Returns:
-            How many that concerns, and the revision.
+            How many entries that concerns, and the revision.
 
         Raises:
             NotFound: There is no such gallery or import.
@@ -375,9 +384,10 @@ class Galleries(People):
             for name in people:
                 if there.named(name) is None:
                     await self._forget_history(there, name)
-            self._tell(gallery, "undo-import", revision, by, count=len(dead), imported=imported)
+            gone = sum(one.entry is not None for one in dead)
+            self._tell(gallery, "undo-import", revision, by, count=gone, imported=imported)
             await self._ledger.settle(there, dead)
-            return len(dead), revision
+            return gone, revision
         raise contended(f"the import {imported!r}")
 
     # --- Beneath ----------------------------------------------------------------------------------

@@ -117,6 +117,23 @@ class Gallery:
             self._rejected = {group: np.stack(rows) for group, rows in faces.items()}
         return self._rejected
 
+    def has_sense(self, rejection: Rejection) -> bool:
+        """Tell whether both are there: who was rejected, and the entry whose face they are not.
+
+        An entry that is enrolled as that person by now has sense no more.
+        """
+        if not rejection.person.entries:
+            return False
+        if rejection.entry is None:
+            return True
+        face = self.entries.get(rejection.entry)
+        return face is not None and face.person is not rejection.person
+
+    def rejects(self, rejection: str) -> bool:
+        """Tell whether there is a rejection, by its id, that has sense."""
+        there = self.rejections.get(rejection)
+        return there is not None and self.has_sense(there)
+
     def add(self, kept: Sequence[Kept], rows: Floats) -> None:
         """Add entries with their vectors, or replace them."""
         groups = [NOBODY if one.person is None else one.person.group for one in kept]

@@ -349,9 +349,7 @@ class Ledger:
         """
         revision = 0
         for one in list(there.rejections.values()):
-            face = there.entries.get(one.entry) if one.entry is not None else None
-            holds = one.entry is None or (face is not None and face.person is not one.person)
-            if one.person.entries and holds:
+            if there.has_sense(one):
                 continue
             try:
                 revision = await self.withdraw(there, one.id)

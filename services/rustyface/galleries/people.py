@@ -14,6 +14,7 @@ from bus import codec
 from bus import messages as m
 from bus.errors import Conflict, InvalidRequest, NotFound
 from bus.subjects import GALLERY_REJECTION, GALLERY_SUBJECT
+from services.rustyface.galleries.asked import NewRejection, Repeated
 from services.rustyface.galleries.cosines import Floats
 from services.rustyface.galleries.gallery import Gallery, Kept
 from services.rustyface.galleries.ledger import TRIES
@@ -141,18 +142,63 @@ class People(Questions):
             vector = there.matrix.vector(entry)
         if vector is None:
             raise InvalidRequest("reject-match needs an entry_id or an embedding", field="entry_id")
-        event = m.GalleryRejection(
-            id=secrets.token_hex(8),
-            at=m.now(),
-            subject=subject,
-            embedding=there.matrix.unit(vector).astype(LITTLE_ENDIAN).tobytes(),
-            entry=entry,
-        )
-        address = GALLERY_REJECTION.subject(self._root, gallery=gallery, rejection=event.id)
-        revision = await self._ledger.append(there, address, event, content_type=codec.MSGPACK)
+        said = NewRejection(id=secrets.token_hex(8), subject=subject, vector=vector, entry=entry)
+        revision = await self._append_rejection(there, said, self._face(there, said))
         await self.wait(revision)
         self._tell(gallery, "reject-match", revision, by, subject=subject)
-        return event.id, revision
+        return said.id, revision
+
+    async def reject_again(
+        self, gallery: str, rejections: Sequence[NewRejection], *, by: str | None = None
+    ) -> Repeated:
+        """Say here what was said of faces elsewhere; all of it is acknowledged when this returns.
+
+        A rejection that is there, by its id, stays as it is. One that the same import has brought
+        already counts as added, so that an import may be taken up again.
+
+        Raises:
+            NotFound: There is no such gallery, or it was deleted meanwhile.
+            InvalidRequest: A face is none for this gallery.
+        """
+        there = await self._ledger.known(gallery)
+        said: list[NewRejection] = []
+        refused: list[tuple[NewRejection, str]] = []
+        added = known = 0
+        for one in rejections:
+            before, person = there.rejections.get(one.id), there.named(one.subject)
+            if before is not None:
+                ours = one.imported is not None and before.imported == one.imported
+                added, known = added + ours, known + (not ours)
+            elif person is None:
+                refused.append((one, f"who it is about is nobody of the dataset {gallery!r}"))
+            elif one.entry is not None and one.entry not in there.entries:
+                refused.append((one, f"the dataset {gallery!r} has no entry {one.entry!r}"))
+            elif one.entry is not None and there.entries[one.entry].person is person:
+                refused.append((one, f"the entry {one.entry!r} is enrolled as whom it is about"))
+            else:
+                said.append(one)
+        # Before anything is stored: an entry may leave meanwhile, with its face.
+        faces = [self._face(there, one) for one in said]
+        revision = there.revision
+        for one, face in zip(said, faces, strict=True):
+            revision = await self._append_rejection(there, one, face)
+        if said:
+            await self.wait(revision)
+            imports = {one.imported for one in said}
+            self._tell(
+                gallery,
+                "reject-match",
+                revision,
+                by,
+                count=len(said),
+                imported=imports.pop() if len(imports) == 1 else None,
+            )
+        # Renamed or removed between the look and the append, it would be about nobody.
+        lost = [one for one in said if not there.rejects(one.id)]
+        if lost:
+            refused += [(one, "whom or what it is about has left at this moment") for one in lost]
+            await self._ledger.settle(there, [])
+        return Repeated(added + len(said) - len(lost), known, refused, revision)
 
     async def withdraw(self, gallery: str, rejection: str, *, by: str | None = None) -> int:
         """Take a rejection back; raises NotFound if there is no such gallery or rejection."""
@@ -169,6 +215,27 @@ class People(Questions):
         self._tell(gallery, "withdraw-rejection", revision, by, subject=subject)
         await self._ledger.clear(dead)
         return revision
+
+    def _face(self, there: Gallery, rejection: NewRejection) -> Floats:
+        """Return the face of a rejection at length 1: its own, or its entry's."""
+        vector = rejection.vector
+        if vector is None and rejection.entry is not None:
+            vector = there.matrix.vector(rejection.entry)
+        if vector is None:
+            raise InvalidRequest("a rejection needs an entry or an embedding", field="embedding")
+        return there.matrix.unit(vector)
+
+    async def _append_rejection(self, there: Gallery, one: NewRejection, face: Floats) -> int:
+        event = m.GalleryRejection(
+            id=one.id,
+            at=m.now(),
+            subject=one.subject,
+            embedding=face.astype(LITTLE_ENDIAN).tobytes(),
+            entry=one.entry,
+            imported=one.imported,
+        )
+        address = GALLERY_REJECTION.subject(self._root, gallery=there.head.id, rejection=one.id)
+        return await self._ledger.append(there, address, event, content_type=codec.MSGPACK)
 
     async def _move(self, gallery: str, name: str, into: str | None, message_id: str | None) -> int:
         """Append one move of a name."""

@@ -23,6 +23,7 @@ class Rejection:
         person: Who it is not.
         vector: The face.
         entry: The entry that it was, if it was one.
+        imported: The import that brought it.
     """
 
     id: str
@@ -31,6 +32,7 @@ class Rejection:
     person: "Person"
     vector: Floats
     entry: str | None
+    imported: str | None
 
 
 @dataclass(eq=False, slots=True)

@@ -173,7 +173,13 @@ class Projection:
         if not head.deleted:
             matrix = Matrix(head.dimensions)
             self.galleries[gallery] = Gallery(
-                head, stored.seq, matrix, Joined(matrix, self._threads), stored.seq, stored.at
+                head,
+                stored.seq,
+                matrix,
+                Joined(matrix, self._threads),
+                stored.seq,
+                stored.at,
+                settings=head.settings or m.DatasetSettings(),
             )
 
     def _apply_entry(self, gallery: str, there: Gallery, address: str, stored: Stored) -> None:
@@ -245,10 +251,10 @@ class Projection:
         # In this order, or an image that both have would be gone in between.
         self.images.update(image for i in good if (image := arrived[i][0].image))
         self._count_out(replaced)
-        bad = [one for one, i in last.items() if not sound[i]]
-        there.forget(bad)
         if good:
             there.add([arrived[i][0] for i in good], rows[good])
+        # Only now, or somebody who has lost one entry and got another would be gone in between.
+        there.forget(one for one, i in last.items() if not sound[i])
         for kept, _, _ in arrived:
             if kept.person is not None:
                 there.leave(kept.person)
@@ -294,8 +300,13 @@ class Projection:
         [row], [sound] = units(np.frombuffer(event.embedding, LITTLE_ENDIAN)[None])
         if not sound:
             raise InvalidRequest("its embedding has no direction")
+        if event.imported is not None and _undone(there, event.imported):
+            self._bury(stored, gallery, [(stored.seq, None, None)])
+            return
         person = there.person(event.subject)
-        there.reject(Rejection(event.id, stored.seq, stored.seq, person, row, event.entry))
+        there.reject(
+            Rejection(event.id, stored.seq, stored.seq, person, row, event.entry, event.imported)
+        )
 
     def _apply_import(self, gallery: str, there: Gallery, address: str, stored: Stored) -> None:
         there.imports.pop(name_of(address), None)
@@ -306,6 +317,10 @@ class Projection:
         if event.state == "undone":
             brought = [one.id for one in there.entries.values() if one.imported == event.id]
             self._bury_entries(stored, gallery, self._forget(there, brought))
+            said = [one for one in there.rejections.values() if one.imported == event.id]
+            for one in said:
+                there.withdraw(one.id)
+            self._bury(stored, gallery, [(one.seq, None, None) for one in said])
 
     def _bury(
         self,

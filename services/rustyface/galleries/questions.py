@@ -10,7 +10,7 @@ from bus import messages as m
 from bus.errors import InvalidRequest
 from bus.streams import Stream
 from services.rustyface.galleries import filters
-from services.rustyface.galleries.asked import Found, Match, Query
+from services.rustyface.galleries.asked import Found, Match, NewRejection, Query
 from services.rustyface.galleries.clearing import ImagesGone
 from services.rustyface.galleries.cosines import Floats
 from services.rustyface.galleries.gallery import Gallery, Kept
@@ -229,14 +229,30 @@ class Questions:
         there = await self._ledger.known(gallery)
         return sorted(there.imports.values(), key=lambda one: (one.at, one.id), reverse=True)
 
-    async def rejections(self, gallery: str) -> list[tuple[str, str | None]]:
-        """Return who was rejected for which entry, or for a face that is none.
+    def rejections(self, gallery: str) -> list[NewRejection]:
+        """Return what this replica knows of faces in a gallery that are not somebody; in order.
 
-        Raises:
-            NotFound: There is no such gallery.
+        Those whose person or entry has gone are about to be withdrawn, and left out.
         """
-        there = await self._ledger.known(gallery)
-        return [(one.person.name, one.entry) for one in there.rejections.values()]
+        there = self._galleries.get(gallery)
+        if there is None:
+            return []
+        return [
+            NewRejection(
+                id=one.id,
+                subject=one.person.name,
+                vector=one.vector,
+                entry=one.entry,
+                imported=one.imported,
+            )
+            for _, one in sorted(there.rejections.items())
+            if there.has_sense(one)
+        ]
+
+    def maker(self, gallery: str) -> str | None:
+        """Return the import that made a gallery, as far as this replica knows; None if none did."""
+        there = self._galleries.get(gallery)
+        return there.head.imported if there else None
 
     async def history(
         self, gallery: str, *, limit: int, after: int | None = None

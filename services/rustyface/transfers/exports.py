@@ -1,4 +1,4 @@
-"""The export of a dataset: its entries as a file in the object store, for an hour."""
+"""The export of a dataset: all that it has as a file in the object store, for an hour."""
 
 import contextlib
 import hashlib
@@ -18,8 +18,8 @@ from bus.errors import BusError, Conflict, NotFound
 from bus.jobs import Told
 from bus.subjects import JOB
 from bus.tasks import to_its_end
-from services.rustyface.galleries.galleries import Galleries
-from services.rustyface.transfers.files import BATCH, Head, Row, Writer, writer
+from services.rustyface.galleries.galleries import Galleries, NewRejection
+from services.rustyface.transfers.files import BATCH, Head, RejectionRow, Row, Writer, writer
 from services.rustyface.transfers.imports import Pace
 
 KEPT: Final = timedelta(hours=1)
@@ -59,11 +59,12 @@ class Export:
         there = next((one for one in self._galleries.datasets() if one.id == dataset), None)
         if there is None:
             raise NotFound(f"there is no dataset {dataset!r}", field="dataset")
-        head = Head(dataset, there.created_at, there.embedder, there.embedder_digest)
+        settings = await self._galleries.settings(dataset)
+        head = Head(dataset, there.created_at, there.embedder, there.embedder_digest, settings)
         await to_its_end(self._folder.mkdir, parents=True, exist_ok=True)
         path = self._folder / f"{job.job}.{secrets.token_hex(4)}.export"
         pace = Pace(told, "writing", len(ids))
-        count = 0
+        count = rejections = 0
         opened: list[Writer] = []
 
         def open_file() -> None:
@@ -80,6 +81,11 @@ class Export:
                     await to_its_end(file.add, [_row(entry) for entry in entries])
                     count += len(entries)
                     pace.to(first + len(part))
+                said = self._galleries.rejections(dataset)
+                rejections = len(said)
+                for first in range(0, rejections, BATCH):
+                    rows = [_rejection(one) for one in said[first : first + BATCH]]
+                    await to_its_end(file.reject, rows)
                 await to_its_end(file.finish)
             finally:
                 for file in opened:
@@ -91,6 +97,8 @@ class Export:
             path.unlink(missing_ok=True)
         return m.GalleryWorkDone(
             entries=count,
+            rejections=rejections,
+            settings="written",
             artefact=digest,
             size_bytes=size,
             file_name=f"{dataset}-{m.now():%Y%m%d-%H%M}.{kind}",
@@ -104,7 +112,7 @@ class Export:
             await self._store.delete(digest)
 
     async def drop(self, dataset: str) -> None:
-        """Delete every file with entries of a dataset: somebody was deleted from it.
+        """Delete every file of a dataset: somebody was deleted from it, or a rejection taken back.
 
         An export that runs is cancelled, since it may have read them already; one that is queued
         begins after the deletion and is left.
@@ -142,7 +150,10 @@ class Export:
             changed = job_rules.cancelled(job, m.now())
             if changed is job:
                 return
-            why = "somebody was deleted from the dataset meanwhile; export it again"
+            why = (
+                "somebody was deleted from the dataset meanwhile, or a rejection taken back; "
+                "export it again"
+            )
             changed = msgspec.structs.replace(changed, error=why)
             with contextlib.suppress(Conflict):
                 await jobs.update(changed, found.revision, name)
@@ -161,6 +172,10 @@ def _row(entry: m.EntryInfo) -> Row:
         entry.last_seen.astimezone(UTC),
         entry.quality,
     )
+
+
+def _rejection(said: NewRejection) -> RejectionRow:
+    return RejectionRow(said.id, said.subject, said.vector, said.entry)
 
 
 def _digest_of(path: Path) -> tuple[str, int]:

@@ -1,31 +1,30 @@
-"""The import of a dataset file: read it whole and find it sound, then enrol what is in it."""
+"""The import of a dataset file: read it whole and find it sound, then take in what is in it."""
 
 import contextlib
-import hashlib
 import secrets
 import shutil
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, Literal
 
 import msgspec
-import numpy as np
 
+from bus import codec
 from bus import messages as m
 from bus.artefacts import Artefacts
 from bus.errors import Conflict, NotFound, Unavailable, Unprocessable
 from bus.job_rules import Progress
 from bus.jobs import Told
 from bus.tasks import to_its_end
-from services.rustyface.galleries.galleries import Galleries, NewEntry
+from services.rustyface.galleries.galleries import Galleries, NewEntry, NewRejection
 from services.rustyface.transfers.files import Head, Reader, Row, format_of, reader
-from services.rustyface.transfers.files.rows import refuse
+from services.rustyface.transfers.reading import Open, Sound, batches, checked
 
 # What else may need the disk meanwhile.
 DISK_SPARE_BYTES: Final = 256 * 1024 * 1024
-Open = Callable[[], Reader]
+TOLD_MAX: Final = 100
 
 
 class Pace:
@@ -58,12 +57,38 @@ class Pace:
         self._told(self._stage, progress)
 
 
-@dataclass(frozen=True)
-class Sound:
-    """A file that can be taken in as a whole: how many rows, and what it says of itself."""
+@dataclass
+class Repeating:
+    """What has become of the rejections of a file, or of another dataset.
 
-    total: int
-    head: Head
+    Attributes:
+        added: How many are new.
+        known: How many were there already.
+        left: How many were left out.
+        told: Which those are, and why, the first of them.
+    """
+
+    added: int = 0
+    known: int = 0
+    left: int = 0
+    told: list[str] = field(default_factory=list)
+
+    @property
+    def notes(self) -> list[str]:
+        """What is not plain from how many are new, in sentences."""
+        said = [f"rejections that were there already: {self.known:,}"] if self.known else []
+        if self.left > len(self.told):
+            said.append(f"rejections left out: {self.left:,}")
+        return said
+
+    def leave(self, rejection: str, why: str) -> None:
+        """Count one that is left out.
+
+        Whom it concerns is not said: a job outlives their deletion.
+        """
+        self.left += 1
+        if len(self.told) < TOLD_MAX:
+            self.told.append(f"rejection {rejection}: {why}")
 
 
 class Import:
@@ -117,14 +142,16 @@ class Import:
             looked = work if work.existing == "fail" else None
             sound = await self._checked(opened, told, looked, record.id)
             self._check_embedder(sound.head)
-            await self._galleries.create(work.dataset, by=work.by)
+            made = await self._made(job, work, record, sound.head)
             await self._galleries.begin_import(work.dataset, record)
-            return await self._enrolled(opened, work, record, Pace(told, "writing", sound.total))
+            pace = Pace(told, "writing", sound.total)
+            return await self._taken(opened, work, record, pace, is_new=made)
 
     async def undo(self, job: m.Job, work: m.GalleryWork) -> None:
         """Take out what an import has added that failed or was cancelled.
 
-        What it replaced stays replaced: it cannot be brought back.
+        What it replaced stays replaced: it cannot be brought back. Of settings it has changed none:
+        those of a dataset that was there are the last that it takes.
         """
         with contextlib.suppress(NotFound):
             for record in await self._records(job, work):
@@ -228,11 +255,30 @@ class Import:
 
         return await checked(opened, look)
 
-    async def _enrolled(
-        self, opened: Open, work: m.GalleryWork, record: m.GalleryImport, pace: Pace
+    async def _made(
+        self, job: m.Job, work: m.GalleryWork, record: m.GalleryImport, head: Head
+    ) -> bool:
+        """Make the dataset if it is not there; tell whether this job has, in whichever try."""
+        settings = None if work.file_settings == "keep" else head.settings
+        await self._galleries.create(
+            work.dataset, at=head.created_at, settings=settings, imported=record.id, by=work.by
+        )
+        maker = self._galleries.maker(work.dataset)
+        return maker is not None and maker.partition(".")[0] == job.job
+
+    async def _taken(
+        self,
+        opened: Open,
+        work: m.GalleryWork,
+        record: m.GalleryImport,
+        pace: Pace,
+        *,
+        is_new: bool,
     ) -> m.GalleryWorkDone:
+        """Take in a sound file: its entries, then its rejections, and its settings at last."""
         added = replaced = skipped = done = revision = 0
-        async with contextlib.aclosing(batches(opened)) as found:
+        file = await to_its_end(opened)
+        async with contextlib.aclosing(batches(file.batches())) as found:
             async for rows in found:
                 fresh = [as_new(row, record.id) for row in rows]
                 # What a try that was cut short has added counts as added here.
@@ -245,50 +291,87 @@ class Import:
                 revision = max(revision, outcome.revision)
                 done += len(rows)
                 pace.to(done)
+        said = await rejected_again(self._galleries, work.dataset, file, record.id, work.by)
+        settings, notes = await self._settled(work, file.head.settings, is_new=is_new)
         end = msgspec.structs.replace(
-            record, state="done", added=added, replaced=replaced, skipped=skipped
+            record,
+            state="done",
+            added=added,
+            replaced=replaced,
+            skipped=skipped,
+            rejections=said.added,
         )
         revision = max(revision, await self._galleries.end_import(work.dataset, end))
         return m.GalleryWorkDone(
-            entries=done, added=added, replaced=replaced, skipped=skipped, revision=revision
+            entries=done,
+            added=added,
+            replaced=replaced,
+            skipped=skipped,
+            failed=said.told,
+            rejections=said.added,
+            settings=settings,
+            notes=notes + said.notes,
+            revision=revision,
         )
 
+    async def _settled(
+        self, work: m.GalleryWork, theirs: m.DatasetSettings | None, *, is_new: bool
+    ) -> tuple[Literal["taken", "kept"] | None, list[str]]:
+        """Set a dataset that was there as its file says, if that is wanted.
 
-async def checked(
-    opened: Open, look: Callable[[list[Row], int, int | None], Awaitable[None]] | None = None
-) -> Sound:
-    """Read a file to its end.
+        Returns:
+            What became of the file's settings, and what else is to be said of them.
+        """
+        if theirs is None:
+            asked = work.file_settings == "take"
+            return None, ["the file has no settings that could be taken"] if asked else []
+        if is_new and work.file_settings != "keep":
+            return "taken", []
+        own = await self._galleries.settings(work.dataset)
+        if not (names := differing(own, theirs)):
+            return "taken" if work.file_settings == "take" else "kept", []
+        if work.file_settings == "take":
+            await self._galleries.configure(work.dataset, theirs, by=work.by)
+            return "taken", []
+        note = (
+            f"the dataset is set otherwise than the file says, in {', '.join(names)}, and stays "
+            "so; with file_settings (--settings) take an import sets it as the file says"
+        )
+        return "kept", [note]
 
-    Args:
-        opened: Opens it from the start.
-        look: Is awaited with each batch, where it begins, and how many rows there are.
 
-    Raises:
-        Unprocessable: It cannot be taken; says which entry, and why.
+async def rejected_again(
+    galleries: Galleries, dataset: str, file: Reader, imported: str | None, by: str | None
+) -> Repeating:
+    """Say the rejections of a file in a dataset that has its entries by now.
+
+    Raises as `Galleries.reject_again` does.
     """
-    file = await to_its_end(opened)
-    seen, first = _Seen(), 0
-    async with contextlib.aclosing(batches(lambda: file)) as found:
+    told = Repeating()
+    async with contextlib.aclosing(batches(file.rejections())) as found:
         async for rows in found:
-            seen.add(rows)
-            if look is not None:
-                await look(rows, first, file.total)
-            first += len(rows)
-    if doubled := await to_its_end(seen.doubled):
-        await _refuse_doubled(opened, doubled)
-    return Sound(first, file.head)
+            fresh = [
+                NewRejection(
+                    id=row.id,
+                    subject=row.subject,
+                    vector=row.vector,
+                    entry=row.entry,
+                    imported=imported,
+                )
+                for row in rows
+            ]
+            said = await galleries.reject_again(dataset, fresh, by=by)
+            told.added += said.added
+            told.known += said.known
+            for one, why in said.refused:
+                told.leave(one.id, why)
+    return told
 
 
-async def batches(opened: Open) -> AsyncGenerator[list[Row]]:
-    """Give the rows of a file, read in a thread: a cancelled job waits for one batch at most."""
-    rows = (await to_its_end(opened)).batches()
-    try:
-        while (batch := await to_its_end(next, rows, None)) is not None:
-            yield batch
-    finally:
-        close = getattr(rows, "close", None)
-        if close is not None:
-            close()
+def differing(own: m.DatasetSettings, theirs: m.DatasetSettings) -> list[str]:
+    """Return the names of settings that are not the same, those of `quality` by their place."""
+    mine = _flat(own)
+    return [name for name, value in _flat(theirs).items() if mine[name] != value]
 
 
 def as_new(row: Row, imported: str | None) -> NewEntry:
@@ -304,36 +387,7 @@ def as_new(row: Row, imported: str | None) -> NewEntry:
     )
 
 
-class _Seen:
-    """Which ids there were: eight bytes of a digest for each, so that millions have room."""
-
-    def __init__(self) -> None:
-        self._digests = bytearray()
-
-    def add(self, rows: list[Row]) -> None:
-        for row in rows:
-            self._digests += _digest(row.id)
-
-    def doubled(self) -> set[bytes]:
-        """Return the digests that came more than once."""
-        sorted_ = np.sort(np.frombuffer(self._digests, np.uint64))
-        return {one.tobytes() for one in sorted_[1:][sorted_[1:] == sorted_[:-1]]}
-
-
-async def _refuse_doubled(opened: Open, doubled: set[bytes]) -> None:
-    """Raise Unprocessable if one of these ids is there twice; two ids may share a digest."""
-    first_at: dict[str, int] = {}
-    index = 0
-    async with contextlib.aclosing(batches(opened)) as found:
-        async for rows in found:
-            for row in rows:
-                if _digest(row.id) in doubled:
-                    if row.id in first_at:
-                        first = first_at[row.id]
-                        refuse(index, row.id, f"its id is that of entry {first:,} already")
-                    first_at[row.id] = index
-                index += 1
-
-
-def _digest(entry: str) -> bytes:
-    return hashlib.blake2b(entry.encode(), digest_size=8).digest()
+def _flat(settings: m.DatasetSettings) -> dict[str, Any]:
+    plain: dict[str, Any] = codec.plain(settings)
+    quality = plain.pop("quality")
+    return plain | {f"quality.{name}": value for name, value in quality.items()}

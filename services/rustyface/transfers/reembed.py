@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 from typing import Any, Final, Protocol
 
 import msgspec
@@ -14,17 +15,18 @@ from bus.artefacts import Artefacts
 from bus.errors import BusError, Conflict, InvalidRequest, NotFound, Unavailable
 from bus.jobs import Told
 from bus.tasks import to_its_end
-from services.rustyface.galleries.galleries import Galleries, NewEntry
+from services.rustyface.galleries.galleries import Galleries, NewEntry, NewRejection
 from services.rustyface.photos.workers import processors
 from services.rustyface.transfers.files import BATCH
-from services.rustyface.transfers.imports import Pace
+from services.rustyface.transfers.imports import TOLD_MAX, Pace, Repeating
 
 Floats = npt.NDArray[np.float32]
 
-TOLD_MAX: Final = 100
 # So many images are embedded before their vectors are stored.
 STEP: Final = 32
 IMAGE_MAX_BYTES: Final = 64 * 1024 * 1024
+# A vector that is stored again comes out a bit otherwise in its last digits.
+SAME_WITHIN: Final = 1e-6
 
 
 class Encoder(Protocol):
@@ -65,8 +67,8 @@ class Reembed:
         """Embed every kept image; what an earlier try has enrolled is gone on from.
 
         Ids, persons, metadata and times are those of the old entries at the end, whatever was
-        changed in between; rejections of entries come with them. What has no image, and what the
-        embedder finds no face in, is left out and named.
+        changed in between; settings and rejections of entries come with them. What has no image,
+        and what the embedder finds no face in, is left out and named.
 
         Raises:
             NotFound: There is no such dataset.
@@ -89,16 +91,24 @@ class Reembed:
                 await self._carry_over(part, into, record.id, failed, work.by)
                 done += len(part)
                 pace.to(min(done, len(self._galleries.ids(source))))
-        await self._reject_again(source, into, work.by)
+        rejected = await self._reject_again(source, into, record.id, work.by)
         ids = self._galleries.ids(source)
         said = [failed[one][1] for one in ids if one in failed]
         added = sum(one.imported == record.id for one in self._galleries.picked(into, ids))
-        end = msgspec.structs.replace(record, state="done", added=added, skipped=len(said))
+        end = msgspec.structs.replace(
+            record, state="done", added=added, skipped=len(said), rejections=rejected.added
+        )
         revision = await self._galleries.end_import(into, end)
         return m.GalleryWorkDone(
-            entries=len(ids), added=added, skipped=len(said), failed=said[:TOLD_MAX],
+            entries=len(ids),
+            added=added,
+            skipped=len(said),
+            failed=[*said, *rejected.told][:TOLD_MAX],
+            rejections=rejected.added,
+            settings="taken",
+            notes=[*await self._left_behind(source, into), *rejected.notes],
             revision=revision,
-        )  # fmt: skip
+        )
 
     async def closed(self, job: m.Job, work: m.GalleryWork) -> None:
         """Say of a new dataset whose making was given up that it is not whole."""
@@ -123,9 +133,10 @@ class Reembed:
                 raise Conflict(
                     f"there is a dataset {into!r} already; reembed makes a new one", field="into"
                 )
-        # Cosines of another embedder mean something else.
-        fresh = msgspec.structs.replace(settings, threshold=None, verify_threshold=None)
-        await self._galleries.create(into, settings=fresh, by=work.by)
+        if not self._same_embedder(work.dataset):
+            # Cosines of another embedder mean something else.
+            settings = msgspec.structs.replace(settings, threshold=None, verify_threshold=None)
+        await self._galleries.create(into, settings=settings, imported=job.job, by=work.by)
         await self._galleries.begin_import(into, record)
         return record
 
@@ -213,18 +224,51 @@ class Reembed:
         if changed := [one for one in enrolled if one.id in made]:
             await self._galleries.enrol_many(into, changed, existing="replace", by=by)
 
-    async def _reject_again(self, source: str, into: str, by: str | None) -> None:
+    async def _reject_again(
+        self, source: str, into: str, imported: str, by: str | None
+    ) -> Repeating:
         """Say in the new dataset, too, of entries that they are not somebody.
 
-        A rejected face that is no entry has only its old vector, and is left behind.
+        A rejected face that is no entry, or was another photo's of its entry, has only its old
+        vector, and is left behind.
         """
-        there = set(await self._galleries.rejections(into))
-        for subject, entry in await self._galleries.rejections(source):
-            if entry is None or (subject, entry) in there:
-                continue
-            # Whoever or whatever was left out, or is somebody else by now.
-            with contextlib.suppress(NotFound, Conflict):
-                await self._galleries.reject(into, subject, entry=entry, by=by)
+        told = Repeating()
+        fresh = []
+        for one in self._galleries.rejections(source):
+            if one.entry is None:
+                told.leave(one.id, "its face is no entry and has no photo; reject it again")
+            elif not self._has_face_of(source, one.entry, one):
+                told.leave(one.id, f"{one.entry} has another photo by now; reject it again")
+            else:
+                fresh.append(dataclasses.replace(one, vector=None, imported=imported))
+        said = await self._galleries.reject_again(into, fresh, by=by)
+        told.added, told.known = said.added, said.known
+        for one, why in said.refused:
+            told.leave(one.id, why)
+        return told
+
+    def _has_face_of(self, source: str, entry: str, rejection: NewRejection) -> bool:
+        there = self._galleries.picked(source, [entry], embeddings=True)
+        if not there or there[0].embedding is None or rejection.vector is None:
+            return False
+        return np.allclose(there[0].embedding, rejection.vector, rtol=0, atol=SAME_WITHIN)
+
+    async def _left_behind(self, source: str, into: str) -> list[str]:
+        """Return in sentences what of the old dataset's settings the new one has not got."""
+        if source not in self._galleries or self._same_embedder(source):
+            return []
+        old = await self._galleries.settings(source)
+        return [
+            f"{name}, {value}, was left behind: cosines of {self._encoder.name} mean something "
+            f"else; {into!r} has that of its embedder"
+            for name in ("threshold", "verify_threshold")
+            if (value := getattr(old, name)) is not None
+        ]
+
+    def _same_embedder(self, dataset: str) -> bool:
+        there = next((one for one in self._galleries.datasets() if one.id == dataset), None)
+        today = (self._encoder.name, self._encoder.digest)
+        return there is not None and (there.embedder, there.embedder_digest) == today
 
     async def _without_deleted(self, source: str, into: str, imported: str, by: str | None) -> None:
         """Remove from the new dataset what was removed from the old one meanwhile."""

@@ -28,8 +28,9 @@ from bus.tasks import beside, to_its_end
 from services.rustyface.galleries.galleries import Galleries
 from services.rustyface.transfers.exports import Export
 from services.rustyface.transfers.files import Reader, format_of, reader
-from services.rustyface.transfers.imports import Import, as_new, batches, checked
+from services.rustyface.transfers.imports import Import, as_new, rejected_again
 from services.rustyface.transfers.leftovers import Leftovers
+from services.rustyface.transfers.reading import batches, checked
 from services.rustyface.transfers.reembed import Encoder, Reembed
 
 BEGUN: Final = ".importing"
@@ -242,12 +243,16 @@ async def _take_in(path: Path, galleries: Galleries) -> tuple[str, int]:
             raise Conflict(f"there is a dataset {dataset!r} already")
         # Where nothing can be renamed nothing is taken in: it would come back at every start.
         where = await asyncio.to_thread(path.rename, path.with_name(path.name + BEGUN))
-    await galleries.create(dataset, at=sound.head.created_at)
-    async with contextlib.aclosing(batches(opened)) as found:
+    await galleries.create(dataset, at=sound.head.created_at, settings=sound.head.settings)
+    file = await to_its_end(opened)
+    async with contextlib.aclosing(batches(file.batches())) as found:
         async for rows in found:
             await galleries.enrol_many(
                 dataset, [as_new(row, None) for row in rows], existing="skip"
             )
+    said = await rejected_again(galleries, dataset, file, None, None)
+    for cause in said.told:
+        log.warning("rejection.not_imported", dataset=dataset, cause=cause)
     with contextlib.suppress(FileNotFoundError):
         done = where.with_name(where.name.removesuffix(BEGUN) + DONE)
         await asyncio.to_thread(where.rename, done)

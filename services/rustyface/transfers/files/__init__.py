@@ -7,9 +7,19 @@ from bus.messages import FileFormat
 from services.rustyface.transfers.files.json_file import JsonReader, JsonWriter
 from services.rustyface.transfers.files.npz_file import NpzReader, NpzWriter
 from services.rustyface.transfers.files.parquet_file import ParquetReader, ParquetWriter
-from services.rustyface.transfers.files.rows import BATCH, Head, Reader, Row, Writer
+from services.rustyface.transfers.files.rows import BATCH, Head, Reader, RejectionRow, Row, Writer
 
-__all__ = ["BATCH", "Head", "Reader", "Row", "Writer", "format_of", "reader", "writer"]
+__all__ = [
+    "BATCH",
+    "Head",
+    "Reader",
+    "RejectionRow",
+    "Row",
+    "Writer",
+    "format_of",
+    "reader",
+    "writer",
+]
 
 
 def format_of(path: Path) -> FileFormat:

@@ -1,8 +1,9 @@
 """Dataset files in JSON, as the original kept them, read piece by piece.
 
 ``{id, created_at, updated_at, entries: [{id, embedding, metadata, last_seen}]}``, and beside these
-`embedder`, and of an entry `subject` and `quality`. A file may be larger than the memory: so the
-ends of its values are looked for here, and each value is decoded by itself.
+`embedder`, `settings` and `rejections` (``[{id, subject, entry, embedding}]``), and of an entry
+`subject` and `quality`. A file may be larger than the memory: so the ends of its values are looked
+for here, and each value is decoded by itself.
 """
 
 import re
@@ -13,14 +14,22 @@ from typing import IO, Any, Final
 
 import msgspec
 import numpy as np
-import orjson
 
 from bus import codec
 from bus.errors import BusError, Unprocessable
+from services.rustyface.transfers.files.carried import (
+    as_numbers,
+    as_said,
+    check_many,
+    head_in,
+    rejections_in,
+)
 from services.rustyface.transfers.files.rows import (
     BATCH,
     ENTRIES_MAX,
     Head,
+    Kind,
+    RejectionRow,
     Row,
     check_length,
     metadata_in,
@@ -83,21 +92,9 @@ class JsonReader:
         self._path = path
         self._dimensions = dimensions
         self._said: dict[str, Any] = {}
-
-    @property
-    def head(self) -> Head:
-        """See `Reader.head`."""
-        created = self._said.get("created_at")
-        try:
-            since = None if created is None else moment_in(created, 0, "")
-        except Unprocessable:
-            since = None
-        return Head(
-            id=self._text("id"),
-            created_at=since,
-            embedder=self._text("embedder"),
-            embedder_digest=self._text("embedder_digest"),
-        )
+        # Where the list of rejections begins, behind its bracket.
+        self._rejections_at: int | None = None
+        self.head = Head()
 
     def batches(self) -> Iterator[list[Row]]:
         """See `Reader.batches`."""
@@ -115,12 +112,19 @@ class JsonReader:
             if waiting:
                 yield self._rows(waiting, first)
 
-    def _text(self, name: str) -> str | None:
-        said = self._said.get(name)
-        return said if isinstance(said, str) else None
+    def rejections(self) -> Iterator[list[RejectionRow]]:
+        """See `Reader.rejections`."""
+        if self._rejections_at is None:
+            return
+        with self._path.open("rb") as file:
+            file.seek(self._rejections_at)
+            yield from rejections_in(_Text(file).listed("rejection"), self._dimensions)
 
     def _entries(self, text: "_Text") -> Iterator[bytes]:
-        """Give the JSON of each entry; what else the file says goes to `_said`."""
+        """Give the JSON of each entry; what else the file says goes to `head`, and rejections wait.
+
+        They may stand before the entries, and there may be many of them.
+        """
         text.take(b"{", "a dataset file is an object: {id, entries: [...]}")
         found = False
         more = text.peek() != b"}"
@@ -134,7 +138,14 @@ class JsonReader:
                     raise Unprocessable("the file has entries twice", field="entries")
                 found = True
                 text.take(b"[", "entries must be a list")
-                yield from text.listed()
+                yield from text.listed("entry")
+            elif key == "rejections":
+                if self._rejections_at is not None:
+                    raise Unprocessable("the file has rejections twice", field="rejections")
+                text.take(b"[", "rejections must be a list")
+                self._rejections_at = text.at
+                for index, _ in enumerate(text.listed("rejection")):
+                    check_many(index)
             else:
                 self._said[key[:256]] = _decoded(text.value(), key[:40])
             more = text.comma_or(b"}", f"behind {key[:40]!r}")
@@ -143,6 +154,7 @@ class JsonReader:
             raise Unprocessable("the file is no JSON: something stands behind its end")
         if not found:
             raise Unprocessable("the file has no entries: it is no dataset file", field="entries")
+        self.head = head_in(self._said)
 
     def _entry_in(self, piece: bytes, index: int) -> _Entry:
         try:
@@ -184,6 +196,7 @@ class JsonWriter:
     def __init__(self, path: Path, head: Head, dimensions: int) -> None:
         self._file = path.open("wb")
         self._comma = b""
+        self._rejects = False
         said = {
             "id": head.id,
             "created_at": head.created_at,
@@ -191,18 +204,25 @@ class JsonWriter:
             "embedder": head.embedder,
             "embedder_digest": head.embedder_digest,
             "dimensions": dimensions,
+            "settings": head.settings,
         }
         self._file.write(msgspec.json.encode(said)[:-1] + b',"entries":[')
 
     def add(self, rows: Sequence[Row]) -> None:
         """See `Writer.add`."""
         for row in rows:
-            # orjson writes a float32 with as many digits as it needs to come back the same.
-            vector = orjson.dumps(row.vector, option=orjson.OPT_SERIALIZE_NUMPY)
-            entry = _Written(
-                row.id, msgspec.Raw(vector), row.metadata, row.last_seen, row.subject, row.quality
-            )
+            vector = as_numbers(row.vector)
+            entry = _Written(row.id, vector, row.metadata, row.last_seen, row.subject, row.quality)
             self._file.write(self._comma + b"\n" + msgspec.json.encode(entry))
+            self._comma = b","
+
+    def reject(self, rows: Sequence[RejectionRow]) -> None:
+        """See `Writer.reject`."""
+        for row in rows:
+            if not self._rejects:
+                self._rejects, self._comma = True, b""
+                self._file.write(b'\n],"rejections":[')
+            self._file.write(self._comma + b"\n" + as_said(row))
             self._comma = b","
 
     def finish(self) -> None:
@@ -222,6 +242,11 @@ class _Text:
         self._file = file
         self._buffer = file.read(_READ_BYTES).removeprefix(_BOM)
         self._at = 0
+
+    @property
+    def at(self) -> int:
+        """Where in the file the next character stands."""
+        return self._file.tell() - len(self._buffer) + self._at
 
     def peek(self) -> bytes:
         """Return the next character that is no space; empty at the end."""
@@ -251,15 +276,15 @@ class _Text:
             self.take(end, where)
         return False
 
-    def listed(self) -> Iterator[bytes]:
+    def listed(self, what: Kind) -> Iterator[bytes]:
         """Give the values of a list whose first bracket was taken, and take the last one."""
         more = self.peek() != b"]"
         count = 0
         while more:
             yield self.value()
             count += 1
-            more = self.comma_or(b"]", f"behind entry {count - 1:,}")
-        self.take(b"]", "the list of entries ends so")
+            more = self.comma_or(b"]", f"behind {what} {count - 1:,}")
+        self.take(b"]", f"the list ends so behind {what} {count - 1:,}")
 
     def value(self) -> bytes:
         """Return the JSON of the next value, which may still be wrong inside.

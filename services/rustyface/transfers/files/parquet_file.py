@@ -1,7 +1,9 @@
 """Dataset files in Parquet: `id`, `embedding`, and `subject`, `metadata`, `quality`, `last_seen`.
 
 `embedding` is a list of floating point numbers, `metadata` and `quality` are texts with JSON in
-them, `last_seen` is a timestamp. pyarrow is an extra: without it a file is refused in a sentence.
+them, `last_seen` is a timestamp. Beside the columns, the metadata of the file have under `bkg` what
+it says of itself, settings included, and under `bkg.rejections` the rejections, both as JSON.
+pyarrow is an extra: without it a file is refused in a sentence.
 """
 
 import contextlib
@@ -14,9 +16,11 @@ import msgspec
 import numpy as np
 
 from bus.errors import BusError, Unprocessable
+from services.rustyface.transfers.files.carried import as_said, head_in, rejections_in
 from services.rustyface.transfers.files.rows import (
     BATCH,
     Head,
+    RejectionRow,
     Row,
     as_json,
     check_length,
@@ -35,7 +39,10 @@ KNOWN: Final = (*NEEDED, "subject", "metadata", "quality", "last_seen")
 # What one group of rows says that it unpacks to: it is held as a whole.
 GROUP_MAX_BYTES: Final = 1024 * 1024 * 1024
 GROUP_ROWS: Final = 10_000
+# Metadata are read as a whole, when the file is opened.
+REJECTIONS_MAX_BYTES: Final = 32 * 1024 * 1024
 _SAID: Final = b"bkg"
+_REJECTIONS: Final = b"bkg.rejections"
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
 
@@ -57,7 +64,7 @@ class ParquetReader:
             self.total: int | None = int(file.metadata.num_rows)
             check_total(self.total)
             self._check(file)
-            self.head = _head_in(file.schema_arrow.metadata or {})
+            self.head = head_in(_object_in(file, _SAID, dict))
 
     def batches(self) -> Iterator[list[Row]]:
         """See `Reader.batches`."""
@@ -70,6 +77,12 @@ class ParquetReader:
                 yield rows
         if first != self.total:
             raise Unprocessable(f"the file says that it has {self.total:,} rows, it has {first:,}")
+
+    def rejections(self) -> Iterator[list[RejectionRow]]:
+        """See `Reader.rejections`."""
+        with _reading(self._path) as file:
+            pieces: list[msgspec.Raw] = _object_in(file, _REJECTIONS, list[msgspec.Raw])
+        yield from rejections_in((bytes(one) for one in pieces), self._dimensions)
 
     def _check(self, file: Any) -> None:
         schema, arrow = file.schema_arrow, _pyarrow()
@@ -171,6 +184,8 @@ class ParquetWriter:
         )
         self._dimensions = dimensions
         self._waiting: list[Row] = []
+        self._rejections: list[bytes] = []
+        self._rejections_bytes = 0
         self._file = arrow.parquet.ParquetWriter(str(path), self._schema, compression="zstd")
 
     def add(self, rows: Sequence[Row]) -> None:
@@ -179,10 +194,26 @@ class ParquetWriter:
         if len(self._waiting) >= GROUP_ROWS:
             self._put()
 
+    def reject(self, rows: Sequence[RejectionRow]) -> None:
+        """See `Writer.reject`."""
+        for row in rows:
+            said = as_said(row)
+            self._rejections_bytes += len(said) + 1
+            if self._rejections_bytes > REJECTIONS_MAX_BYTES:
+                raise Unprocessable(
+                    f"the rejections would take more than the {REJECTIONS_MAX_BYTES:,} bytes that "
+                    "the metadata of a Parquet file may have here; export in json or npz instead",
+                    field="format",
+                )
+            self._rejections.append(said)
+
     def finish(self) -> None:
         """See `Writer.finish`."""
         if self._waiting:
             self._put()
+        if self._rejections:
+            said = b"[" + b",".join(self._rejections) + b"]"
+            self._file.add_key_value_metadata({_REJECTIONS: said})
         self._file.close()
 
     def abandon(self) -> None:
@@ -267,9 +298,21 @@ def _fits(name: str, found: Any, types: Any) -> bool:
     return bool(text or (name == "last_seen" and types.is_timestamp(found)))
 
 
-def _head_in(metadata: dict[bytes, bytes]) -> Head:
-    """Return what the file says of itself; nothing, where others wrote it."""
+def _object_in(file: Any, key: bytes, kind: Any) -> Any:
+    """Return the JSON that the file's metadata have under a key; empty if they have none.
+
+    Raises:
+        Unprocessable: It is none of that kind, or too large.
+    """
+    said = (file.metadata.metadata or {}).get(key)
+    if said is None:
+        return msgspec.json.decode(b"[]" if kind is not dict else b"{}", type=kind)
+    if len(said) > REJECTIONS_MAX_BYTES:
+        raise Unprocessable(
+            f"the metadata {key.decode()} have {len(said):,} bytes, allowed are "
+            f"{REJECTIONS_MAX_BYTES:,}"
+        )
     try:
-        return msgspec.json.decode(metadata.get(_SAID, b"{}"), type=Head)
-    except (msgspec.DecodeError, ValueError, RecursionError, OverflowError):
-        return Head()
+        return msgspec.json.decode(said, type=kind)
+    except (msgspec.DecodeError, ValueError, RecursionError, OverflowError) as error:
+        raise Unprocessable(f"the metadata {key.decode()} are no JSON that fits: {error}") from None

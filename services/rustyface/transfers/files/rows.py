@@ -3,16 +3,19 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Final, NamedTuple, NoReturn, Protocol
+from typing import Any, Final, Literal, NamedTuple, NoReturn, Protocol
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from bus import messages as m
 from bus.errors import BusError, Unprocessable
 from services.rustyface.galleries.galleries import check_metadata
 
 Floats = npt.NDArray[np.float32]
+# What a row is: an entry, or a rejection.
+Kind = Literal["entry", "rejection"]
 
 # So many rows are read, checked and stored at a time: some megabytes.
 BATCH: Final = 1_000
@@ -43,21 +46,39 @@ class Row(NamedTuple):
     quality: dict[str, float] = {}  # noqa: RUF012 - never changed
 
 
+class RejectionRow(NamedTuple):
+    """A face that is not somebody, of a dataset file.
+
+    Attributes:
+        id: Its own.
+        subject: Who it is not.
+        vector: Of length 1, shape ``[dimensions]``; None: it is the entry's.
+        entry: The entry that it was, if it was one.
+    """
+
+    id: str
+    subject: str
+    vector: Floats | None
+    entry: str | None = None
+
+
 @dataclass(frozen=True)
 class Head:
-    """What a dataset file says of itself; the original's files name no embedder.
+    """What a dataset file says of itself; the original's files name no embedder and no settings.
 
     Attributes:
         id: The dataset that it was.
         created_at: When that was created.
         embedder: What made the vectors.
         embedder_digest: Which version of it.
+        settings: What the dataset was set to.
     """
 
     id: str | None = None
     created_at: datetime | None = None
     embedder: str | None = None
     embedder_digest: str | None = None
+    settings: m.DatasetSettings | None = None
 
 
 class Reader(Protocol):
@@ -78,12 +99,22 @@ class Reader(Protocol):
             Unprocessable: The file is broken, or a row cannot be taken; says which, and why.
         """
 
+    def rejections(self) -> Iterator[list[RejectionRow]]:
+        """Give the rejections, up to `BATCH` at a time, once all batches were given.
+
+        Raises:
+            Unprocessable: One cannot be taken; says which, and why.
+        """
+
 
 class Writer(Protocol):
     """A dataset file that is written once, from the first row to the last."""
 
     def add(self, rows: Sequence[Row]) -> None:
         """Write rows."""
+
+    def reject(self, rows: Sequence[RejectionRow]) -> None:
+        """Write rejections, which all have their vector, after all rows."""
 
     def finish(self) -> None:
         """Write what has to stand at the end, and close the file.
@@ -96,35 +127,48 @@ class Writer(Protocol):
         """Close the file as it is."""
 
 
-def refuse(index: int, entry: str | None, sentence: str) -> NoReturn:
+def refuse(index: int, name: str | None, sentence: str, *, what: Kind = "entry") -> NoReturn:
     """Raise Unprocessable for a row, numbered from 0."""
-    named = f" ({entry[:80]!r})" if entry else ""
-    raise Unprocessable(f"entry {index:,}{named}: {sentence}", field=f"entries[{index}]")
+    named = f" ({name[:80]!r})" if name else ""
+    place = "entries" if what == "entry" else "rejections"
+    raise Unprocessable(f"{what} {index:,}{named}: {sentence}", field=f"{place}[{index}]")
 
 
-def text_in(value: object, index: int, entry: str | None, name: str) -> str:
-    """Return a text of 1 to `TEXT_MAX` characters, such as an id.
+def text_in(
+    value: object,
+    index: int,
+    name: str | None,
+    field: str,
+    *,
+    most: int = TEXT_MAX,
+    what: Kind = "entry",
+) -> str:
+    """Return a text of 1 to `most` characters, such as an id.
 
     Raises:
         Unprocessable: It is none.
     """
-    if not isinstance(value, str) or not 1 <= len(value) <= TEXT_MAX:
+    if not isinstance(value, str) or not 1 <= len(value) <= most:
         found = f"{len(value):,} characters" if isinstance(value, str) else _kind_of(value)
-        refuse(index, entry, f"{name} must be a text of 1 to {TEXT_MAX} characters, it is {found}")
+        said = f"{field} must be a text of 1 to {most} characters, it is {found}"
+        refuse(index, name, said, what=what)
     try:
         value.encode()
     except UnicodeEncodeError:
-        refuse(index, None, f"{name} has half a character in it")
+        refuse(index, None, f"{field} has half a character in it", what=what)
     return value
 
 
-def unit_rows(block: npt.NDArray[Any], first: int, ids: Sequence[str]) -> Floats:
+def unit_rows(
+    block: npt.NDArray[Any], first: int, names: Sequence[str | None], *, what: Kind = "entry"
+) -> Floats:
     """Return vectors at length 1, those that are already as they are.
 
     Args:
         block: Shape ``[n, dimensions]``, of any numbers.
         first: Which row of the file is the first one.
-        ids: Of the rows.
+        names: Of the rows.
+        what: They are.
 
     Raises:
         Unprocessable: One has a value that is not finite, or is all zeros; says which.
@@ -133,11 +177,13 @@ def unit_rows(block: npt.NDArray[Any], first: int, ids: Sequence[str]) -> Floats
     if len(bad := np.flatnonzero(~np.isfinite(wide).all(axis=1))):
         at = int(bad[0])
         place = int(np.flatnonzero(~np.isfinite(wide[at]))[0])
-        refuse(first + at, ids[at], f"embedding[{place}] is {wide[at, place]}, not a finite number")
+        said = f"embedding[{place}] is {wide[at, place]}, not a finite number"
+        refuse(first + at, names[at], said, what=what)
     largest = np.abs(wide).max(axis=1, initial=0)
     if len(bad := np.flatnonzero(largest == 0)):
         at = int(bad[0])
-        refuse(first + at, ids[at], "its embedding is all zeros: it has no direction")
+        said = "its embedding is all zeros: it has no direction"
+        refuse(first + at, names[at], said, what=what)
     # First by the largest value: the squares of huge or tiny ones leave what float64 can hold.
     scaled = wide / largest[:, None]
     lengths = np.linalg.norm(scaled, axis=1) * largest
@@ -147,13 +193,13 @@ def unit_rows(block: npt.NDArray[Any], first: int, ids: Sequence[str]) -> Floats
     return np.asarray(units, np.float32)
 
 
-def check_length(found: int, dimensions: int, index: int, entry: str | None) -> None:
+def check_length(
+    found: int, dimensions: int, index: int, name: str | None, *, what: Kind = "entry"
+) -> None:
     """Raise Unprocessable unless an embedding is as long as those of the dataset."""
     if found != dimensions:
-        refuse(
-            index, entry, f"its embedding has {found:,} values, the dataset has vectors of "
-            f"{dimensions}"
-        )  # fmt: skip
+        said = f"its embedding has {found:,} values, the dataset has vectors of {dimensions}"
+        refuse(index, name, said, what=what)
 
 
 def metadata_in(value: Any, index: int, entry: str) -> Any:
