@@ -1,7 +1,10 @@
-"""Damage to what a broker has on its disk, as bad sectors leave it; and its repair."""
+"""What keeps a broker from deleting: damage to its disk, as bad sectors leave it; and its word."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
+
+from bus.client import Client
 
 
 def damaged(home: Path, needle: bytes) -> Callable[[], None]:
@@ -17,3 +20,11 @@ def damaged(home: Path, needle: bytes) -> Callable[[], None]:
 
     write(bytes(byte ^ 0xFF for byte in needle[:8]))
     return lambda: write(needle[:8])
+
+
+async def denying(client: Client, stream: str) -> None:
+    """Have the broker refuse every deletion of a message of a stream, for good."""
+    told = await client._nc.request(f"$JS.API.STREAM.INFO.{stream}", b"")
+    config = json.loads(told.data)["config"] | {"deny_delete": True}
+    told = await client._nc.request(f"$JS.API.STREAM.UPDATE.{stream}", json.dumps(config).encode())
+    assert "error" not in json.loads(told.data)

@@ -12,7 +12,7 @@ from bus.client import connect
 from bus.errors import BusError, Conflict, Internal, Unavailable
 from bus.streams import Stream
 from bus.uploads import CHUNK_BYTES
-from tests.bus.damage import damaged
+from tests.bus.damage import damaged, denying
 
 BODY = random.Random(5).randbytes(3 * CHUNK_BYTES)  # noqa: S311 - no secret
 
@@ -44,14 +44,6 @@ async def client(tmp_path):
     ):
         await one.store.declare()
         yield one
-
-
-async def denying(client, bucket: str) -> None:
-    """Have the broker refuse every deletion of a message of a bucket from now on."""
-    name = f"OBJ_r-{bucket}"
-    told = await client._nc.request(f"$JS.API.STREAM.INFO.{name}", b"")
-    config = json.loads(told.data)["config"] | {"deny_delete": True}
-    await client._nc.request(f"$JS.API.STREAM.UPDATE.{name}", json.dumps(config).encode())
 
 
 # --- A message ------------------------------------------------------------------------------------
@@ -254,7 +246,7 @@ async def test_two_who_delete_the_same_leave_nothing_of_it(store):
 
 async def test_what_the_broker_refuses_to_erase_is_out_of_sight_and_stays_known(client, store):
     digest = await stored(store)
-    await denying(client, "faces")
+    await denying(client, "OBJ_r-faces")
     for _ in range(2):
         with pytest.raises(Internal, match="message delete not permitted"):
             await store.delete(digest)

@@ -110,15 +110,26 @@ async def test_a_photo_that_is_enrolled_while_another_replica_drops_it_is_kept(
     assert await chunks(client) == 0
 
 
-async def test_whoever_enrols_finds_an_image_gone_that_was_there_when_it_looked(sides, client):
+@pytest.mark.parametrize("moment", ["after_look", "after_all"])
+async def test_whoever_enrols_sees_that_an_image_went_that_was_there_when_it_brought_it(
+    sides, client, moment
+):
     removes, enrols = sides
     digest = await enrols.enrol("old")
     assert await enrols.kept.keep(PHOTO) == digest
+
+    async def enrol() -> None:
+        assert await client.store.faces.size(digest) is None
+        await enrols.galleries.enrol("g", NewEntry(id="new", vector=EAST, image=digest))
+        await enrols.kept.ensure(digest, PHOTO)
+
+    if moment == "after_look":
+        removes.kept.after_look = enrol
     await removes.remove("old")
-    assert await client.store.faces.size(digest) is None
-    await enrols.galleries.enrol("g", NewEntry(id="new", vector=EAST, image=digest))
-    await enrols.kept.ensure(digest, PHOTO)
+    if moment == "after_all":
+        await enrol()
     assert await read(client, digest) == PHOTO
+    assert await chunks(client) == 3
 
 
 async def test_an_image_that_came_back_into_sight_too_late_to_be_decided_is_decided_again(

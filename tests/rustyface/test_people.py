@@ -226,9 +226,11 @@ async def test_nothing_is_left_of_a_change_whose_gallery_is_deleted_meanwhile(
 
     async def late(self, *args: object, **kwargs):
         monkeypatch.undo()
-        # Only its event: the clearing would make the move a conflict.
+        # Only its event, and by another worker: the clearing would make the move a conflict.
         await self.append_head(
-            m.GalleryHead(id="g", at=m.now(), embedder="test", dimensions=2, deleted=True), 1
+            m.GalleryHead(id="g", at=m.now(), embedder="test", dimensions=2, deleted=True),
+            1,
+            "another's",
         )
         return await append(self, *args, **kwargs)
 

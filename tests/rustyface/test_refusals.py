@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -23,7 +22,7 @@ from services.rustyface.galleries.clearing import Unerased
 from services.rustyface.galleries.galleries import Galleries, NewEntry
 from services.rustyface.galleries.projection import LITTLE_ENDIAN
 from services.rustyface.photos.kept import KeptImages
-from tests.bus.damage import damaged
+from tests.bus.damage import damaged, denying
 
 D = 16
 FACES = np.random.default_rng(3).normal(size=(40, D)).astype(np.float32)
@@ -91,14 +90,6 @@ def hurried(monkeypatch):
     """What is refused is tried again at once, and then soon."""
     monkeypatch.setattr(clearing, "PAUSE_S", 0.02)
     monkeypatch.setattr(clearing, "REFUSED_PAUSE_MAX_S", 0.3)
-
-
-async def denying(client, stream: str) -> None:
-    """Have the broker refuse every deletion of a message of a stream from now on."""
-    told = await client._nc.request(f"$JS.API.STREAM.INFO.{stream}", b"")
-    config = json.loads(told.data)["config"] | {"deny_delete": True}
-    told = await client._nc.request(f"$JS.API.STREAM.UPDATE.{stream}", json.dumps(config).encode())
-    assert "error" not in json.loads(told.data)
 
 
 async def entries_in(client) -> list[str]:
@@ -260,7 +251,7 @@ async def test_of_a_dataset_nothing_is_only_deleted_while_a_face_of_it_is_not_er
 
 
 async def test_what_is_refused_is_remembered_within_bounds(at, monkeypatch, hurried):
-    monkeypatch.setattr(clearing, "REFUSED_MAX", 3)
+    monkeypatch.setattr(clearing, "CHORES_MAX", 3)
     for i in range(4):
         await at.galleries.enrol("g", face(i))
     await denying(at.client, "r-galleries")

@@ -21,6 +21,7 @@ from services.rustyface.galleries.projection import Dead
 
 # What has to be cleared goes on behind an answer that would have to wait longer.
 PATIENT_S: Final = 5.0
+# So many may wait, and so many more of which the broker refuses something.
 CHORES_MAX: Final = 10_000
 # An erasure is an fsync, 150 to 450 a second on one disk (deleting alone: 1,500). With more at
 # once others' events would wait for longer.
@@ -34,7 +35,6 @@ PAUSE_S: Final = 0.5
 PAUSE_MAX_S: Final = 60.0
 # Between tries of what it refuses: a back-up ends, a stream that denies it has to be made anew.
 REFUSED_PAUSE_MAX_S: Final = 3_600.0
-REFUSED_MAX: Final = 100_000
 NAMED_MAX: Final = 10
 
 # Deletes an image, unless it is told that an entry names it after all.
@@ -297,8 +297,7 @@ class Clearing:
             log.info("galleries.erased_late", parts=chore.again - len(chore.refused))
         if not chore.refused:
             return
-        waiting = sum(len(one.refused) for one in self._stuck)
-        again = waiting + len(chore.refused) <= REFUSED_MAX
+        again = len(self._stuck) < CHORES_MAX
         if again:
             chore.pause_s = min(2 * chore.pause_s or PAUSE_S, REFUSED_PAUSE_MAX_S)
             loop = asyncio.get_running_loop()

@@ -262,7 +262,7 @@ class Ledger:
         # One condition is all that a message can have. Nothing of a dead gallery may stay; but what
         # has come into one that was made anew meanwhile everybody has read, and it does.
         if now is None or revision < now.head_seq:
-            await self._stream.remove(revision, erase=True)
+            await self.clear([Dead(there.head.id, revision)])
             raise _deleted(there)
         return revision
 
