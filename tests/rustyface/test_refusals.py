@@ -14,12 +14,14 @@ from bus import codec
 from bus import messages as m
 from bus.broker import running_broker
 from bus.client import connect
+from bus.errors import NotFound
 from bus.subjects import gallery_events
 from bus.tasks import beside
 from bus.testing import until
 from services.rustyface.galleries import clearing
 from services.rustyface.galleries.clearing import Unerased
 from services.rustyface.galleries.galleries import Galleries, NewEntry
+from services.rustyface.galleries.ledger import Ledger
 from services.rustyface.galleries.projection import LITTLE_ENDIAN
 from services.rustyface.photos.kept import KeptImages
 from tests.bus.damage import damaged, denying
@@ -282,6 +284,26 @@ async def test_what_somebody_removed_who_did_not_wait_is_erased_all_the_same(
     removing.cancel()
     await asyncio.gather(removing, return_exceptions=True)
     await until(lambda: copies(tmp_path, 0) == 0)
+
+
+async def test_a_move_into_a_dataset_that_is_deleted_meanwhile_is_refused_and_its_face_not_lost(
+    at, monkeypatch
+):
+    """What it has stored cannot be taken back."""
+    await at.galleries.enrol("g", face(0, subject="ann"))
+    append = Ledger.append_after
+
+    async def late(self, *told: object, **more):
+        monkeypatch.undo()
+        head = m.GalleryHead(id="g", at=m.now(), embedder="test", dimensions=D, deleted=True)
+        await self.append_head(head, 1, "another's")
+        return await append(self, *told, **more)
+
+    monkeypatch.setattr(Ledger, "append_after", late)
+    await denying(at.client, "r-galleries")
+    with capture_logs() as records, pytest.raises(NotFound, match="'g' was deleted at this moment"):
+        await at.galleries.move_entry("g", "e0", "bob")
+    assert said(records, "galleries.not_erased")[0]["faces"] == 1
 
 
 # --- Images ---------------------------------------------------------------------------------------
