@@ -9,13 +9,12 @@ under its id.
 import asyncio
 import contextlib
 import hashlib
-import json
 import secrets
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import structlog
 
@@ -28,8 +27,8 @@ from bus.errors import (
     TooLarge,
     Unprocessable,
 )
-from bus.objects import Info, chunks_subject, description, info_of, message, name_subject
-from bus.streams import Stored, StoreFullError, Stream
+from bus.objects import Info, Objects, condemned, deleted, living
+from bus.streams import StoreFullError, Stream
 from bus.uploads import CHUNK_BYTES, OFFSET, Upload, follows
 
 # An artefact of which nothing more comes for this long is given up.
@@ -72,8 +71,8 @@ class Artefacts:
     def __init__(
         self, stream: Stream, bucket: str, setting: str | None = None, *, erases: bool = False
     ) -> None:
-        self._bucket = bucket
         self._stream = stream
+        self._objects = Objects(stream, bucket)
         self._erases = erases
         self._limit = f" ({setting})" if setting else ""
         more = f", or allow the store more{self._limit}" if setting else ""
@@ -83,7 +82,7 @@ class Artefacts:
 
     async def size(self, digest: str) -> int | None:
         """Return how many bytes an artefact has; None if it is not stored."""
-        info = await self._info(digest)
+        info = await self._objects.info(digest)
         return info.size if info else None
 
     async def read(
@@ -96,14 +95,14 @@ class Artefacts:
             Unprocessable: It is stored broken: bytes are missing.
             DeadlineExceeded: Nothing more came for `STALL_S`.
         """
-        info = await self._info(digest)
+        info = await self._objects.info(digest)
         if info is None:
             raise NotFound(f"the artefact {digest} is not stored")
         start, stop, _ = slice(start, stop).indices(info.size)
         if start >= stop:
             return
-        subject = self._chunks_of(info.nuid)
-        after, at = await self._seek(info, start) if start >= CHUNK_BYTES else (0, 0)
+        subject = self._objects.chunks(info.nuid)
+        after, at = await self._objects.seek(info, start) if start >= CHUNK_BYTES else (0, 0)
         chunks = self._stream.read(subject, after=after)
         async with contextlib.aclosing(chunks):  # type: ignore[type-var]
             while at < stop:
@@ -165,22 +164,21 @@ class Artefacts:
 
     async def all(self) -> list[Kept]:
         """Return every artefact that is stored, by digest."""
-        found = [info_of(stored) async for stored in self._names()]
-        kept = [Kept(i.name, i.size, _moment(i.at)) for i in found if i is not None]
-        return sorted(kept)
+        found = await self._objects.all()
+        return sorted(Kept(one.name, one.size, _moment(one.at)) for one in found if one.lives)
 
     async def unfinished(self) -> list[Unfinished]:
         """Return what is stored of uploads that have no name (yet), the oldest first."""
-        chunks = f"$O.{self._bucket}.C.*"
-        ids = [subject.rpartition(".")[2] for subject in (await self._subjects(chunks))]
-        # Asked for second: what was named meanwhile is in it.
-        names = [info_of(stored) async for stored in self._names()]
-        named = {info.nuid for info in names if info is not None}
+        counted = await self._objects.counted(self._objects.chunks("*"))
+        ids = [subject.rpartition(".")[2] for subject in counted]
+        # Asked for second: what was named meanwhile is in it. What is being deleted is in it too:
+        # whoever deletes sees to that.
+        named = {one.nuid for one in await self._objects.all()}
         found = []
         for upload_id in ids:
             if upload_id in named:
                 continue
-            last = await self._stream.last(self._chunks_of(upload_id))
+            last = await self._stream.last(self._objects.chunks(upload_id))
             if last is not None:
                 stored = int(last.headers.get(OFFSET, 0)) + len(last.body)
                 found.append(Unfinished(upload_id, stored, _moment(last.at)))
@@ -260,21 +258,21 @@ class Artefacts:
 
         Whoever deletes what is old and unused leaves it for a while then.
         """
-        subject = self._name(digest)
         for _ in range(_TRIES):
-            last = await self._stream.last(subject)
-            info = info_of(last) if last else None
-            if last is None or info is None:
+            info = await self._objects.find(digest)
+            if info is None or info.deleted:
                 return None
             with contextlib.suppress(Conflict):
-                await self._write_name(subject, json.loads(last.body), last.seq)
+                await self._objects.say(digest, living(info), info.seq)
                 return info.size
         raise Conflict(f"others keep storing the artefact {digest}; try again")
 
     async def holds(self, digest: str) -> bool:
         """Tell whether an artefact is stored whole, and have it count as just brought."""
-        info = await self._info(digest)
-        return info is not None and await self._whole(info) and await self.touch(digest) is not None
+        info = await self._objects.info(digest)
+        if info is None or not await self._objects.whole(info):
+            return False
+        return await self.touch(digest) is not None
 
     async def put(self, digest: str, path: Path) -> None:
         """Store a file under its digest; one that is there already, and whole, stays.
@@ -300,29 +298,67 @@ class Artefacts:
         Raises:
             Conflict: It has become an artefact.
         """
-        names = [info_of(stored) async for stored in self._names()]
-        if any(info is not None and info.nuid == upload_id for info in names):
+        names = await self._objects.all()
+        if any(one.nuid == upload_id and not one.deleted for one in names):
             raise Conflict(f"the upload {upload_id!r} has become an artefact")
         await self.drop(upload_id)
 
-    async def delete(self, digest: str, *, unless_since: datetime | None = None) -> bool:
-        """Delete an artefact; tell whether it was there.
+    async def delete(
+        self,
+        digest: str,
+        *,
+        unless_since: datetime | None = None,
+        unless: Callable[[], Awaitable[bool]] | None = None,
+        erase_s: float | None = ERASE_S,
+    ) -> bool:
+        """Delete an artefact; tell whether it was there, and is gone.
+
+        What is cut short goes on when it is asked for again: see `half_deleted`.
 
         Args:
             digest: Which one.
             unless_since: Leave it if it was brought, or brought again, at this moment or later.
+            unless: Is asked once nobody finds it any more, and before a byte of it is gone, whether
+                somebody has come to need it: then it comes back. Whoever comes to need it looks
+                afterwards whether it is there. So of two at the same moment one sees the other.
+            erase_s: How long its bytes are written over at most, where they are at all; None: until
+                all of them are.
+
+        Raises:
+            BusError: It is not all gone; says why.
         """
-        info = await self._info(digest)
-        if info is None or (unless_since is not None and _moment(info.at) >= unless_since):
-            return False
-        # First the name, so that none leads to chunks that are not there; and only as it was read.
-        await self._stream.purge(self._name(digest), keep_from=info.seq + 1)
-        again = await self._info(digest)
-        if again is not None and again.nuid == info.nuid:
-            # Brought again in between.
-            return False
-        await self.drop(info.nuid)
-        return True
+        begun = False
+        for _ in range(_TRIES):
+            info = await self._objects.find(digest)
+            if info is None:
+                return False
+            if info.lives and (begun or (unless_since and _moment(info.at) >= unless_since)):
+                # Brought again in between, or not that old.
+                return False
+            # First the name, so that none leads to chunks that are not there; and only as it was
+            # read, so that of whoever deletes and whoever brings it again one has to look anew.
+            begun, seq = True, info.seq
+            try:
+                if info.lives and unless is not None:
+                    seq = await self._objects.say(digest, condemned(info), seq)
+                if not info.deleted:
+                    if unless is not None and await unless():
+                        await self._objects.say(digest, living(info), seq)
+                        return False
+                    seq = await self._objects.say(digest, deleted(info), seq)
+            except Conflict:
+                continue
+            except StoreFullError:
+                return await self._delete_unsaid(info, seq, unless, erase_s)
+            await self.drop(info.nuid, erase_s)
+            await self._objects.forget(digest, seq)
+            return True
+        raise Conflict(f"others keep storing the artefact {digest}; try again")
+
+    async def half_deleted(self, before: datetime) -> list[str]:
+        """Return what somebody has begun to delete before a moment; `delete` ends it."""
+        found = await self._objects.all()
+        return [one.name for one in found if not one.lives and _moment(one.at) < before]
 
     # --- For uploads ------------------------------------------------------------------------------
 
@@ -334,52 +370,74 @@ class Artefacts:
             await upload.leave()
 
     def _upload(self, upload_id: str) -> Upload:
-        return Upload(self._stream, self._chunks_of(upload_id), upload_id, self)
+        return Upload(self._stream, self._objects.chunks(upload_id), upload_id, self)
 
     async def name(self, digest: str, upload: Upload) -> bool:
         """Give chunks their name, once; tell whether they are the ones that it leads to now."""
-        subject = self._name(digest)
         for _ in range(_TRIES):
-            last = await self._stream.last(subject)
-            info = info_of(last) if last else None
-            stays = info is not None and await self._whole(info)
-            body = description(self._bucket, digest, upload, digest)
-            if stays and info is not None and last is not None:
+            info = await self._objects.find(digest)
+            stays = info is not None and not info.deleted and await self._objects.whole(info)
+            said = self._objects.described(digest, upload, digest)
+            if stays and info is not None:
                 # The same bytes are there. Their name is written anew, so that whoever deletes
-                # what is old and unused sees that somebody has just brought them.
-                body = json.loads(last.body)
+                # them, or what is old and unused, sees that somebody has just brought them.
+                said = living(info)
             try:
-                await self._write_name(subject, body, last.seq if last else 0)
+                await self._objects.say(digest, said, info.seq if info else 0)
             except Conflict:
                 continue
             except StoreFullError as error:
                 raise await self.full(error, upload.offset) from None
             if info is not None and not stays and info.nuid != upload.id:
-                await self.drop(info.nuid)
+                try:
+                    await self.drop(info.nuid)
+                except BusError as error:
+                    # The artefact has its name, and its own chunks.
+                    log.warning("artefact.not_erased", upload=info.nuid, cause=error.message)
             return not stays
         raise Conflict(f"others keep storing the artefact {digest}; try again")
 
-    async def drop(self, upload_id: str) -> None:
+    async def drop(self, upload_id: str, erase_s: float | None = ERASE_S) -> None:
         """Delete chunks; what does not come to its end is garbage without a name.
 
-        What cannot be erased within `ERASE_S` is only deleted: somebody waits, and for room.
+        What cannot be erased within `erase_s` is only deleted: somebody waits, and for room. What
+        the broker refuses to erase is not deleted either, or another try would not find it.
         """
-        chunks = self._chunks_of(upload_id)
+        chunks = self._objects.chunks(upload_id)
         if self._erases:
             try:
-                async with asyncio.timeout(ERASE_S):
+                async with asyncio.timeout(erase_s):
                     await self._stream.erase(chunks)
             except TimeoutError:
-                log.info("artefact.not_erased", upload=upload_id, after_s=ERASE_S)
+                log.info("artefact.not_erased", upload=upload_id, after_s=erase_s)
         await self._stream.purge(chunks)
 
-    async def _write_name(self, subject: str, body: dict[str, Any], before: int) -> None:
-        await self._stream.append(
-            subject,
-            message(body),
-            headers={"Nats-Rollup": "sub"},
-            expect=(subject, before),
-        )
+    async def _delete_unsaid(
+        self,
+        info: Info,
+        seq: int,
+        unless: Callable[[], Awaitable[bool]] | None,
+        erase_s: float | None,
+    ) -> bool:
+        """Delete what there is no room to call deleted; cut short, it is an upload that broke off.
+
+        Args:
+            info: What was said of it at first.
+            seq: Where something was said of it last.
+            unless: As for `delete`.
+            erase_s: As for `delete`.
+        """
+        await self._objects.forget(info.name, seq)
+        again = await self._objects.info(info.name)
+        if again is not None and again.nuid == info.nuid:
+            return False
+        needed = unless is not None and await unless()
+        if needed:
+            with contextlib.suppress(Conflict):
+                await self._objects.say(info.name, living(info), 0)
+                return False
+        await self.drop(info.nuid, erase_s)
+        return not needed
 
     async def full(self, error: StoreFullError, taken_bytes: int) -> NoSpace:
         """Return the error for whoever wanted to store more than there is room for.
@@ -398,56 +456,6 @@ class Artefacts:
             f"({error.message}{free}); {self._way_out}",
             retry_after_s=60,
         )
-
-    async def _whole(self, info: Info) -> bool:
-        """Tell whether as many chunks are there as the name says."""
-        return await self._count(info.nuid) == info.chunks
-
-    async def _count(self, nuid: str) -> int:
-        subject = self._chunks_of(nuid)
-        return (await self._subjects(subject)).get(subject, 0)
-
-    async def _subjects(self, subject: str) -> dict[str, int]:
-        return dict((await self._stream.occupied(subject)).subjects)
-
-    async def _seek(self, info: Info, start: int) -> tuple[int, int]:
-        """Return after which sequence the chunk with a byte comes, and where that chunk begins.
-
-        By halving the sequences between the first chunk and the name: what is between is not read.
-        Chunks that somebody else's client wrote do not say where they begin: (0, 0).
-        """
-        subject = self._chunks_of(info.nuid)
-        first = await self._stream.at_or_after(1, subject)
-        if first is None or OFFSET not in first.headers:
-            return 0, 0
-        found = first.seq, 0
-        low, high = first.seq + 1, info.seq
-        while low < high:
-            middle = (low + high) // 2
-            chunk = await self._stream.at_or_after(middle, subject)
-            if chunk is None:
-                high = middle
-                continue
-            at = int(chunk.headers.get(OFFSET, 0))
-            if at > start:
-                high = middle
-            else:
-                found = chunk.seq, at
-                low = chunk.seq + 1
-        return found[0] - 1, found[1]
-
-    async def _info(self, digest: str) -> Info | None:
-        found = await self._stream.last(self._name(digest))
-        return info_of(found) if found else None
-
-    def _names(self) -> AsyncIterator[Stored]:
-        return self._stream.read(f"$O.{self._bucket}.M.*", latest_only=True)
-
-    def _name(self, digest: str) -> str:
-        return name_subject(self._bucket, digest)
-
-    def _chunks_of(self, upload_id: str) -> str:
-        return chunks_subject(self._bucket, upload_id)
 
 
 def _payload(free_bytes: int) -> int:

@@ -17,7 +17,7 @@ from typing import Any, Final
 from nats.aio.client import Client as Nats
 
 from bus.consumers import NS, Batch, Stored, consumer
-from bus.errors import BusError, Unavailable
+from bus.errors import BusError, Internal, Unavailable
 from bus.jetstream import Outgoing, StoreFullError, ask_jetstream, refusal, store_batch
 from bus.tasks import heed_cancellation
 
@@ -27,8 +27,13 @@ __all__ = [
 ]  # fmt: skip
 
 MIB: Final = 1024 * 1024
-# No such message, no such sequence, and what the store says of one that it has deleted already.
-_ALREADY_GONE: Final = {10037, 10043, 10057}
+# A deletion of what is not there: deleted before, displaced, or purged out of the middle. Below the
+# first message, behind the last one and in a stream without any, the broker (2.15) says that the
+# deletion failed, and why in words alone, as of one that it refuses: a stream that denies it, a
+# message that it cannot read.
+_NO_SUCH_SEQUENCE: Final = 10043
+_DELETION_FAILED: Final = 10057
+_NOT_THERE: Final = {"no message found", "stream store EOF", "deleted message"}
 # The broker takes up to 1,000 messages as one batch.
 AS_ONE_MAX: Final = 250
 AS_ONE_MAX_BYTES: Final = 4 * MIB
@@ -214,12 +219,13 @@ class Stream:
                 three milliseconds. Otherwise they lie there until their block is written anew.
 
         Raises:
-            BusError: The broker did not do it; says why.
+            Unavailable: Nobody did it within the time.
+            BusError: The broker refuses; says why.
         """
         subject = f"$JS.API.STREAM.MSG.DELETE.{self.name}"
         asked = json.dumps({"seq": seq, "no_erase": not erase}).encode()
         reply = await ask_jetstream(self._nc, subject, asked, error_is_reply=True)
-        if "error" in reply and reply["error"].get("err_code") not in _ALREADY_GONE:
+        if "error" in reply and not _says_gone(reply["error"]):
             raise refusal(subject, reply["error"])
 
     async def occupied(self, subject: str | None = None) -> Occupied:
@@ -271,11 +277,25 @@ class Stream:
         """Delete the messages of a subject one by one, and write over their bytes; see `remove`.
 
         Cut short, it leaves the later ones.
+
+        Raises:
+            Unavailable: Nobody did it within the time.
+            BusError: The broker refuses some, or cannot read them; the others are erased.
         """
-        after = 0
+        after, refused = 0, None
         while (found := await self.at_or_after(after + 1, subject)) is not None:
-            await self.remove(found.seq, erase=True)
             after = found.seq
+            try:
+                await self.remove(found.seq, erase=True)
+            except Unavailable:
+                raise
+            except BusError as error:
+                refused = refused or error
+        if refused is not None:
+            raise refused
+        # What the broker cannot read any more it counts, but does not give.
+        if left := sum((await self.occupied(subject)).subjects.values()):
+            raise Internal(f"the broker cannot read {left:,} messages of {subject} to erase them")
 
     async def follow(
         self,
@@ -344,6 +364,14 @@ def _expecting(expect: tuple[str, int], subject: str) -> dict[str, str]:
     if expected != subject:
         headers["Nats-Expected-Last-Subject-Sequence-Subject"] = expected
     return headers
+
+
+def _says_gone(error: Mapping[str, Any]) -> bool:
+    """Tell whether a deletion failed because there is nothing to delete."""
+    code = error.get("err_code")
+    return code == _NO_SUCH_SEQUENCE or (
+        code == _DELETION_FAILED and error.get("description") in _NOT_THERE
+    )
 
 
 def _in_batches(messages: Sequence[Outgoing]) -> Iterator[list[Outgoing]]:

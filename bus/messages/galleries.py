@@ -268,6 +268,9 @@ class DatasetList(Message, frozen=True):
         rejection: The id of what `reject-match` has made.
         revision: The gallery's revision that has the change.
         job: What goes on doing it: `import`, `export`, `reembed`.
+        unerased: How many faces and images are gone for every question, but not erased from the
+            broker's files yet; null for none.
+        warnings: What the change has not led to, and why, in sentences.
     """
 
     datasets: list[DatasetInfo]
@@ -282,6 +285,8 @@ class DatasetList(Message, frozen=True):
     rejection: str | None = None
     revision: int | None = None
     job: Job | None = None
+    unerased: int | None = None
+    warnings: list[str] = []
 
 
 # --- Events ---------------------------------------------------------------------------------------

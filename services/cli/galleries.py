@@ -99,6 +99,7 @@ async def delete(dataset: str, at: Platform, *, dry_run: bool, yes: bool) -> Non
         show_json(_changed(answer))
     else:
         out.print(Text(f"{dataset} is deleted"))
+        _show_warnings(answer)
 
 
 # --- Entries and persons --------------------------------------------------------------------------
@@ -414,6 +415,8 @@ def _changed(answer: m.DatasetList) -> dict[str, Any]:
         "affected": answer.affected,
         "rejection": answer.rejection,
         "revision": answer.revision,
+        "unerased": answer.unerased,
+        "warnings": answer.warnings or None,
     }
     return {key: value for key, value in told.items() if value is not None}
 
@@ -425,6 +428,12 @@ def _show_change(answer: m.DatasetList, at: Platform, done: str) -> None:
     count = answer.affected
     concerned = "" if count is None else f": {count:,} {'entry' if count == 1 else 'entries'}"
     out.print(Text(f"{done}{concerned}"))
+    _show_warnings(answer)
+
+
+def _show_warnings(answer: m.DatasetList) -> None:
+    for warning in answer.warnings:
+        out.print(Text(warning, "yellow"))
 
 
 def _show_going(one: m.DatasetStats, at: Platform) -> None:

@@ -53,7 +53,7 @@ def assemble(
         encoder.dimensions,
         digest=encoder.digest,
         changes=store.changes,
-        images_gone=kept.gone,
+        drop_image=kept.drop,
     )
     thresholds = Thresholds(encoder.name)
     if own := settings.own_embedder:

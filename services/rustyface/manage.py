@@ -9,9 +9,9 @@ import structlog
 
 from bus import codec
 from bus import messages as m
-from bus.errors import InvalidRequest, NotFound
+from bus.errors import BusError, InvalidRequest, NotFound
 from services.rustyface.galleries.asked import changed
-from services.rustyface.galleries.galleries import Galleries
+from services.rustyface.galleries.galleries import Galleries, Removed
 
 # What has left a dataset leaves its exported files as well.
 _DELETIONS: Final = {
@@ -106,7 +106,7 @@ class Manage:
         """
         told = await self._actions[request.action](request)
         if request.action in _DELETIONS and request.dataset and not request.dry_run:
-            await self._jobs.drop_exports(request.dataset)
+            told = await self._without_exports(request.dataset, told)
         if request.action in _CHANGES and not request.dry_run:
             # Whom it concerned does not go into the log: it outlives a deletion.
             log.info(
@@ -149,7 +149,8 @@ class Manage:
         name = _dataset(request)
         if request.dry_run:
             return {"affected": (await self._told(name)).entries}
-        return {"revision": await self._galleries.delete(name, by=request.by)}
+        removed = await self._galleries.delete(name, by=request.by)
+        return {"revision": removed.revision, **_unerased(removed)}
 
     async def _stats(self, request: m.ManageDataset) -> dict[str, Any]:
         return {"dataset": await self._told(_dataset(request))}
@@ -177,8 +178,7 @@ class Manage:
             if not total:
                 raise NotFound(f"the dataset {name!r} has no entry {entry!r}", field="entry_id")
             return {"affected": total}
-        revision = await self._galleries.remove(name, entry, by=request.by)
-        return {"affected": 1, "revision": revision}
+        return _removed(await self._galleries.remove(name, entry, by=request.by))
 
     async def _move_entry(self, request: m.ManageDataset) -> dict[str, Any]:
         name, entry = _dataset(request), _needed(request, "entry_id")
@@ -209,10 +209,10 @@ class Manage:
         return {"affected": affected, "revision": revision}
 
     async def _remove_subject(self, request: m.ManageDataset) -> dict[str, Any]:
-        affected, revision = await self._galleries.remove_subject(
+        removed = await self._galleries.remove_subject(
             _dataset(request), _needed(request, "subject"), by=request.by, dry_run=request.dry_run
         )
-        return {"affected": affected, "revision": revision}
+        return _removed(removed)
 
     async def _reject(self, request: m.ManageDataset) -> dict[str, Any]:
         given = request.embedding
@@ -233,7 +233,8 @@ class Manage:
 
     async def _withdraw(self, request: m.ManageDataset) -> dict[str, Any]:
         name, rejection = _dataset(request), _needed(request, "rejection")
-        return {"revision": await self._galleries.withdraw(name, rejection, by=request.by)}
+        removed = await self._galleries.withdraw(name, rejection, by=request.by)
+        return {"revision": removed.revision, **_unerased(removed)}
 
     async def _history(self, request: m.ManageDataset) -> dict[str, Any]:
         after = request.after
@@ -253,10 +254,10 @@ class Manage:
         return {"imports": await self._galleries.imports(_dataset(request))}
 
     async def _undo(self, request: m.ManageDataset) -> dict[str, Any]:
-        affected, revision = await self._galleries.undo_import(
+        removed = await self._galleries.undo_import(
             _dataset(request), _needed(request, "imported"), by=request.by, dry_run=request.dry_run
         )
-        return {"affected": affected, "revision": revision}
+        return _removed(removed)
 
     async def _enter(self, request: m.ManageDataset) -> dict[str, Any]:
         name = _dataset(request)
@@ -282,8 +283,46 @@ class Manage:
         # A person may be called otherwise than a dataset: `into` has to be looked at again.
         return {"job": await self._jobs.enter(codec.convert(asked, m.GalleryWork))}
 
+    async def _without_exports(self, dataset: str, told: dict[str, Any]) -> dict[str, Any]:
+        """Delete a dataset's exported files; what that comes to is said beside what is told."""
+        try:
+            await self._jobs.drop_exports(dataset)
+        except BusError as error:
+            # The deletion itself is done: an error would say that it is not.
+            log.error("exports.not_deleted", dataset=dataset, cause=error.message)
+            said = (
+                f"exported files of {dataset!r} may still have what was deleted, for an hour at "
+                f"most: {error.message}"
+            )
+            return {**told, "warnings": [*told.get("warnings", ()), said]}
+        return told
+
     async def _told(self, name: str) -> m.DatasetStats:
         return await self._galleries.stats(name, self._thresholds, self._expected_false)
+
+
+def _removed(removed: Removed) -> dict[str, Any]:
+    return {
+        "affected": removed.affected,
+        "revision": removed.revision,
+        **_unerased(removed),
+    }
+
+
+def _unerased(removed: Removed) -> dict[str, Any]:
+    """Return what is said of what a removal has left in the broker's files; nothing of nothing."""
+    left = removed.unerased
+    if left is None:
+        return {}
+    said = (
+        f"gone for every question, but not erased from the broker's files yet: {left.left:,} of "
+        "the deleted faces and images"
+    )
+    if left.cause is None:
+        said += "; that goes on behind this answer"
+    else:
+        said += f": {left.cause}; it is tried again, and the log says galleries.not_erased"
+    return {"unerased": left.left, "warnings": [said]}
 
 
 def _dataset(request: m.ManageDataset) -> str:

@@ -466,6 +466,26 @@ async def test_garbage_is_what_no_version_needs_and_is_not_new(
         assert (await collect(client)).freed_bytes == 0
 
 
+async def test_a_deletion_that_was_cut_short_is_brought_to_its_end(
+    client, worker, upload, monkeypatch
+):
+    async with worker():
+        lone, store = await upload(OTHER), client.store.artefacts
+
+        async def dies(*_args: object) -> None:
+            raise Unavailable("the broker is away")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(store, "drop", dies)
+            with pytest.raises(Unavailable):
+                await store.delete(lone)
+        monkeypatch.setattr(garbage, "ARTEFACT_GRACE", timedelta())
+        assert await store.half_deleted(m.now()) == [lone]
+        await collect(client)
+        assert await store.half_deleted(m.now()) == []
+        assert sum((await store._stream.occupied(">")).subjects.values()) == 0
+
+
 async def test_garbage_that_is_brought_again_in_the_last_moment_stays(
     client, worker, upload, monkeypatch
 ):

@@ -8,6 +8,7 @@ import pytest_asyncio
 from yarl import URL
 
 from bus.testing import until
+from tests.bus.damage import denying
 from tests.gateway.dataset_asking import PEOPLE, ask, enrol
 
 # --- Datasets -------------------------------------------------------------------------------------
@@ -223,6 +224,15 @@ async def test_a_person_is_deleted_with_all_entries(crew):
     assert told["affected"] == 2
     assert await names(crew) == {"Anna": 1, "Carla": 1}
     assert (await crew.json(PEOPLE))["entries"] == 2
+
+
+async def test_what_is_deleted_but_not_erased_is_said(crew):
+    client = crew.parts.client
+    await denying(client, f"{client.root}-galleries")
+    for path, count in ((f"{PEOPLE}/subjects/Bert", 2), (PEOPLE, 2)):
+        told, _ = await ask(crew, "DELETE", path)
+        assert told["unerased"] == count
+        assert "message delete not permitted" in told["warnings"][0]
 
 
 async def test_a_face_that_is_not_a_person_is_not_named_so_until_that_is_withdrawn(people, photo):

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bus import artefacts, codec
+from bus import codec
 from bus import messages as m
 from bus.broker import running_broker
 from bus.client import connect
@@ -107,6 +107,11 @@ def fail_thrice(monkeypatch):
         monkeypatch.setattr(Stream, "remove", failing)
 
     return begin
+
+
+async def nobody(_image) -> bool:
+    """Say that no entry names an image."""
+    return False
 
 
 async def removed(galleries) -> None:
@@ -253,7 +258,7 @@ async def test_a_kept_image_that_nobody_needs_is_in_no_file(client, pieces):
     # Beside it in the same block, so that no file goes away as a whole.
     other = await kept.keep(PHOTO[::-1])
     assert pieces() == 3
-    await kept.gone([digest])
+    await kept.drop(digest, nobody)
     assert pieces() == 0
     assert await client.store.faces.size(other) == len(PHOTO)
 
@@ -335,34 +340,24 @@ async def test_an_image_that_an_entry_names_again_meanwhile_is_left(client):
     images: dict[str, int] = {}
     gone: list[str] = []
 
-    async def drop(digests: set[str]) -> None:
-        gone.extend(digests)
+    async def drop(digest, _named) -> None:
+        gone.append(digest)
         # While this one is being erased the other is enrolled again.
         images.update({"a": 1, "b": 1})
 
     dead = [Dead("g", seq, image=image) for seq, image in ((1, "a"), (2, "b"))]
-    made = clearing.Clearing(client.store.galleries, client.root, images, drop)
+    made = clearing.Clearing(client.store.galleries, client.root, images, nobody, drop)
     async with beside(made.run()):
         await made.clear(dead)
         await made.done()
     assert len(gone) == 1
 
 
-async def test_what_cannot_be_erased_in_time_is_deleted_all_the_same(client, pieces, monkeypatch):
-    monkeypatch.setattr(artefacts, "ERASE_S", 0.0)
+async def test_what_cannot_be_erased_in_time_is_deleted_all_the_same(client, pieces):
     kept = KeptImages(client.store.faces)
     digest = await kept.keep(PHOTO)
     await kept.keep(PHOTO[::-1])
-    await kept.gone([digest])
+    assert await client.store.faces.delete(digest, erase_s=0)
     assert await client.store.faces.size(digest) is None
     assert not await client.store.faces.unfinished()
     assert pieces() == 3
-
-
-async def test_a_deletion_that_the_broker_refuses_is_no_success(client):
-    with pytest.raises(Unavailable, match="the stream is not there"):
-        await Stream(client._nc, "not-there").remove(1, erase=True)
-    seq = await client.store.galleries.append(f"{client.root}.gallery.g.head", b"{}")
-    for _ in range(2):
-        await client.store.galleries.remove(seq, erase=True)
-    await client.store.galleries.remove(seq + 1_000)

@@ -94,7 +94,7 @@ async def test_an_undone_import_takes_what_it_added_and_nobody_has_replaced(
     await galleries.move_entry("g", "b", "bob")
     async with replica(await connected()) as other:
         assert (await galleries.undo_import("g", "i1", dry_run=True))[0] == 2
-        affected, revision = await galleries.undo_import("g", "i1")
+        affected, revision, _ = await galleries.undo_import("g", "i1")
         assert affected == 2
         await other.wait(revision)
         assert galleries.ids("g") == other.ids("g") == ["a", "old", "other"]
@@ -180,10 +180,10 @@ async def test_the_next_worker_clears_what_an_undoing_that_was_cut_short_has_lef
     assert len(await entry_subjects(client)) == 4
     gone: set[str] = set()
 
-    async def images_gone(digests):
-        gone.update(digests)
+    async def drop_image(digest, _named):
+        gone.add(digest)
 
-    async with replica(images_gone=images_gone) as restarted:
+    async with replica(drop_image=drop_image) as restarted:
         assert restarted.ids("g") == ["kept"]
     assert gone == {"1" * 64, "2" * 64}
     assert await entry_subjects(client) == ["kept"]
@@ -192,13 +192,13 @@ async def test_the_next_worker_clears_what_an_undoing_that_was_cut_short_has_lef
 async def test_an_image_is_given_up_with_the_last_entry_of_any_gallery_that_names_it(replica):
     told: list[set[str]] = []
 
-    async def images_gone(digests):
-        told.append(set(digests))
+    async def drop_image(digest, _named):
+        told.append({digest})
 
     def kept(name: str, image: str) -> NewEntry:
         return new(name, image=image * 64, subject=name)
 
-    async with replica(images_gone=images_gone) as galleries:
+    async with replica(drop_image=drop_image) as galleries:
         for gallery in "gh":
             await galleries.create(gallery)
             await galleries.enrol(gallery, kept("a", "1"))

@@ -120,7 +120,7 @@ async def test_what_another_replica_tells_late_of_whom_or_what_was_removed_does_
                 await galleries.move_subjects("g", ["ann"], "anna")
             await galleries.remove_subject("g", "ann" if removal == "person" else "anna")
         held.set()
-        await other._ledger.all_told()
+        await other._ledger.telling.all_told()
     bodies = [stored.body async for stored in client.store.changes.read(f"{client.root}.>")]
     assert b"ann" not in b"".join(bodies)
 

@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 
 from bus import messages as m
-from bus.errors import Conflict, InvalidRequest, NotFound
+from bus.errors import BusError, Conflict, InvalidRequest, NotFound, Unavailable
+from services.rustyface.galleries import clearing
 from services.rustyface.galleries.galleries import NewEntry
 from services.rustyface.manage import Manage
+from tests.bus.damage import denying
 
 EAST, NORTH = np.array([1, 0], np.float32), np.array([0, 1], np.float32)
 
@@ -17,6 +19,7 @@ class Entered:
     def __init__(self) -> None:
         self.works: list[m.GalleryWork] = []
         self.dropped: list[str] = []
+        self.refuses: BusError | None = None
 
     async def enter(self, work: m.GalleryWork) -> m.Job:
         self.works.append(work)
@@ -24,6 +27,8 @@ class Entered:
         return m.Job(job="j1", created_at=at, updated_at=at, kind="gallery", gallery=work)
 
     async def drop_exports(self, dataset: str) -> None:
+        if self.refuses is not None:
+            raise self.refuses
         self.dropped.append(dataset)
 
 
@@ -264,3 +269,42 @@ async def test_every_action_that_can_be_asked_is_answered(manage, jobs):
     actions = m.ManageDataset.__annotations__["action"].__args__
     galleries_alone = Manage(None, jobs, None, None)
     assert set(galleries_alone._actions) == set(actions)
+
+
+@pytest.mark.parametrize(
+    ("asked", "left"),
+    [
+        ({"action": "remove-entry", "entry_id": "a0"}, 1),
+        ({"action": "remove-subject", "subject": "ann"}, 3),
+        ({"action": "delete-dataset"}, 5),
+    ],
+)
+async def test_a_deletion_claims_no_more_than_was_erased(manage, jobs, client, asked, left):
+    await denying(client, f"{client.root}-galleries")
+    answer = await manage(**asked)
+    assert answer.unerased == left
+    [said] = answer.warnings
+    assert said.startswith(
+        f"gone for every question, but not erased from the broker's files yet: {left} of the "
+    )
+    assert said.endswith(
+        "message delete not permitted; it is tried again, and the log says galleries.not_erased"
+    )
+    # All else that belongs to it is done.
+    assert jobs.dropped == ["g"]
+
+
+async def test_a_deletion_that_takes_long_says_that_it_goes_on(manage, monkeypatch):
+    monkeypatch.setattr(clearing, "PATIENT_S", 0)
+    answer = await manage("remove-subject", subject="ann")
+    assert answer.unerased == 3
+    assert answer.warnings[0].endswith("images; that goes on behind this answer")
+
+
+async def test_a_deletion_is_done_though_exported_files_of_it_could_not_be_deleted(manage, jobs):
+    jobs.refuses = Unavailable("the broker is away")
+    answer = await manage("remove-entry", entry_id="a0")
+    assert (answer.affected, answer.unerased) == (1, None)
+    [said] = answer.warnings
+    assert said.startswith("exported files of 'g' may still have what was deleted, for an hour at")
+    assert said.endswith("most: the broker is away")

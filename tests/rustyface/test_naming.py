@@ -156,7 +156,7 @@ async def test_a_revision_that_is_not_there_yet_is_refused_at_once_with_the_newe
 async def test_several_faces_are_answered_from_the_same_rows_after_one_question(people):
     ledger, rows = people._ledger, people._galleries["g"].joined
     # Telling the history asks, too.
-    await people._ledger.all_told()
+    await people._ledger.telling.all_told()
     asked, passes = ledger._last_seq.asked, rows.passes
     query = Query(vector=QUERY, k=1, threshold=-1, revision=None)
     others = [at_cosine(0.3, 5), at_cosine(-0.6, 2)]

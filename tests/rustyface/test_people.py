@@ -153,7 +153,7 @@ async def test_a_removed_person_is_gone_everywhere_at_once_and_from_the_stream(
     async with replica(await connected()) as other:
         assert (await people.remove_subject("g", "ann", dry_run=True))[0] == 3
         assert "ann" in await persons(people, other)
-        affected, revision = await people.remove_subject("g", "ann")
+        affected, revision, _ = await people.remove_subject("g", "ann")
         assert affected == 3
         await other.wait(revision)
         for one in (people, other):
@@ -175,10 +175,10 @@ async def test_the_next_worker_clears_what_a_removal_that_was_cut_short_has_left
     assert await vectors_of(client) == sorted(["a0", "a1", "a2", "b", rejection])
     gone = []
 
-    async def images_gone(digests):
-        gone.extend(digests)
+    async def drop_image(digest, _named):
+        gone.append(digest)
 
-    async with replica(images_gone=images_gone) as galleries:
+    async with replica(drop_image=drop_image) as galleries:
         assert await persons(galleries) == {"bob": ["b"]}
         assert gone == ["1" * 64]
         assert await vectors_of(client) == ["b"]
@@ -226,10 +226,11 @@ async def test_nothing_is_left_of_a_change_whose_gallery_is_deleted_meanwhile(
 
     async def late(self, *args: object, **kwargs):
         monkeypatch.undo()
-        # Only its event. Where the clearing comes first all the same, the move is a conflict, and
-        # finds the gallery gone.
+        # Only its event, and by another worker: the clearing would make the move a conflict.
         await self.append_head(
-            m.GalleryHead(id="g", at=m.now(), embedder="test", dimensions=2, deleted=True), 1
+            m.GalleryHead(id="g", at=m.now(), embedder="test", dimensions=2, deleted=True),
+            1,
+            "another's",
         )
         return await append(self, *args, **kwargs)
 

@@ -1,7 +1,10 @@
 """What jobs of datasets leave: a new dataset, and nothing of what was deleted or given up."""
 
+import pytest
+
 from bus import job_rules
 from bus import messages as m
+from bus.errors import Unavailable
 from bus.subjects import DATASET_JOB_CANCEL
 from bus.testing import until
 from services.rustyface.galleries.galleries import NewEntry, Query
@@ -97,6 +100,32 @@ async def test_leftovers_are_deleted_and_what_is_needed_stays(
         monkeypatch.setattr(leftovers_module, "RETRIED", leftovers_module.RETRIED * 0)
         await clear()
         assert await stored(client) == {digests["image"]}
+
+
+async def test_images_whose_deletion_was_cut_short_are_deleted_or_come_back(
+    client, carrier, tmp_path, monkeypatch
+):
+    """Whoever had taken them out of sight died before it could decide."""
+    monkeypatch.setattr(leftovers_module, "CUT_SHORT", leftovers_module.CUT_SHORT * 0)
+    digests = []
+    for name in ("needed", "not"):
+        path = tmp_path / name
+        path.write_bytes(name.encode())
+        digests.append(await uploaded(client, path))
+
+    async def dies() -> bool:
+        raise Unavailable("the broker is away")
+
+    async with carrier(at_once=0) as at:
+        await at.galleries.create("d")
+        await at.galleries.enrol("d", NewEntry(id="a", vector=vector(1), image=digests[0]))
+        for digest in digests:
+            with pytest.raises(Unavailable):
+                await client.store.faces.delete(digest, unless=dies)
+        assert await stored(client) == set()
+        await at.jobs._leftovers.clear()
+        assert await stored(client) == {digests[0]}
+        assert await client.store.faces.half_deleted(m.now()) == []
 
 
 async def test_what_a_worker_left_that_died_before_it_could_take_it_out_is_taken_out(

@@ -141,6 +141,9 @@ class Garbage:
                 (one.digest, one.size) for one in old
                 if await self._drop(one.digest, now - ARTEFACT_GRACE)
             ]  # fmt: skip
+            # Deletions that were cut short.
+            for digest in await self._store.artefacts.half_deleted(now - ARTEFACT_GRACE):
+                await self._drop(digest)
             for upload in broken:
                 with contextlib.suppress(Conflict):
                     await self._store.artefacts.discard(upload.upload_id)

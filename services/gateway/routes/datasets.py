@@ -131,7 +131,7 @@ async def delete(request: web.Request) -> web.Response:
         "dry_run": dry_run,
     }
     if not dry_run:
-        await manage(request, "delete-dataset")
+        told |= _left(await manage(request, "delete-dataset"))
     return answer(told)
 
 
@@ -422,7 +422,15 @@ def _revision(request: web.Request) -> int | None:
 
 def _changed(told: DatasetList, status: int = 200, /, **more: Any) -> web.Response:
     """Return what a change led to: how many entries it concerned, and as of which revision."""
-    return answer({**more, "affected": told.affected, "revision": told.revision}, status)
+    said = {**more, "affected": told.affected, "revision": told.revision, **_left(told)}
+    return answer(said, status)
+
+
+def _left(told: DatasetList) -> dict[str, Any]:
+    """Return what a change has not led to; nothing where it is done."""
+    if not told.warnings:
+        return {}
+    return {"unerased": told.unerased or 0, "warnings": told.warnings}
 
 
 def _shown(one: EntryInfo) -> dict[str, Any]:

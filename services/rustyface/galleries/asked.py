@@ -4,11 +4,12 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NamedTuple
 
 from bus import codec
 from bus import messages as m
 from bus.errors import InvalidRequest, TooLarge
+from services.rustyface.galleries.clearing import Unerased
 from services.rustyface.galleries.cosines import Floats
 
 # Searches give it back with every result, and an answer has to fit into one message.
@@ -91,6 +92,20 @@ class Outcome:
     replaced: int
     skipped: int
     revision: int
+
+
+class Removed(NamedTuple):
+    """What a removal has led to.
+
+    Attributes:
+        affected: How many entries it concerned.
+        revision: The gallery's revision that has it.
+        unerased: What of them is still in the broker's files; None if nothing is.
+    """
+
+    affected: int
+    revision: int
+    unerased: Unerased | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,19 +6,22 @@ marks as gone and leaves in its files as it is; what it erases it writes over.
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Final
+from collections import deque
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Final, NamedTuple
 
 import structlog
 
-from bus.errors import BusError
+from bus.errors import BusError, DeadlineExceeded, Internal, Unavailable
 from bus.streams import Stream
 from bus.subjects import gallery_events
 from services.rustyface.galleries.projection import Dead
 
 # What has to be cleared goes on behind an answer that would have to wait longer.
 PATIENT_S: Final = 5.0
+# So many may wait, and so many more of which the broker refuses something.
 CHORES_MAX: Final = 10_000
 # An erasure is an fsync, 150 to 450 a second on one disk (deleting alone: 1,500). With more at
 # once others' events would wait for longer.
@@ -27,42 +30,97 @@ ERASED_AT_ONCE: Final = 16
 ERASED_IN_TURN: Final = 500
 # More than so many that nobody waits for, and whoever replaces many entries waits.
 BEHIND_MAX: Final = 5_000
-# Between tries.
+# Between tries while the broker is away.
 PAUSE_S: Final = 0.5
 PAUSE_MAX_S: Final = 60.0
+# Between tries of what it refuses: a back-up ends, a stream that denies it has to be made anew.
+REFUSED_PAUSE_MAX_S: Final = 3_600.0
+NAMED_MAX: Final = 10
 
-ImagesGone = Callable[[set[str]], Awaitable[None]]
+# Deletes an image, unless it is told that an entry names it after all.
+DropImage = Callable[[str, Callable[[str], Awaitable[bool]]], Awaitable[None]]
 
 log = structlog.get_logger("rustyface.galleries")
 
 
-@dataclass(frozen=True)
-class _Chore:
-    """What has to be cleared away.
+class Unerased(NamedTuple):
+    """What is gone for every question, but not from the broker's files (yet).
 
     Attributes:
-        dead: These events, and the images that nothing else names.
-        below: Then all else that a gallery has below an event.
-        behind: Nobody waits for it.
-        done: Set at its end.
+        left: How many faces and images.
+        cause: Why the broker refuses some of them; None where all only takes a while.
     """
 
-    dead: Sequence[Dead]
-    below: tuple[str, int] | None = None
+    left: int
+    cause: str | None
+
+
+class _Below(NamedTuple):
+    """All that a gallery has below an event."""
+
+    gallery: str
+    seq: int
+
+
+@dataclass(eq=False)
+class _Chore:
+    """What has to be cleared away, and how far that has come.
+
+    Attributes:
+        images: Those that nothing else names.
+        events: With a face.
+        below: Then what is deleted behind them; nothing with a face, so it need not be erased.
+        behind: Nobody waits for it.
+        left: How many images and events are not erased yet.
+        refused: What the broker refuses.
+        cause: Why.
+        again: How much of it is tried again, because it was refused before.
+        pause_s: After how long.
+        done: Set once each was tried.
+    """
+
+    images: deque[str] = field(default_factory=deque)
+    events: deque[Dead] = field(default_factory=deque)
+    below: deque[_Below] = field(default_factory=deque)
     behind: bool = False
+    left: int = 0
+    refused: list[str | Dead | _Below] = field(default_factory=list)
+    cause: str | None = None
+    again: int = 0
+    pause_s: float = 0.0
     done: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def is_over(self) -> bool:
+        """Tell whether each part of it was tried."""
+        return not (self.images or self.events or self.below)
+
+    def begin_again(self) -> None:
+        """Have what was refused to be done once more."""
+        refused, self.refused, self.cause, self.behind = self.refused, [], None, False
+        self.again = len(refused)
+        self.images.extend(one for one in refused if isinstance(one, str))
+        self.events.extend(one for one in refused if isinstance(one, Dead))
+        self.below.extend(one for one in refused if isinstance(one, _Below))
+
+    def keeps(self, gallery: str) -> bool:
+        """Tell whether there is an event of a gallery that is not erased."""
+        there = (*self.events, *self.refused)
+        return any(isinstance(one, Dead) and one.gallery == gallery for one in there)
 
 
 class Clearing:
-    """Chores, done one after the other; one that fails is tried again until it does not.
+    """Chores, done one after the other.
 
-    Those that are waiting when the process ends are found by the next one that starts.
+    While the broker is away, all of them wait. What it refuses is put aside, told to the log and
+    tried again, less and less often; the rest goes on. What is not done when the process ends is
+    found by the next one that starts.
 
     Args:
         stream: Where the events are.
         root: The first token of their subjects.
         images: How many entries name an image.
-        images_gone: Is called with the images that no entry names any more.
+        named: Tells whether one does, as of the broker's newest revision.
+        drop_image: Deletes an image; None where none are kept.
     """
 
     def __init__(
@@ -70,14 +128,20 @@ class Clearing:
         stream: Stream,
         root: str,
         images: Mapping[str, int],
-        images_gone: ImagesGone | None,
+        named: Callable[[str], Awaitable[bool]],
+        drop_image: DropImage | None,
     ) -> None:
         self._stream = stream
         self._root = root
         self._images = images
-        self._images_gone = images_gone
+        self._named = named
+        self._drop_image = drop_image
         # Bounded where something is put in, so that the rest of a chore always finds its place.
         self._chores: asyncio.Queue[_Chore] = asyncio.Queue()
+        # Those of which the broker refuses something, and when they have their turn again.
+        self._stuck: dict[_Chore, asyncio.TimerHandle] = {}
+        # Images that may be out of sight already: whether they are deleted has to be decided.
+        self._begun: set[str] = set()
         # How many events nobody waits for.
         self._behind = 0
         self._keeps_up = asyncio.Event()
@@ -86,74 +150,175 @@ class Clearing:
     async def run(self) -> None:
         """Do chores until cancelled."""
         pause_s = PAUSE_S
-        while True:
-            chore = await self._chores.get()
-            left: _Chore | None = chore
-            try:
-                left = await self._carried_on(chore)
-            except BusError as error:
-                log.warning("galleries.not_cleared", again_in_s=pause_s, cause=error.message)
-                await asyncio.sleep(pause_s)
-                pause_s = min(2 * pause_s, PAUSE_MAX_S)
-            else:
-                pause_s = PAUSE_S
-            if left is not None:
-                self._chores.put_nowait(left)
-            self._chores.task_done()
+        try:
+            while True:
+                chore = await self._chores.get()
+                try:
+                    await self._carry_on(chore)
+                except (Unavailable, DeadlineExceeded) as error:
+                    log.warning("galleries.not_cleared", again_in_s=pause_s, cause=error.message)
+                    await asyncio.sleep(pause_s)
+                    pause_s = min(2 * pause_s, PAUSE_MAX_S)
+                else:
+                    pause_s = PAUSE_S
+                if chore.is_over():
+                    self._end(chore)
+                else:
+                    self._chores.put_nowait(chore)
+                self._chores.task_done()
+        finally:
+            for timer in self._stuck.values():
+                timer.cancel()
 
     def put(self, dead: Sequence[Dead], *, below: tuple[str, int] | None = None) -> None:
         """Have something cleared behind the answer; see `clear`."""
-        self._put(_Chore(dead, below, behind=True))
+        self._put(self._chore(dead, below, behind=True))
 
     async def keeps_up(self) -> None:
         """Wait until not much is left of what nobody waits for.
 
         Entries can be replaced far faster than erased. What they have taken the place of would
-        gather, in memory and in the broker's files.
+        gather, in memory and in the broker's files. What the broker refuses is not waited for.
         """
         await self._keeps_up.wait()
 
-    async def clear(self, dead: Sequence[Dead], *, below: tuple[str, int] | None = None) -> None:
+    async def clear(
+        self, dead: Sequence[Dead], *, below: tuple[str, int] | None = None
+    ) -> Unerased | None:
         """Erase what was taken away, and its images; wait for it, but not long.
 
-        What cannot be erased now is tried again until it can, behind the answer.
+        What is not erased by then is erased behind the answer, as soon as it can be.
 
         Args:
             dead: What an event has taken away.
             below: A gallery of which nothing stays below an event: all else of it is deleted too.
+
+        Returns:
+            What is not erased yet; None if all is.
         """
-        chore = _Chore(dead, below)
+        chore = self._chore(dead, below)
         self._put(chore)
         await soon(chore.done.wait())
+        return Unerased(chore.left, chore.cause) if chore.left else None
 
     async def done(self) -> None:
-        """Wait until nothing is left to be cleared away."""
+        """Wait until nothing is left to be cleared away but what the broker refuses."""
         await self._chores.join()
+
+    def _chore(
+        self, dead: Sequence[Dead], below: tuple[str, int] | None, *, behind: bool = False
+    ) -> _Chore:
+        images = {one.image for one in dead if one.image} if self._drop_image else set()
+        return _Chore(
+            images=deque(images),
+            events=deque(dead),
+            below=deque() if below is None else deque([_Below(*below)]),
+            behind=behind,
+            left=len(images) + len(dead),
+        )
 
     def _put(self, chore: _Chore) -> None:
         if self._chores.qsize() < CHORES_MAX:
             self._chores.put_nowait(chore)
             if chore.behind:
-                self._count(len(chore.dead))
+                self._count(len(chore.events))
             return
-        log.warning("galleries.not_cleared", cause=f"{CHORES_MAX:,} chores wait already")
+        chore.cause = f"{CHORES_MAX:,} chores wait already; the next worker that starts does it"
+        log.error("galleries.not_cleared", events=len(chore.events), cause=chore.cause)
         chore.done.set()
 
-    async def _carried_on(self, chore: _Chore) -> _Chore | None:
-        """Do a part of a chore, and return what is left of it."""
-        part, rest = chore.dead[:ERASED_IN_TURN], chore.dead[ERASED_IN_TURN:]
-        if part:
-            await self._erase(part)
-        if chore.below is not None and not rest:
-            gallery, seq = chore.below
-            # Settings, names, imports: nothing with a face, so it need not be erased.
-            await self._stream.purge(gallery_events(self._root, gallery), keep_from=seq)
-        if chore.behind:
-            self._count(-len(part))
-        if rest:
-            return replace(chore, dead=rest)
+    async def _carry_on(self, chore: _Chore) -> None:
+        """Do a part of a chore.
+
+        Raises:
+            Unavailable: The broker is away.
+            DeadlineExceeded: This process has not read what the broker has.
+        """
+        # In this order: whoever finds an event that was left finds the image by it.
+        await self._each(chore, chore.images, self._drop)
+        if not chore.images:
+            await self._each(chore, chore.events, self._erase)
+        if not chore.images and not chore.events:
+            await self._each(chore, chore.below, partial(self._purge, chore))
+
+    async def _each(
+        self, chore: _Chore, left: deque[Any], do: Callable[[Any], Awaitable[None]]
+    ) -> None:
+        """Do some of what is left of one kind."""
+        turn, away = min(len(left), ERASED_IN_TURN), list[BusError]()
+
+        async def work() -> None:
+            nonlocal turn
+            while turn and not away:
+                turn -= 1
+                one = left.popleft()
+                try:
+                    await do(one)
+                except (Unavailable, DeadlineExceeded) as error:
+                    left.append(one)
+                    away.append(error)
+                    return
+                except BusError as error:
+                    chore.refused.append(one)
+                    chore.cause = chore.cause or error.message
+                else:
+                    chore.left -= not isinstance(one, _Below)
+                if chore.behind and isinstance(one, Dead):
+                    self._count(-1)
+
+        async with asyncio.TaskGroup() as tasks:
+            for _ in range(min(turn, ERASED_AT_ONCE)):
+                tasks.create_task(work())
+        if away:
+            raise away[0]
+
+    async def _drop(self, image: str) -> None:
+        # Looked at just before: erasing takes a while, and an entry may bring it again.
+        if self._drop_image is None or (image in self._images and image not in self._begun):
+            return
+        self._begun.add(image)
+        await self._drop_image(image, self._named)
+        self._begun.discard(image)
+
+    async def _erase(self, one: Dead) -> None:
+        await self._stream.remove(one.seq, erase=True)
+
+    async def _purge(self, chore: _Chore, below: _Below) -> None:
+        # What is deleted can no longer be erased.
+        if any(one.keeps(below.gallery) for one in (chore, *self._stuck)):
+            raise Internal(f"faces of the dataset {below.gallery!r} are not erased")
+        await self._stream.purge(gallery_events(self._root, below.gallery), keep_from=below.seq)
+
+    def _end(self, chore: _Chore) -> None:
+        """Let go of a chore; if the broker refuses some of it, have that tried again."""
         chore.done.set()
-        return None
+        self._stuck.pop(chore, None)
+        if chore.again > len(chore.refused):
+            log.info("galleries.erased_late", parts=chore.again - len(chore.refused))
+        if not chore.refused:
+            return
+        again = len(self._stuck) < CHORES_MAX
+        if again:
+            chore.pause_s = min(2 * chore.pause_s or PAUSE_S, REFUSED_PAUSE_MAX_S)
+            loop = asyncio.get_running_loop()
+            self._stuck[chore] = loop.call_later(chore.pause_s, self._try_again, chore)
+        events = [one for one in chore.refused if isinstance(one, Dead)]
+        images = [one for one in chore.refused if isinstance(one, str)]
+        log.error(
+            "galleries.not_erased",
+            faces=len(events),
+            images=len(images),
+            datasets=sorted({one.gallery for one in events})[:NAMED_MAX],
+            revisions=sorted(one.seq for one in events)[:NAMED_MAX],
+            digests=sorted(images)[:NAMED_MAX],
+            # None: when the next worker starts.
+            again_in_s=chore.pause_s if again else None,
+            cause=chore.cause,
+        )
+
+    def _try_again(self, chore: _Chore) -> None:
+        chore.begin_again()
+        self._chores.put_nowait(chore)
 
     def _count(self, more: int) -> None:
         self._behind += more
@@ -161,33 +326,6 @@ class Clearing:
             self._keeps_up.clear()
         else:
             self._keeps_up.set()
-
-    async def _erase(self, dead: Sequence[Dead]) -> None:
-        await self._drop_images(one.image for one in dead if one.image)
-        left = iter(dead)
-
-        async def remove() -> None:
-            for one in left:
-                await self._stream.remove(one.seq, erase=True)
-
-        results = await asyncio.gather(
-            *(remove() for _ in range(min(ERASED_AT_ONCE, len(dead)))), return_exceptions=True
-        )
-        for result in results:
-            if isinstance(result, BaseException):
-                raise result
-
-    async def _drop_images(self, images: Iterable[str]) -> None:
-        if self._images_gone is None:
-            return
-        for image in set(images):
-            # Looked at just before each: erasing takes a while, and an entry may bring it again.
-            if image in self._images:
-                continue
-            try:
-                await self._images_gone({image})
-            except BusError as error:
-                log.warning("image.not_deleted", image=image, cause=error.message)
 
 
 async def soon(event: Awaitable[object]) -> None:

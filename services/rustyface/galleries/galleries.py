@@ -27,6 +27,7 @@ from services.rustyface.galleries.asked import (
     NewRejection,
     Outcome,
     Query,
+    Removed,
     Repeated,
     check_metadata,
 )
@@ -48,6 +49,7 @@ __all__ = [
     "NewRejection",
     "Outcome",
     "Query",
+    "Removed",
     "Repeated",
     "check_metadata",
 ]
@@ -149,7 +151,7 @@ class Galleries(People):
             return revision
         raise contended(f"the settings of {gallery!r}")
 
-    async def delete(self, gallery: str, *, by: str | None = None) -> int:
+    async def delete(self, gallery: str, *, by: str | None = None) -> Removed:
         """Delete a gallery with all that it has, here, in the stream and in the history.
 
         Raises:
@@ -162,11 +164,11 @@ class Galleries(People):
             revision = await self._ledger.append_head(head, there.head_seq, message_id)
             log.info("dataset.deleted", dataset=gallery, revision=revision, by=by)
             await self.wait(revision)
-        # Killed in between, the next worker that starts does it.
-        await self._ledger.all_told()
-        await self._history.forget(gallery)
-        await self._ledger.clear(dead, below=(gallery, revision))
-        return revision
+            # Killed in between, the next worker that starts does it.
+            await self._ledger.telling.all_told()
+            await self._history.forget(gallery)
+            unerased = await self._ledger.clear(dead, below=(gallery, revision))
+        return Removed(sum(one.entry is not None for one in dead), revision, unerased)
 
     # --- Entries ----------------------------------------------------------------------------------
 
@@ -248,7 +250,7 @@ class Galleries(People):
             )
         return Outcome(plan.added, plan.replaced, plan.skipped, revision)
 
-    async def remove(self, gallery: str, entry: str, *, by: str | None = None) -> int:
+    async def remove(self, gallery: str, entry: str, *, by: str | None = None) -> Removed:
         """Remove an entry, here and from the stream's files.
 
         Raises:
@@ -261,18 +263,17 @@ class Galleries(People):
         with self._ledger.taking() as (message_id, dead):
             revision = await self._ledger.append_entry(there, tombstone, message_id)
             await self.wait(revision)
-        self._tell(
-            gallery,
-            "remove-entry",
-            revision,
-            by,
-            entry=entry,
-            subject=person.name if person and person.entries else None,
-        )
-        if person is not None and not person.entries:
-            await self._forget_history(there, person.name)
-        await self._ledger.settle(there, dead)
-        return revision
+            self._tell(
+                gallery,
+                "remove-entry",
+                revision,
+                by,
+                entry=entry,
+                subject=person.name if person and person.entries else None,
+            )
+            if person is not None and not person.entries:
+                await self._forget_history(there, person.name)
+            return Removed(1, revision, await self._ledger.settle(there, dead))
 
     async def move_entry(
         self, gallery: str, entry: str, subject: str | None, *, by: str | None = None
@@ -353,13 +354,10 @@ class Galleries(People):
 
     async def undo_import(
         self, gallery: str, imported: str, *, by: str | None = None, dry_run: bool = False
-    ) -> tuple[int, int]:
+    ) -> Removed:
         """Take out all entries that an import has added and nobody has replaced since.
 
-        The rejections that it has brought leave as well.
-
-        Returns:
-            How many entries that concerns, and the revision.
+        The rejections that it has brought leave as well. What is affected are entries.
 
         Raises:
             NotFound: There is no such gallery or import.
@@ -373,7 +371,7 @@ class Galleries(People):
                 )
             brought = [one for one in there.entries.values() if one.imported == imported]
             if dry_run or record.state == "undone":
-                return len(brought), there.revision
+                return Removed(len(brought), there.revision)
             people = {one.person.name for one in brought if one.person}
             undone = msgspec.structs.replace(record, state="undone")
             with self._ledger.taking() as (message_id, dead):
@@ -381,13 +379,12 @@ class Galleries(People):
                     revision = await self._append_import(there, record, undone, message_id)
                 except Conflict:
                     continue
-            for name in people:
-                if there.named(name) is None:
-                    await self._forget_history(there, name)
-            gone = sum(one.entry is not None for one in dead)
-            self._tell(gallery, "undo-import", revision, by, count=gone, imported=imported)
-            await self._ledger.settle(there, dead)
-            return gone, revision
+                for name in people:
+                    if there.named(name) is None:
+                        await self._forget_history(there, name)
+                gone = sum(one.entry is not None for one in dead)
+                self._tell(gallery, "undo-import", revision, by, count=gone, imported=imported)
+                return Removed(gone, revision, await self._ledger.settle(there, dead))
         raise contended(f"the import {imported!r}")
 
     # --- Beneath ----------------------------------------------------------------------------------
@@ -425,16 +422,17 @@ class Galleries(People):
         """Remove an entry that still is as one event has left it."""
         tombstone = m.GalleryEntry(id=entry, at=m.now())
         subject = self._ledger.entry_subject(there, entry)
-        with self._ledger.taking() as (message_id, dead), contextlib.suppress(Conflict):
-            await self._ledger.append_after(
-                there,
-                subject,
-                seq,
-                tombstone,
-                content_type=codec.MSGPACK,
-                message_id=message_id,
-            )
-        await self._ledger.settle(there, dead)
+        with self._ledger.taking() as (message_id, dead):
+            with contextlib.suppress(Conflict):
+                await self._ledger.append_after(
+                    there,
+                    subject,
+                    seq,
+                    tombstone,
+                    content_type=codec.MSGPACK,
+                    message_id=message_id,
+                )
+            await self._ledger.settle(there, dead)
 
     def _check_import(self, there: Gallery, imported: str | None) -> None:
         record = there.imports.get(imported) if imported is not None else None

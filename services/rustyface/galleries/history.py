@@ -1,8 +1,9 @@
 """What was done to galleries, and by whom: a ring for each person, so that it can go with them."""
 
+import asyncio
 import contextlib
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Final
 
 import msgspec
@@ -10,13 +11,16 @@ import structlog
 
 from bus import codec
 from bus import messages as m
-from bus.errors import BusError
+from bus.errors import BusError, Unavailable
 from bus.streams import Stored, Stream
 from bus.subjects import GALLERY_CHANGE
-from services.rustyface.galleries.projection import addressed
+from services.rustyface.galleries.clearing import soon
+from services.rustyface.galleries.projection import Projection, addressed
 
 NOBODY: Final = "-"
 _WINDOW: Final = 2_000
+CHANGES_MAX: Final = 10_000
+TOLD_AT_ONCE: Final = 100
 
 log = structlog.get_logger("rustyface.history")
 
@@ -59,8 +63,14 @@ class History:
 
     async def take_back(self, seq: int) -> None:
         """Delete one change; raises Unavailable where that is not possible now."""
-        if self._stream is not None:
+        if self._stream is None:
+            return
+        try:
             await self._stream.remove(seq)
+        except Unavailable:
+            raise
+        except BusError as error:
+            log.error("history.not_cleared", seq=seq, cause=error.message)
 
     async def forget(self, gallery: str, persons: Iterable[str] | None = None) -> None:
         """Delete the rings of persons, or all of a gallery."""
@@ -121,6 +131,92 @@ class History:
             # Somebody may be called so.
             ring = f"sha256-{hashlib.sha256(person.encode()).hexdigest()}"
         return GALLERY_CHANGE.subject(self._root, gallery=gallery, subject=ring)
+
+
+class Telling:
+    """Changes on their way into the history, behind the answers.
+
+    Of its own: where changes cannot be told, deletions go on all the same.
+
+    Args:
+        history: Where they are kept.
+        projection: What was read of the galleries.
+        read_all: Waits until what the broker has is read.
+    """
+
+    def __init__(
+        self, history: History, projection: Projection, read_all: Callable[[], Awaitable[None]]
+    ) -> None:
+        self._history = history
+        self._projection = projection
+        self._read_all = read_all
+        self._changes: asyncio.Queue[m.GalleryChange] = asyncio.Queue(CHANGES_MAX)
+
+    def put(self, change: m.GalleryChange) -> None:
+        """Have a change told in the history, behind the answer."""
+        try:
+            self._changes.put_nowait(change)
+        except asyncio.QueueFull:
+            log.warning(
+                "history.not_kept",
+                dataset=change.dataset,
+                action=change.action,
+                cause=f"{CHANGES_MAX:,} changes wait already",
+            )
+
+    async def all_told(self) -> None:
+        """Wait until every change was told, but not long."""
+        await soon(self._changes.join())
+
+    async def run(self) -> None:
+        """Tell changes until cancelled."""
+        told: list[tuple[m.GalleryChange, int]] = []
+        while True:
+            changes = [await self._changes.get()]
+            while len(changes) < TOLD_AT_ONCE and not self._changes.empty():
+                changes.append(self._changes.get_nowait())
+            try:
+                seqs = [await self._history.tell(change) for change in changes]
+                pairs = zip(changes, seqs, strict=True)
+                told += [(change, seq) for change, seq in pairs if seq is not None]
+                told = await self._take_back(told)
+            finally:
+                for _ in changes:
+                    self._changes.task_done()
+
+    async def _take_back(
+        self, told: list[tuple[m.GalleryChange, int]]
+    ) -> list[tuple[m.GalleryChange, int]]:
+        """Delete told changes of whom, or of what, was removed before they were told.
+
+        Whoever removed has deleted the history by then. So it has to be looked for afterwards, and
+        the removal is in the stream if these came too late.
+
+        Returns:
+            Those that could not be looked at.
+        """
+        try:
+            await self._read_all()
+            for change, seq in told:
+                if self._is_over(change):
+                    await self._history.take_back(seq)
+        except BusError as error:
+            log.warning("history.not_looked_at", changes=len(told), cause=error.message)
+            return told[-CHANGES_MAX:]
+        return []
+
+    def _is_over(self, change: m.GalleryChange) -> bool:
+        """Tell whether a change is about somebody, or a gallery, that was removed after it."""
+        if change.dataset in self._projection.unreadable:
+            return False
+        revision = change.revision or 0
+        if revision < self._projection.heads.get(change.dataset, 0):
+            return True
+        there = self._projection.galleries.get(change.dataset)
+        if there is None or change.subject is None:
+            return False
+        # From just before it: a renaming is told by the name that was left with it.
+        return there.moves.walk(change.subject, revision - 1)[0] is None
 
 
 def _change(stored: Stored) -> m.GalleryChange | None:

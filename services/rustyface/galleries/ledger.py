@@ -14,7 +14,7 @@ import asyncio
 import contextlib
 import itertools
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
@@ -39,17 +39,15 @@ from bus.subjects import (
 )
 from bus.tasks import beside
 from services.rustyface.galleries.asking import Asking
-from services.rustyface.galleries.clearing import Clearing, ImagesGone, soon
+from services.rustyface.galleries.clearing import Clearing, DropImage, Unerased, soon
 from services.rustyface.galleries.gallery import Gallery
-from services.rustyface.galleries.history import History
+from services.rustyface.galleries.history import History, Telling
 from services.rustyface.galleries.projection import MESSAGE_ID, Dead, Projection, addressed
 
 WAIT_S: Final = 5.0
 # An event comes round within a few milliseconds. After this long it may be one that somebody
 # deleted from the stream by hand, and that will never come.
 PATIENCE_S: Final = 0.5
-CHANGES_MAX: Final = 10_000
-TOLD_AT_ONCE: Final = 100
 TRIES: Final = 16
 
 
@@ -62,16 +60,17 @@ class Ledger:
     Args:
         stream: Where the events are.
         root: The first token of their subjects.
-        history: Where changes are told.
-        images_gone: Is called with the images that no entry names any more.
+        history: What was done, as it is kept.
+        drop_image: Deletes an image that no entry names any more.
 
     Attributes:
         caught_up: Set once everything that was there at the start has been read.
         projection: What was read.
+        telling: Where changes are told.
     """
 
     def __init__(
-        self, stream: Stream, root: str, history: History, images_gone: ImagesGone | None
+        self, stream: Stream, root: str, history: History, drop_image: DropImage | None
     ) -> None:
         self.caught_up = asyncio.Event()
         # One thread: a search uses all processors, and two at once only halve each other.
@@ -80,7 +79,9 @@ class Ledger:
         self._stream = stream
         self._root = root
         self._history = history
-        self._clearing = Clearing(stream, root, self.projection.images, images_gone)
+        self._clearing = Clearing(
+            stream, root, self.projection.images, self.names_image, drop_image
+        )
         # The same for all who wait together: a question to the broker costs as much as a search.
         self._last_seq = Asking(stream.last_seq)
         self._moved = asyncio.Condition()
@@ -92,8 +93,7 @@ class Ledger:
         self._numbers = itertools.count()
         # By message id, what those have taken away for whose answer somebody waits.
         self._taken: dict[str, list[Dead]] = {}
-        # Of its own: where changes cannot be told, deletions go on all the same.
-        self._changes: asyncio.Queue[m.GalleryChange] = asyncio.Queue(CHANGES_MAX)
+        self.telling = Telling(history, self.projection, self._read_all)
 
     async def run(self) -> None:
         """Read the events, from the first one on, until cancelled.
@@ -102,9 +102,7 @@ class Ledger:
             Unavailable: The stream is not the one that was read so far.
         """
         try:
-            async with beside(
-                self._end_when_replaced(), self._clearing.run(), self._tell_changes()
-            ):
+            async with beside(self._end_when_replaced(), self._clearing.run(), self.telling.run()):
                 async for batch in self._stream.follow(gallery_events(self._root)):
                     self._sort(self.projection.apply(batch.messages))
                     if batch.caught_up and not self.caught_up.is_set():
@@ -177,6 +175,16 @@ class Ledger:
             known = ", ".join(sorted(self.projection.galleries)) or "none"
             raise NotFound(f"there is no dataset {gallery!r}; there are: {known}", field="dataset")
         return there
+
+    async def names_image(self, image: str) -> bool:
+        """Tell whether an entry names an image, as of the broker's newest revision.
+
+        Raises:
+            Unavailable: The broker is away.
+            DeadlineExceeded: This replica has not read that revision yet.
+        """
+        await self._read_all()
+        return image in self.projection.images
 
     def check_readable(self, gallery: str) -> None:
         """Raise Conflict if there is an event of a gallery that this worker cannot read."""
@@ -254,7 +262,7 @@ class Ledger:
         # One condition is all that a message can have. Nothing of a dead gallery may stay; but what
         # has come into one that was made anew meanwhile everybody has read, and it does.
         if now is None or revision < now.head_seq:
-            await self._stream.remove(revision, erase=True)
+            await self.clear([Dead(there.head.id, revision)])
             raise _deleted(there)
         return revision
 
@@ -310,27 +318,47 @@ class Ledger:
 
     @contextlib.contextmanager
     def taking(self) -> Iterator[tuple[str, list[Dead]]]:
-        """Give a message id for an event, and collect what that event takes away."""
+        """Give a message id for an event, and collect what that event takes away.
+
+        To be left once that is being cleared: what fails or is cancelled before has it cleared all
+        the same.
+        """
         message_id = self._message_id()
         taken = self._taken[message_id] = []
         try:
             yield message_id, taken
+        except BaseException:
+            self._clearing.put(taken)
+            raise
         finally:
             del self._taken[message_id]
 
-    async def clear(self, dead: Sequence[Dead], *, below: tuple[str, int] | None = None) -> None:
+    async def clear(
+        self, dead: Sequence[Dead], *, below: tuple[str, int] | None = None
+    ) -> Unerased | None:
         """Erase what was taken away, and its images; see `Clearing.clear`."""
-        await self._clearing.clear(dead, below=below)
+        return await self._clearing.clear(dead, below=below)
 
     async def keeps_up(self) -> None:
         """Wait until erasing keeps up with replacing; see `Clearing.keeps_up`."""
         await self._clearing.keeps_up()
 
-    async def settle(self, there: Gallery, dead: Sequence[Dead]) -> None:
-        """Clear what was taken away, and the rejections that are pointless without it."""
-        # Read first, so that what they take away is erased before this is.
-        await self.wait(await self.withdraw_orphans(there))
-        await self.clear(dead)
+    async def settle(self, there: Gallery, dead: Sequence[Dead]) -> Unerased | None:
+        """Clear what was taken away, and the rejections that are pointless without it.
+
+        Returns:
+            What of all that is not erased yet; None if all is.
+        """
+        pointless: list[list[Dead]] = []
+        with contextlib.ExitStack() as takings:
+
+            def taking() -> str:
+                message_id, taken = takings.enter_context(self.taking())
+                pointless.append(taken)
+                return message_id
+
+            await self.wait(await self.withdraw_orphans(there, taking))
+        return await self.clear([*itertools.chain(*pointless), *dead])
 
     async def withdraw(self, there: Gallery, rejection: str, message_id: str | None = None) -> int:
         """Store that a rejection counts no more."""
@@ -339,10 +367,16 @@ class Ledger:
         subject = GALLERY_REJECTION.subject(self._root, gallery=there.head.id, rejection=rejection)
         return await self.append(there, subject, event, message_id=message_id)
 
-    async def withdraw_orphans(self, there: Gallery) -> int:
+    async def withdraw_orphans(
+        self, there: Gallery, message_id: Callable[[], str] | None = None
+    ) -> int:
         """Withdraw rejections whose face was removed or is that person's now, or whose person left.
 
         Does not wait until that is read: the reader itself calls this.
+
+        Args:
+            there: The gallery.
+            message_id: Gives the message id of each event; any if None.
 
         Returns:
             The last revision; 0 if there was nothing to withdraw.
@@ -352,26 +386,10 @@ class Ledger:
             if there.has_sense(one):
                 continue
             try:
-                revision = await self.withdraw(there, one.id)
+                revision = await self.withdraw(there, one.id, message_id and message_id())
             except BusError as error:
                 log.warning("rejection.not_withdrawn", rejection=one.id, cause=error.message)
         return revision
-
-    def tell(self, change: m.GalleryChange) -> None:
-        """Have a change told in the history, behind the answer."""
-        try:
-            self._changes.put_nowait(change)
-        except asyncio.QueueFull:
-            log.warning(
-                "history.not_kept",
-                dataset=change.dataset,
-                action=change.action,
-                cause=f"{CHANGES_MAX:,} changes wait already",
-            )
-
-    async def all_told(self) -> None:
-        """Wait until every change was told, but not long."""
-        await soon(self._changes.join())
 
     async def chores_done(self) -> None:
         """Wait until nothing is left to be cleared away, but not long."""
@@ -385,55 +403,6 @@ class Ledger:
         return (
             headers if content_type == codec.JSON else headers | {codec.CONTENT_TYPE: content_type}
         )
-
-    async def _tell_changes(self) -> None:
-        told: list[tuple[m.GalleryChange, int]] = []
-        while True:
-            changes = [await self._changes.get()]
-            while len(changes) < TOLD_AT_ONCE and not self._changes.empty():
-                changes.append(self._changes.get_nowait())
-            try:
-                seqs = [await self._history.tell(change) for change in changes]
-                pairs = zip(changes, seqs, strict=True)
-                told += [(change, seq) for change, seq in pairs if seq is not None]
-                told = await self._take_back(told)
-            finally:
-                for _ in changes:
-                    self._changes.task_done()
-
-    async def _take_back(
-        self, told: list[tuple[m.GalleryChange, int]]
-    ) -> list[tuple[m.GalleryChange, int]]:
-        """Delete told changes of whom, or of what, was removed before they were told.
-
-        Whoever removed has deleted the history by then. So it has to be looked for afterwards, and
-        the removal is in the stream if these came too late.
-
-        Returns:
-            Those that could not be looked at.
-        """
-        try:
-            await self.wait(await self.newest())
-            for change, seq in told:
-                if self._is_over(change):
-                    await self._history.take_back(seq)
-        except BusError as error:
-            log.warning("history.not_looked_at", changes=len(told), cause=error.message)
-            return told[-CHANGES_MAX:]
-        return []
-
-    def _is_over(self, change: m.GalleryChange) -> bool:
-        """Tell whether a change is about somebody, or a gallery, that was removed after it."""
-        if change.dataset in self.projection.unreadable:
-            return False
-        revision = change.revision or 0
-        if revision < self.projection.heads.get(change.dataset, 0):
-            return True
-        there = self.projection.galleries.get(change.dataset)
-        if there is None or change.subject is None:
-            return False
-        # From just before it: a renaming is told by the name that was left with it.
-        return there.moves.walk(change.subject, revision - 1)[0] is None
 
     def _sort(self, dead: list[Dead]) -> None:
         """Keep what this process has to clear away: the other replicas' own is theirs."""
@@ -466,9 +435,14 @@ class Ledger:
             log.info("dataset.left_behind", dataset=gallery)
             self._clearing.put(left[gallery], below=(gallery, projection.heads[gallery]))
         left.clear()
+        # In this order: an image is dropped once this replica has read what the broker has.
+        await self.chores_done()
         for there in list(projection.galleries.values()):
             await self.withdraw_orphans(there)
-        await self.chores_done()
+
+    async def _read_all(self) -> None:
+        """Wait until what the broker has is read."""
+        await self.wait(await self.newest())
 
     async def _comes_to(self, revision: int) -> bool:
         """Return whether an event is read soon."""

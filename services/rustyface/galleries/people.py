@@ -14,7 +14,7 @@ from bus import codec
 from bus import messages as m
 from bus.errors import Conflict, InvalidRequest, NotFound
 from bus.subjects import GALLERY_REJECTION, GALLERY_SUBJECT
-from services.rustyface.galleries.asked import NewRejection, Repeated
+from services.rustyface.galleries.asked import NewRejection, Removed, Repeated
 from services.rustyface.galleries.cosines import Floats
 from services.rustyface.galleries.gallery import Gallery, Kept
 from services.rustyface.galleries.ledger import TRIES
@@ -83,11 +83,8 @@ class People(Questions):
 
     async def remove_subject(
         self, gallery: str, subject: str, *, by: str | None = None, dry_run: bool = False
-    ) -> tuple[int, int]:
+    ) -> Removed:
         """Remove a person: all their entries and rejections, here, in the stream, in the history.
-
-        Returns:
-            How many entries that concerns, and the revision.
 
         Raises:
             NotFound: There is no such gallery or person.
@@ -95,14 +92,13 @@ class People(Questions):
         there = await self._ledger.known(gallery)
         person = person_of(there, subject)
         if dry_run:
-            return len(person.entries), there.revision
+            return Removed(len(person.entries), there.revision)
         with self._ledger.taking() as (message_id, dead):
             revision = await self._move(gallery, subject, None, message_id)
-        await self._forget_history(there, subject)
-        gone = sum(one.entry is not None for one in dead)
-        self._tell(gallery, "remove-subject", revision, by, count=gone)
-        await self._ledger.settle(there, dead)
-        return gone, revision
+            await self._forget_history(there, subject)
+            gone = sum(one.entry is not None for one in dead)
+            self._tell(gallery, "remove-subject", revision, by, count=gone)
+            return Removed(gone, revision, await self._ledger.settle(there, dead))
 
     async def reject(
         self,
@@ -200,7 +196,7 @@ class People(Questions):
             await self._ledger.settle(there, [])
         return Repeated(added + len(said) - len(lost), known, refused, revision)
 
-    async def withdraw(self, gallery: str, rejection: str, *, by: str | None = None) -> int:
+    async def withdraw(self, gallery: str, rejection: str, *, by: str | None = None) -> Removed:
         """Take a rejection back; raises NotFound if there is no such gallery or rejection."""
         there = await self._ledger.known(gallery)
         known = there.rejections.get(rejection)
@@ -212,9 +208,8 @@ class People(Questions):
         with self._ledger.taking() as (message_id, dead):
             revision = await self._ledger.withdraw(there, rejection, message_id)
             await self.wait(revision)
-        self._tell(gallery, "withdraw-rejection", revision, by, subject=subject)
-        await self._ledger.clear(dead)
-        return revision
+            self._tell(gallery, "withdraw-rejection", revision, by, subject=subject)
+            return Removed(0, revision, await self._ledger.clear(dead))
 
     def _face(self, there: Gallery, rejection: NewRejection) -> Floats:
         """Return the face of a rejection at length 1: its own, or its entry's."""
@@ -274,14 +269,14 @@ class People(Questions):
 
     async def _forget_history(self, there: Gallery, person: str) -> None:
         """Delete the history of somebody who is gone, under all names that led to theirs."""
-        await self._ledger.all_told()
+        await self._ledger.telling.all_told()
         await self._history.forget(there.head.id, there.moves.names_of(person))
 
     def _tell(self, gallery: str, action: str, revision: int, by: str | None, **more: Any) -> None:
         change = m.GalleryChange(
             dataset=gallery, at=m.now(), action=action, by=by, revision=revision, **more
         )
-        self._ledger.tell(change)
+        self._ledger.telling.put(change)
 
 
 def person_of(there: Gallery, name: str) -> Person:

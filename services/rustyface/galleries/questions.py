@@ -11,7 +11,7 @@ from bus.errors import InvalidRequest
 from bus.streams import Stream
 from services.rustyface.galleries import filters
 from services.rustyface.galleries.asked import Found, Match, NewRejection, Query
-from services.rustyface.galleries.clearing import ImagesGone
+from services.rustyface.galleries.clearing import DropImage
 from services.rustyface.galleries.cosines import Floats
 from services.rustyface.galleries.gallery import Gallery, Kept
 from services.rustyface.galleries.history import History
@@ -29,7 +29,7 @@ class Questions:
         dimensions: How long those are.
         digest: Which version of the embedder; None if that is not known.
         changes: Where the history is kept; None keeps none.
-        images_gone: Is called with the kept images that no entry names any more.
+        drop_image: Deletes a kept image that no entry names any more.
 
     Attributes:
         caught_up: Set once everything that was there at the start has been read.
@@ -44,14 +44,14 @@ class Questions:
         *,
         digest: str | None = None,
         changes: Stream | None = None,
-        images_gone: ImagesGone | None = None,
+        drop_image: DropImage | None = None,
     ) -> None:
         self._root = root
         self._embedder = embedder
         self._dimensions = dimensions
         self._digest = digest
         self._history = History(changes, root)
-        self._ledger = Ledger(stream, root, self._history, images_gone)
+        self._ledger = Ledger(stream, root, self._history, drop_image)
         self._galleries = self._ledger.projection.galleries
         self.caught_up = self._ledger.caught_up
 
@@ -82,6 +82,10 @@ class Questions:
     def images(self) -> set[str]:
         """Every kept image that an entry names, by SHA-256."""
         return set(self._ledger.projection.images)
+
+    async def names_image(self, image: str) -> bool:
+        """Tell whether an entry names an image, as of the broker's newest revision."""
+        return await self._ledger.names_image(image)
 
     def __contains__(self, gallery: str) -> bool:
         return gallery in self._galleries
@@ -263,7 +267,7 @@ class Questions:
             NotFound: There is no such gallery.
         """
         await self._ledger.known(gallery)
-        await self._ledger.all_told()
+        await self._ledger.telling.all_told()
         return await self._history.read(gallery, limit=limit, before=after)
 
     async def search(self, gallery: str, query: Query) -> Found:

@@ -1,6 +1,7 @@
 """Images of datasets that keep them: stored before their entry, gone with the last that has it."""
 
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable
+from functools import partial
 
 import structlog
 
@@ -13,8 +14,10 @@ log = structlog.get_logger("rustyface.kept")
 class KeptImages:
     """Images in the object store of faces, each named by its SHA-256.
 
-    An image is stored before the event of its entry, so no entry ever names one that is not there.
-    One whose event never came is garbage, which is collected by age.
+    An image is stored before the event of its entry, and looked for behind it: somebody may have
+    deleted it in between, with the last entry that had it till then. Whoever deletes it takes it
+    out of sight first and looks then whether an entry names it. So one of both sees the other, and
+    no entry is left without its image. One whose event never came is garbage, collected by age.
 
     Args:
         store: The object store.
@@ -39,16 +42,20 @@ class KeptImages:
         Its entry is stored already, so a failure is only told to the log.
         """
         try:
-            # Whoever is deleting it just now sees that it was brought again, and leaves it.
-            if await self._store.touch(digest) is None:
+            # One that is there stays: whoever begins to delete it now finds its entry.
+            if await self._store.size(digest) is None and await self._store.touch(digest) is None:
                 await self.keep(image)
         except BusError as error:
             log.warning("image.not_kept", image=digest, cause=error.message)
 
-    async def gone(self, digests: Iterable[str]) -> None:
-        """Delete images that no entry names any more; what cannot be is left to the garbage."""
-        for digest in digests:
-            try:
-                await self._store.delete(digest)
-            except BusError as error:
-                log.warning("image.not_deleted", image=digest, cause=error.message)
+    async def drop(self, digest: str, named: Callable[[str], Awaitable[bool]]) -> None:
+        """Delete an image, unless an entry names it by then.
+
+        Args:
+            digest: Which one.
+            named: Tells whether one does, as of the broker's newest revision.
+
+        Raises:
+            BusError: It is not erased, or only a part of it; asked again, this goes on.
+        """
+        await self._store.delete(digest, unless=partial(named, digest), erase_s=None)

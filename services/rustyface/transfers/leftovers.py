@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Awaitable, Callable
 from datetime import timedelta
+from functools import partial
 from typing import Final
 
 import structlog
@@ -22,6 +23,8 @@ RETRIED: Final = timedelta(days=1)
 UNFINISHED: Final = timedelta(days=1)
 # Whoever ended a job has cleared up after it by then, or is gone.
 CLOSED: Final = timedelta(minutes=5)
+# So long after whoever began to delete something is at it, or gone.
+CUT_SHORT: Final = timedelta(minutes=5)
 EXPORTS_S: Final = 60.0
 ALL_EVERY: Final = 60
 
@@ -85,6 +88,10 @@ class Leftovers:
                 continue
             if await self._store.delete(one.digest, unless_since=before):
                 log.info("leftover.deleted", artefact=one.digest, size_bytes=one.size)
+        for digest in await self._store.half_deleted(m.now() - CUT_SHORT):
+            named = partial(self._galleries.names_image, digest)
+            if await self._store.delete(digest, unless=named):
+                log.info("leftover.deleted", artefact=digest)
         for upload in await self._store.unfinished():
             if upload.written_at < m.now() - UNFINISHED:
                 await self._store.discard(upload.upload_id)
