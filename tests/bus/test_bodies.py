@@ -4,9 +4,11 @@ import asyncio
 import contextlib
 import hashlib
 import json
+import os
 import signal
 import subprocess
 import sys
+import tracemalloc
 
 import pytest
 
@@ -14,6 +16,7 @@ from bus import codec, serving
 from bus import messages as m
 from bus.assets import BODY_AGE_S
 from bus.bodies import BODY, BODY_BYTES, BODY_SHA256, Reference
+from bus.broker import running_broker
 from bus.client import TIMEOUT_MS, Answer, connect, trace
 from bus.errors import (
     BusError,
@@ -24,13 +27,15 @@ from bus.errors import (
     NotFound,
     Overloaded,
     TooLarge,
+    Unavailable,
     Unprocessable,
 )
 from bus.instance import RawCall, join
-from bus.settings import body_max_bytes
+from bus.objects import chunks_subject, message, name_subject
+from bus.settings import bodies_share_bytes, body_max_bytes
 from bus.streams import NS, ask_jetstream
 from bus.subjects import FACES_DETECT, MODEL_INFER
-from bus.testing import until
+from bus.testing import declared, until
 
 LARGE = bytes(range(250)) * 80_000
 SHA256 = hashlib.sha256(LARGE).hexdigest()
@@ -307,6 +312,58 @@ async def test_what_a_killed_asker_leaves_goes_by_its_age(broker, client, worker
     worker.go_on.set()
 
 
+@pytest.fixture
+async def standing(tmp_path, root):
+    """A client of a broker that stands still, and what has it go on."""
+    async with (
+        running_broker(tmp_path, sync_interval="2m") as broker,
+        declared(broker.url, root) as client,
+    ):
+        os.kill(broker.pid, signal.SIGSTOP)
+        try:
+            yield client, lambda: os.kill(broker.pid, signal.SIGCONT)
+        finally:
+            os.kill(broker.pid, signal.SIGCONT)
+
+
+async def test_a_caller_hears_in_time_that_a_broker_stands_still_and_its_body_goes_later(standing):
+    client, go_on = standing
+    began = asyncio.get_running_loop().time()
+    with pytest.raises(DeadlineExceeded, match="was not stored within 1 s"):
+        await client.relay(f"{client.root}.call.x", LARGE, timeout_s=1)
+    assert asyncio.get_running_loop().time() - began < 5
+    assert client.bodies._leaving
+    go_on()
+    await until(lambda: not client.bodies._leaving)
+    assert not await stored(client)
+
+
+async def test_a_client_that_closes_before_a_broker_that_stands_still_leaves_no_task(
+    standing, root
+):
+    client, _ = standing
+    before = asyncio.all_tasks()
+    with pytest.raises(DeadlineExceeded):
+        await client.relay(f"{root}.call.x", LARGE, timeout_s=0.2)
+    assert client.bodies._leaving
+    async with asyncio.timeout(6):
+        await client._leave()
+    assert asyncio.all_tasks() <= before
+
+
+async def test_a_body_that_the_broker_lost_is_no_fault_of_whoever_asked(client, worker, subject):
+    async def blocks():
+        yield LARGE
+
+    lost = await client.bodies.put(blocks())
+    await client.bodies._stream.purge(name_subject(client.bodies._bucket, lost.name))
+    with pytest.raises(Unavailable, match="has lost the body of 20,000,000 bytes") as raised:
+        await client.relay(subject, lost)
+    assert (raised.value.field, raised.value.retry_after_s) == (None, 1.0)
+    assert not worker.calls
+    await nothing_left(client)
+
+
 # --- It is not what was said ----------------------------------------------------------------------
 
 
@@ -355,8 +412,35 @@ async def test_a_body_of_which_a_chunk_is_missing_is_refused(client, worker, sub
     chunk = await client.bodies._stream.at_or_after(1, chunks)
     await client.bodies._stream.remove(chunk.seq)
     with pytest.raises(Unprocessable, match="put it there whole"):
+        await client.relay(subject, b"", headers=put.headers)
+    # Whoever had it put aside by us reads what is theirs.
+    with pytest.raises(Unavailable, match="put it there whole.*; ask again"):
         await client.relay(subject, put)
     await nothing_left(client)
+
+
+async def test_a_body_in_very_many_chunks_is_refused_before_all_of_them_are_taken(
+    client, worker, subject
+):
+    body, bucket = LARGE[:20_000], client.bodies._bucket
+    for at in range(0, len(body), 2):
+        await client._nc.publish(chunks_subject(bucket, "x"), body[at : at + 2])
+    said = {"name": "x", "nuid": "x", "size": len(body), "chunks": len(body) // 2}
+    await client.bodies._stream.append(name_subject(bucket, "x"), message(said))
+    reference = Reference("x", len(body), hashlib.sha256(body).hexdigest())
+    with pytest.raises(Unprocessable, match="has more than 5 chunks: .* 4,096 bytes or more"):
+        await client.relay(subject, b"", headers=reference.headers)
+    assert not worker.calls
+
+
+async def test_a_body_that_is_fetched_is_held_once(client, put):
+    tracemalloc.start()
+    try:
+        assert await client.bodies.fetch(put) == LARGE
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 1.6 * len(LARGE)
 
 
 # --- Limits ---------------------------------------------------------------------------------------
@@ -387,6 +471,46 @@ def test_the_limit_is_a_setting(monkeypatch):
     monkeypatch.setenv("BKG_BODY_MAX_BYTES", "1k")
     with pytest.raises(InvalidRequest, match="from 8,388,608 to 134,217,728"):
         body_max_bytes()
+
+
+async def test_what_is_put_aside_leaves_others_their_share_of_the_store(client, worker, subject):
+    client.bodies.share_bytes = 50_000_000
+    worker.go_on.clear()
+    asked = [asyncio.create_task(client.relay(subject, LARGE, timeout_s=60)) for _ in range(2)]
+    await until(lambda: len(worker.calls) == 2)
+    begun = []
+
+    async def blocks():
+        begun.append(True)
+        yield LARGE
+
+    says = (
+        "this body has 20,000,000 bytes, and other large ones .* have 40,000,000 in "
+        f"{client.root}-bodies; 50,000,000 are allowed together .BKG_BODIES_SHARE_BYTES"
+    )
+    for put in (client.relay(subject, LARGE), client.bodies.put(blocks(), len(LARGE))):
+        with pytest.raises(Unavailable, match=says) as raised:
+            await put
+        assert raised.value.retry_after_s == 1.0
+    assert not begun
+    # One that does not say how long it will be hears it on its way.
+    with pytest.raises(Unavailable, match="20,000,000 bytes or more"):
+        await client.bodies.put(blocks())
+    worker.go_on.set()
+    await asyncio.gather(*asked)
+    await nothing_left(client)
+    await until(lambda: not client.bodies._ours)
+    await client.relay(subject, LARGE)
+
+
+def test_the_share_is_a_setting(monkeypatch):
+    assert bodies_share_bytes() == 512 * 1024**2
+    monkeypatch.setenv("BKG_BODIES_SHARE_BYTES", "100000000")
+    assert bodies_share_bytes() == 100_000_000
+    # The largest body has to fit.
+    monkeypatch.setenv("BKG_BODY_MAX_BYTES", "100000001")
+    with pytest.raises(InvalidRequest, match="from 100,000,001 to 1,073,741,824"):
+        bodies_share_bytes()
 
 
 async def test_an_instance_holds_no_more_than_some_of_the_largest(
