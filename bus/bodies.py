@@ -11,14 +11,15 @@ import hashlib
 import io
 import re
 import secrets
-from collections.abc import AsyncIterator, Coroutine, Mapping
-from typing import Any, Final, NamedTuple
+from collections.abc import AsyncIterator, Awaitable, Coroutine, Mapping
+from typing import Any, Final, NamedTuple, TypeVar
 
 import structlog
 
 from bus.errors import (
     BusError,
     Conflict,
+    DeadlineExceeded,
     InvalidRequest,
     NoSpace,
     TooLarge,
@@ -49,6 +50,8 @@ CHUNK_MIN_BYTES: Final = 4 * 1024
 RETRY_AFTER_S: Final = 1.0
 
 log = structlog.get_logger("bus.bodies")
+
+T = TypeVar("T")
 
 
 class Reference(NamedTuple):
@@ -128,7 +131,9 @@ class Bodies:
         if size > self.max_bytes:
             raise too_large(size, self.max_bytes, or_more=or_more)
 
-    async def put(self, blocks: AsyncIterator[bytes], size: int = 0) -> Reference:
+    async def put(
+        self, blocks: AsyncIterator[bytes], size: int = 0, within_s: float | None = None
+    ) -> Reference:
         """Put a body aside as it comes, and return its reference.
 
         Whoever has that asks with it, or lets go of it. A caller that goes, or has no time left,
@@ -137,8 +142,10 @@ class Bodies:
         Args:
             blocks: The body.
             size: How many bytes will come, as far as that is known.
+            within_s: How long the store may take for all of them; that they come is not counted.
 
         Raises:
+            DeadlineExceeded: They were not stored in time.
             TooLarge: It has more than `max_bytes`.
             Unavailable: This process has no room left for it; or the broker went away and did not
                 come back in time.
@@ -146,14 +153,15 @@ class Bodies:
         """
         name = secrets.token_hex(11)
         upload = Upload(self._stream, chunks_subject(self._bucket, name), name, self)
+        in_time = _InTime(within_s, upload)
         self._make_room(name, size)
         try:
             async for block in blocks:
                 come = upload.offset + len(block)
                 self.check_size(come, or_more=True)
                 self._make_room(name, come, or_more=True)
-                await upload.write(block)
-            done = await upload.commit()
+                await in_time.wait(upload.write(block))
+            done = await in_time.wait(upload.commit())
         except BaseException:
             self._beside(self._give_up(upload))
             raise
@@ -283,6 +291,36 @@ class Bodies:
             f"this one ({error.message}); it empties as requests end: try again",
             retry_after_s=RETRY_AFTER_S,
         )
+
+
+class _InTime:
+    """Bounds how long the store takes for all that is stored of an upload.
+
+    Args:
+        within_s: How long it may; None: as long as an upload may.
+        upload: Which one.
+    """
+
+    def __init__(self, within_s: float | None, upload: Upload) -> None:
+        self._within_s = within_s
+        self._upload = upload
+        self._took_s = 0.0
+
+    async def wait(self, storing: Awaitable[T]) -> T:
+        if self._within_s is None:
+            return await storing
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        try:
+            async with asyncio.timeout(self._within_s - self._took_s):
+                done = await storing
+        except TimeoutError:
+            raise DeadlineExceeded(
+                f"the body of {self._upload.offset:,} bytes or more was not stored within "
+                f"{self._within_s:g} s"
+            ) from None
+        self._took_s += loop.time() - began
+        return done
 
 
 def _check_size(found: int, reference: Reference) -> None:

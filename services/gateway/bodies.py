@@ -25,11 +25,19 @@ PARTS_MAX: Final = 100
 T = TypeVar("T")
 
 
-async def body_for_bus(request: web.Request, client: Client, room: Room) -> bytes | Reference:
+async def body_for_bus(
+    request: web.Request, client: Client, room: Room, timeout_s: float
+) -> bytes | Reference:
     """Return a request's body as it can be asked with.
 
     What is too large for one message is put aside as it comes; whoever gets its reference asks
     with it at once. No more than one message's worth is held here.
+
+    Args:
+        request: The request.
+        client: Puts it aside.
+        room: For it.
+        timeout_s: How long its caller waits for anything but itself.
 
     Raises:
         TooLarge: There is more than can be asked with; said before the rest is read.
@@ -37,6 +45,7 @@ async def body_for_bus(request: web.Request, client: Client, room: Room) -> byte
         Unavailable: There is none in the store, for what comes through here or for anybody.
         InvalidRequest: It is cut off, or not encoded as it says.
         TooSlow: It did not come in time.
+        DeadlineExceeded: It was not stored in time.
     """
     most = client.max_payload
     if _is_here(request, most):
@@ -48,13 +57,13 @@ async def body_for_bus(request: web.Request, client: Client, room: Room) -> byte
     room.hold(min(announced, most))
     blocks = _blocks_in_time(request)
     if announced > most:
-        return await _put_aside(client, room, b"", blocks, announced)
+        return await _put_aside(client, room, b"", blocks, announced, timeout_s)
     held = bytearray()
     async for block in blocks:
         held += block
         room.hold_at_least(min(len(held), most))
         if len(held) > most:
-            return await _put_aside(client, room, held, blocks)
+            return await _put_aside(client, room, held, blocks, len(held), timeout_s)
     return bytes(held)
 
 
@@ -195,7 +204,8 @@ async def _put_aside(
     room: Room,
     held: bytes | bytearray,
     blocks: AsyncIterator[bytes],
-    announced: int = 0,
+    announced: int,
+    timeout_s: float,
 ) -> Reference:
     """Put aside what came of a body, and all that comes."""
 
@@ -207,7 +217,7 @@ async def _put_aside(
         async for block in blocks:
             yield block
 
-    reference = await client.bodies.put(all_of_it(), announced or len(held))
+    reference = await client.bodies.put(all_of_it(), announced, timeout_s)
     room.hold(0)
     return reference
 

@@ -262,6 +262,24 @@ async def test_a_caller_hears_in_time_that_a_broker_stands_still_and_its_body_go
     assert not await stored(client)
 
 
+async def test_a_body_that_comes_in_pieces_is_stored_in_time_or_not_at_all(standing):
+    client, go_on = standing
+
+    async def blocks():
+        while True:
+            await asyncio.sleep(0.1)
+            yield LARGE[:2_000_000]
+
+    began = asyncio.get_running_loop().time()
+    # What the sender takes is the sender's: a second is full when the store took it.
+    with pytest.raises(DeadlineExceeded, match="bytes or more was not stored within 1 s"):
+        await client.bodies.put(blocks(), within_s=1)
+    assert 1.2 < asyncio.get_running_loop().time() - began < 5
+    go_on()
+    await until(lambda: not client.bodies._leaving)
+    assert not await stored(client)
+
+
 async def test_a_client_that_closes_before_a_broker_that_stands_still_leaves_no_task(
     standing, root
 ):

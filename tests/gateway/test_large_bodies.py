@@ -242,8 +242,8 @@ async def test_a_body_that_the_broker_lost_can_be_sent_again(gate, wide, large, 
     bodies = gate.parts.client.bodies
     put = bodies.put
 
-    async def lost(blocks, size):
-        reference = await put(blocks, size)
+    async def lost(blocks, size, within_s):
+        reference = await put(blocks, size, within_s)
         await bodies.delete(reference.name)
         return reference
 

@@ -48,7 +48,7 @@ async def invoke(request: web.Request) -> web.Response:
             subject = endpoint.subject_of_body(at.client.root, body, kind)
         else:
             subject = _subject(at, name)
-            body = await body_for_bus(request, at.client, room)
+            body = await body_for_bus(request, at.client, room, timeout_s)
         try:
             relayed = await at.client.relay(subject, body, headers=headers, timeout_s=timeout_s)
         except NobodyListens:

@@ -172,7 +172,7 @@ async def _relayed(request: web.Request, at: Parts, subject: str) -> Answer:
         headers[TRACEPARENT] = traced
     timeout_s = timeout_of(request)
     with room_for_one(at) as room:
-        body = await body_for_bus(request, at.client, room)
+        body = await body_for_bus(request, at.client, room, timeout_s)
         return await at.client.relay(subject, body, headers=headers, timeout_s=timeout_s)
 
 
