@@ -163,7 +163,7 @@ class Bodies:
                 await in_time.wait(upload.write(block))
             done = await in_time.wait(upload.commit())
         except BaseException:
-            self._beside(self._give_up(upload))
+            self._take_out(name, self._give_up(upload))
             raise
         return Reference(name, done.size, done.digest)
 
@@ -207,7 +207,7 @@ class Bodies:
 
     def let_go(self, reference: Reference) -> None:
         """Delete a body that nobody needs any more, beside what else is to be done."""
-        self._beside(self.delete(reference.name))
+        self._take_out(reference.name, self.delete(reference.name))
 
     async def delete(self, name: str) -> None:
         """Delete a body that was put here; what cannot be deleted now goes by its age."""
@@ -217,8 +217,6 @@ class Bodies:
                 await self.drop(name)
         except (BusError, TimeoutError) as error:
             log.debug("body.left", name=name, cause=str(error))
-        finally:
-            self._ours.pop(name, None)
 
     async def gone(self, timeout_s: float) -> None:
         """Wait until what nobody needs is out; what takes longer goes by its age."""
@@ -257,11 +255,12 @@ class Bodies:
         # It may have got its name just when it was given up.
         await self.delete(upload.id)
 
-    def _beside(self, work: Coroutine[Any, Any, None]) -> None:
-        """Do this beside all else; `gone` waits for it."""
+    def _take_out(self, name: str, work: Coroutine[Any, Any, None]) -> None:
+        """Have a body taken out beside all else, and give back its room; `gone` waits for it."""
 
         def done(task: asyncio.Task[None]) -> None:
             self._leaving.discard(task)
+            self._ours.pop(name, None)
             if not task.cancelled() and (error := task.exception()):
                 log.error("body.not_deleted", exc_info=error)
 
