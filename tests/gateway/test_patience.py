@@ -76,7 +76,7 @@ PART = b'--x\r\nContent-Disposition: form-data; name="image"; filename="a.jpg"\r
 
 
 async def test_slow_forms_give_up_their_places_for_others(faces, photo, monkeypatch):
-    monkeypatch.setattr(patience, "PATIENCE_S", 1.0)
+    monkeypatch.setattr(patience, "PATIENCE_S", 3.0)
     monkeypatch.setattr(routes, "RELAYING_MAX", 2)
     slow = (sending(faces, DETECT, 1_000_000, MULTIPART) for _ in range(2))
     async with next(slow) as one, next(slow) as two, asyncio.TaskGroup() as tasks:
@@ -104,11 +104,11 @@ async def test_slow_forms_give_up_their_places_for_others(faces, photo, monkeypa
 async def test_a_body_that_comes_no_slower_than_it_may_takes_as_long_as_it_needs(
     start, path, monkeypatch
 ):
-    monkeypatch.setattr(patience, "PATIENCE_S", 0.6)
+    monkeypatch.setattr(patience, "PATIENCE_S", 1.2)
     gate = await start(body_min_bytes_per_s=1_000)
 
     async def blocks():
-        for _ in range(12):
+        for _ in range(26):
             yield bytes(200)
             await asyncio.sleep(0.1)
 
@@ -129,7 +129,7 @@ async def test_a_body_that_stops_coming_is_given_up_however_much_of_it_came(
         # At the least rate that would have been minutes.
         head, body = await sender.answer()
     assert " 408 " in head
-    assert "nothing more of the body came for 0." in body
+    assert "nothing more of the body came for " in body
     assert f"after {20 * MIB:,} bytes" in body
     await nothing_left(gate)
 
@@ -166,19 +166,19 @@ async def test_a_body_comes_within_the_time_there_is_for_all_of_it():
 
 async def test_without_a_least_rate_any_byte_gives_back_all_patience():
     content = Content()
-    one = Patience(content, 0.3)
-    for _ in range(5):
-        await one.wait(content.come(1, 0.2))
-    with pytest.raises(TooSlow, match=r"nothing more of the body came for 0\.3 s, after 5 bytes"):
-        await one.wait(content.come(1, 1.0))
+    one = Patience(content, 1.0)
+    for _ in range(4):
+        await one.wait(content.come(1, 0.4))
+    with pytest.raises(TooSlow, match="nothing more of the body came for 1.* s, after 4 bytes"):
+        await one.wait(content.come(1, 10.0))
 
 
 async def test_what_is_done_with_a_body_takes_no_patience():
     content = Content()
-    one = Patience(content, 0.2, 1_000)
+    one = Patience(content, 0.5, 1_000)
     for _ in range(3):
         await one.wait(content.come(1, 0.0))
-        await asyncio.sleep(0.15)
+        await asyncio.sleep(0.4)
 
 
 def test_the_least_rate_is_said_by_the_environment():
@@ -231,7 +231,7 @@ async def test_what_else_is_expected_cannot_be_met(gate):
 async def test_bodies_that_stop_coming_leave_others_their_part_of_the_store_and_that_soon(
     gate, monkeypatch
 ):
-    monkeypatch.setattr(patience, "PATIENCE_S", 2.0)
+    monkeypatch.setattr(patience, "PATIENCE_S", 4.0)
     bodies = gate.parts.client.bodies
     bodies.share_bytes = 50 * MIB
     async with sending(gate, INFER, 20 * MIB) as one, sending(gate, INFER, 20 * MIB) as two:
