@@ -23,7 +23,7 @@ from bus.subjects import (
 
 # A key of the observed bucket leaves when it was not written again for this long.
 OBSERVED_TTL_S: Final = 30
-# A body outlives its request by nothing but accident: the longest takes 300 s to come in, and 300 s
+# A body outlives its request by nothing but accident: the longest takes 540 s to come in, and 300 s
 # to be answered.
 BODY_AGE_S: Final = 900
 # What of the log stream's limits can be set, and what one of them is to the broker.

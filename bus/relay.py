@@ -19,10 +19,11 @@ import structlog
 
 from bus import codec
 from bus.balance import Balance, Outcome
-from bus.bodies import IN_ITS_PLACE, Bodies, Reference
+from bus.bodies import IN_ITS_PLACE, REFERENCE, RETRY_AFTER_S, Bodies, Reference
 from bus.connection import Connection
 from bus.errors import (
     BusError,
+    Conflict,
     DeadlineExceeded,
     ErrorBody,
     Internal,
@@ -30,6 +31,7 @@ from bus.errors import (
     NobodyListens,
     Overloaded,
     Unavailable,
+    Unprocessable,
     error_from,
     error_from_number,
 )
@@ -88,8 +90,6 @@ class Asker:
         self.loop = asyncio.get_running_loop()
         # What could not be done at once.
         self.working: set[asyncio.Task[None]] = set()
-        # Bodies of requests that are over, on their way out.
-        self.deleting: set[asyncio.Task[None]] = set()
 
     def ask(
         self,
@@ -120,12 +120,6 @@ class Asker:
             return subject
         return f"{self.instances}{slot}.call.{subject[len(self.calls) :]}"
 
-    def delete(self, reference: Reference) -> None:
-        """Delete a body that nobody needs any more."""
-        deleting = self.loop.create_task(self.bodies.delete(reference.name))
-        self.deleting.add(deleting)
-        deleting.add_done_callback(self.deleting.discard)
-
     def close(self) -> None:
         """Do nothing more, but delete what is put aside: `closed` waits for that."""
         self.replies.close()
@@ -134,10 +128,11 @@ class Asker:
 
     async def closed(self, timeout_s: float) -> None:
         """Wait until nothing is put aside any more; what takes longer is left to its age."""
-        if ending := self.working | self.deleting:
-            await asyncio.wait(ending, timeout=timeout_s)
-        for left in self.deleting:
-            left.cancel()
+        deadline = self.loop.time() + timeout_s
+        # They were cancelled, and have bodies taken out that had not got a name yet.
+        if self.working:
+            await asyncio.wait(self.working, timeout=timeout_s)
+        await self.bodies.gone(max(0.0, deadline - self.loop.time()))
 
 
 class Asked:
@@ -212,7 +207,7 @@ class Asked:
         self._withdraw()
         self._tell("dropped")
         if self._aside:
-            self._asker.delete(self._aside)
+            self._asker.bodies.let_go(self._aside)
 
     # --- What became of it ------------------------------------------------------------------------
 
@@ -222,7 +217,7 @@ class Asked:
         found = message.headers
         by = found.get(SLOT)
         if ERROR_CODE in found:
-            error = _error_in(message.data, found)
+            error = self._as_ours(_error_in(message.data, found))
             if NOT_SERVED in found:
                 self._nobody(error.message)
             elif isinstance(error, Overloaded) and not self._again:
@@ -247,6 +242,17 @@ class Asked:
         self._withdraw()
         self._tell("gone")
         self._end(DeadlineExceeded(f"{self._subject} gave no answer within {self._timeout_s:g} s"))
+
+    def _as_ours(self, error: BusError) -> BusError:
+        """Return an error as whoever asked may read it: what became of our body is not theirs."""
+        lost = isinstance(error, Conflict | Unprocessable) and error.field in REFERENCE
+        if self._aside is None or not lost:
+            return error
+        return Unavailable(
+            f"the broker has lost the body of {self._aside.size:,} bytes, which {self._subject} "
+            f"was asked with ({error.message}); ask again",
+            retry_after_s=RETRY_AFTER_S,
+        )
 
     def _nobody(self, said: str) -> None:
         """Ask the group where a slot does not serve it any more."""
@@ -275,7 +281,7 @@ class Asked:
         if not self.over:
             self.over = True
             if self._aside:
-                self._asker.delete(self._aside)
+                self._asker.bodies.let_go(self._aside)
             self._done(outcome)
 
     def _withdraw(self) -> None:
@@ -332,7 +338,7 @@ class Asked:
         await self._come_online()
         try:
             async with asyncio.timeout_at(self.deadline):
-                reference = await bodies.put(_once(body))
+                reference = await bodies.put(_once(body), len(body))
         except TimeoutError:
             raise DeadlineExceeded(
                 f"{self._subject} was not asked: its body of {len(body):,} bytes was not stored "
@@ -340,7 +346,7 @@ class Asked:
             ) from None
         self._refer(reference)
         if self.over:
-            self._asker.delete(reference)
+            bodies.let_go(reference)
         else:
             self._send()
 
