@@ -8,11 +8,11 @@ that anybody has got ahead of. Then it is looked at again, decided again, and tr
 
 import asyncio
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from bus import codec
 from bus import messages as m
-from bus.errors import Conflict, DeadlineExceeded, NotFound
+from bus.errors import Conflict, NotFound
 from bus.streams import Outgoing, Stored, Stream
 from bus.subjects import GALLERY_HEAD, GALLERY_IMPORT, GALLERY_REJECTION
 from services.rustyface.galleries.asked import NewEntry
@@ -25,7 +25,7 @@ from services.rustyface.galleries.enrolment import (
     undone,
 )
 from services.rustyface.galleries.gallery import Gallery
-from services.rustyface.galleries.ledger import TRIES, WAIT_S, Ledger, deleted
+from services.rustyface.galleries.ledger import TRIES, Ledger, deleted
 from services.rustyface.galleries.projection import FENCE, MESSAGE_ID
 
 
@@ -65,8 +65,9 @@ class Enrolling:
         self._imports = imports
         self._existing = existing
         self._expected: list[tuple[str, int]] = []
-        # By id, the last events that were found at the broker.
-        self._last: dict[str, int] = {}
+        self._head = GALLERY_HEAD.subject(root, gallery=there.head.id)
+        # By subject, what the broker had last when it was looked at again.
+        self._last: dict[str, Stored] = {}
 
     async def begin(self) -> None:
         """Look whether the imports go on, and what the fences have to expect.
@@ -74,8 +75,7 @@ class Enrolling:
         Raises:
             Conflict: One of them was undone.
         """
-        head = GALLERY_HEAD.subject(self._root, gallery=self._there.head.id)
-        self._expected = [(head, self._there.head_seq)]
+        self._expected = [(self._head, self._there.head_seq)]
         for imported in self._imports:
             subject = GALLERY_IMPORT.subject(
                 self._root, gallery=self._there.head.id, imported=imported
@@ -94,104 +94,95 @@ class Enrolling:
             Conflict: The import was undone meanwhile. Or there are such entries, and may not be.
         """
         waiting = {one.id: one for one in entries}
-        for tried in range(2 * TRIES):
-            plan = Plan(self._there, waiting.values(), self._existing, self._last)
+        size, conflicts = len(waiting), 0
+        while waiting and conflicts < 2 * TRIES:
+            tried = list(waiting.values())[-size:]
+            plan = Plan(self._there, tried, self._existing, self._last_of)
             if plan.refused:
                 raise there_already(self._there, plan.refused, self.written)
-            # Where somebody is always ahead of one of them, the others need not wait for it.
-            stored = await self._carried_out(plan.writes, together=tried < TRIES)
+            stored = await self._carried_out(plan.writes)
             self.counts.update(one.counted for one in stored)
             self.written += len(stored)
             if len(stored) == len(plan.writes):
                 self.counts.update(plan.without)
-                return
-            for one in stored:
-                del waiting[one.event.id]
-        raise Conflict(
-            f"others keep changing the same entries of {self._there.head.id!r}; try again",
-            retry_after_s=1,
-        )
+                for one in tried:
+                    del waiting[one.id]
+                size, conflicts = len(waiting), 0
+                continue
+            for write in stored:
+                del waiting[write.event.id]
+            # Somebody keeps changing one of them, or erases what was there: the others need not
+            # wait for it. The last ones first, as erasing begins with the first ones.
+            conflicts = 0 if stored else conflicts + 1
+            if size == 1:
+                waiting = {one.id: one for one in tried} | waiting
+            elif conflicts > 1:
+                size //= 2
+        if waiting:
+            raise Conflict(
+                f"others keep changing the same entries of {self._there.head.id!r}; try again",
+                retry_after_s=1,
+            )
 
-    async def _carried_out(self, writes: Sequence[Write], *, together: bool) -> Sequence[Write]:
+    async def _carried_out(self, writes: Sequence[Write]) -> Sequence[Write]:
         """Store entries and return those that were; having looked again unless all were."""
         if not writes:
             return writes
         messages = [
             self._ledger.outgoing(subject, one.event, codec.MSGPACK, (subject, one.after))
             for one in writes
-            for subject in (self._subject(one),)
+            for subject in (self._subject(one.event.id),)
         ]
-        if together:
-            try:
-                seq = await self._stream.append_batch([*messages, *self._fences()])
-            except Conflict:
-                self._remember(await self._last_of(messages), writes)
-                await self._catch_up()
-                return []
-            if seq is not None:
-                self.revision = seq
-                return writes
-        return await self._one_by_one(writes, messages)
+        try:
+            seq = await self._stream.append_batch([*messages, *self._fences()])
+        except Conflict:
+            await self._look_again(messages)
+            await self._check()
+            return []
+        if seq is None:
+            return await self._one_by_one(writes, messages)
+        self.revision = seq
+        return writes
 
     async def _one_by_one(
         self, writes: Sequence[Write], messages: Sequence[Outgoing]
     ) -> Sequence[Write]:
         """Store entries by themselves, without a fence: the gallery is looked at afterwards."""
         seqs = await self._stream.append_each(messages)
-        last = await self._last_of(
-            [one for one, seq in zip(messages, seqs, strict=True) if seq is None]
-        )
+        await self._look_again(messages)
         stored = []
-        for write, message, appended in zip(writes, messages, seqs, strict=True):
-            found = last.get(message.subject)
+        for write, message, seq in zip(writes, messages, seqs, strict=True):
+            found = self._last.get(message.subject)
             # It was stored before, and its answer lost.
             ours = found and found.headers.get(MESSAGE_ID) == message.headers[MESSAGE_ID]
-            if (seq := found.seq if found and ours else appended) is not None:
-                stored.append((write, seq))
-        self._remember(last, writes)
+            if (at := found.seq if found and ours else seq) is not None:
+                stored.append((write, at))
         try:
-            await self._catch_up()
+            await self._check()
         except NotFound:
             await self._take_out(stored)
             raise
         self.revision = max([self.revision, *(seq for _, seq in stored)])
         return [write for write, _ in stored]
 
-    async def _last_of(self, messages: Sequence[Outgoing]) -> dict[str, Stored]:
-        """Return the last event of each message's subject, from the broker."""
-        if not messages:
-            return {}
-        subjects = [one.subject for one in messages]
-        try:
-            async with asyncio.timeout(WAIT_S):
-                found = self._stream.read(subjects, latest_only=True)
-                return {one.subject: one async for one in found}
-        except TimeoutError:
-            raise DeadlineExceeded(
-                f"the broker did not say within {WAIT_S:g} s what it has of {len(subjects):,} "
-                "entries",
-                retry_after_s=1,
-            ) from None
+    async def _look_again(self, messages: Sequence[Outgoing]) -> None:
+        """Ask the broker what it has last of all that was expected, and read that far."""
+        subjects = [self._head, *(one.subject for one in messages)]
+        # Each by itself: a consumer that is to give all would wait for what is erased meanwhile.
+        # And not the newest of all: the broker is slow to say that while much is erased.
+        found = await asyncio.gather(*(self._stream.last(one) for one in subjects))
+        self._last = {one.subject: one for one in found if one is not None}
+        await self._ledger.wait(max([0, *(one.seq for one in self._last.values())]))
 
-    def _remember(self, last: Mapping[str, Stored], writes: Sequence[Write]) -> None:
-        for one in writes:
-            if (found := last.get(self._subject(one))) is not None:
-                self._last[one.event.id] = found.seq
-            else:
-                self._last.pop(one.event.id, None)
-
-    async def _catch_up(self) -> None:
-        """Read what the others have stored.
+    async def _check(self) -> None:
+        """Look whether entries still may be stored.
 
         Raises:
             NotFound: The gallery was deleted.
             Conflict: The import was undone.
         """
-        try:
-            now = await self._ledger.known(self._there.head.id)
-        except NotFound:
-            raise deleted(self._there) from None
-        if now.head_seq != self._there.head_seq:
+        head = self._last.get(self._head)
+        if head is None or head.seq != self._there.head_seq:
             raise deleted(self._there)
         await self.begin()
 
@@ -204,6 +195,10 @@ class Enrolling:
             else:
                 await self._ledger.bury(now, write.event.id, seq)
 
+    def _last_of(self, entry: str) -> int:
+        found = self._last.get(self._subject(entry)) if self._last else None
+        return 0 if found is None else found.seq
+
     def _fences(self) -> list[Outgoing]:
         event = m.GalleryRejection(id=FENCE, at=m.now(), subject="")
         subject = GALLERY_REJECTION.subject(
@@ -211,5 +206,5 @@ class Enrolling:
         )
         return [self._ledger.outgoing(subject, event, codec.JSON, one) for one in self._expected]
 
-    def _subject(self, write: Write) -> str:
-        return self._ledger.entry_subject(self._there, write.event.id)
+    def _subject(self, entry: str) -> str:
+        return self._ledger.entry_subject(self._there, entry)

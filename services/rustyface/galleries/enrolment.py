@@ -1,7 +1,7 @@
 """What enrolling entries comes to: which events, in place of which ones, and how they count."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, Literal, NamedTuple
 
 from bus import messages as m
@@ -41,8 +41,8 @@ class Plan:
         there: Where.
         entries: Which, no id twice.
         existing: What is done with those that are there.
-        last: By id, sequences of events that this replica does not keep: of what was taken away,
-            and not erased yet.
+        last: Says the sequence of an entry's last event that is not kept here, 0 for none: of
+            what was taken away, and not erased yet.
 
     Attributes:
         writes: To be stored.
@@ -55,16 +55,15 @@ class Plan:
         there: Gallery,
         entries: Iterable[NewEntry],
         existing: Existing,
-        last: Mapping[str, int] | None = None,
+        last: Callable[[str], int] = lambda _: 0,
     ) -> None:
         self.writes: list[Write] = []
         self.without: Counter[Counted] = Counter()
         self.refused: list[str] = []
-        last = last or {}
         for entry in entries:
             before = there.entries.get(entry.id)
             if before is None:
-                self.writes.append(Write(event_of(entry), last.get(entry.id, 0), "added"))
+                self.writes.append(Write(event_of(entry), last(entry.id), "added"))
             elif entry.imported and before.imported == entry.imported:
                 if existing in ("replace", "renew"):
                     self.writes.append(Write(event_of(entry), before.seq, "added"))
