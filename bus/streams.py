@@ -332,6 +332,8 @@ class Stream:
 
 def _identified(message: Outgoing) -> Outgoing:
     """Return a message with an id, so that it is stored once, however often it is sent."""
+    if MESSAGE_ID in message.headers:
+        return message
     return message._replace(headers={MESSAGE_ID: secrets.token_hex(12), **message.headers})
 
 

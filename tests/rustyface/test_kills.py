@@ -211,11 +211,12 @@ async def test_what_others_enrol_stays_theirs_though_an_import_is_killed_and_tak
         await galleries.begin_import("g", record)
 
         async def keep_enrolling(step: int) -> None:
-            # Where the import is just now, and through all of it.
-            for i in itertools.cycle(range(0, MANY, step)):
+            # What the import is about to store just now.
+            for ahead in itertools.cycle(range(0, PART, step)):
+                i = (len(other._galleries["g"].entries) + ahead) % MANY
                 theirs[f"e{i}"] = await other.enrol("g", entry(i))
 
-        async with beside(keep_enrolling(97), keep_enrolling(41)):
+        async with beside(keep_enrolling(19), keep_enrolling(7)):
             told = "import", broker.url, client.root, str(MANY), str(PART)
             await killed_after(MANY // PART // 2, *told)
             added = skipped = 0

@@ -2,8 +2,9 @@
 
 An entry is appended under the condition that its gallery's subject has not had another message
 since: an entry is never accepted into a gallery that was deleted meanwhile. What others may change
-at the same moment (a person's moves, an import) is appended under the condition that its own
-subject has not; whoever comes second looks again, so that nobody's change is lost.
+at the same moment (a person's moves, an import, and what an import brings) is appended under the
+condition that its own subject has not; whoever comes second looks again, so that nobody's change is
+lost.
 """
 
 from collections.abc import Callable, Sequence
