@@ -1,5 +1,7 @@
 """Entries in parts that the broker stores as one, and those that share an id."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -25,7 +27,7 @@ def test_parts_are_all_entries_in_their_order_and_no_larger_than_the_broker_is_g
         assert 1 <= len(part) <= AS_ONE_MAX
         assert len(part) == 1 or sum(bytes_of[one.id] for one in part) <= AS_ONE_MAX_BYTES
     # Nothing is left for the next part that this one has room for.
-    for part, after in zip(found, found[1:], strict=False):
+    for part, after in itertools.pairwise(found):
         more = sum(bytes_of[one.id] for one in [*part, after[0]])
         assert len(part) == AS_ONE_MAX or more > AS_ONE_MAX_BYTES
 
