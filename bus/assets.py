@@ -100,7 +100,7 @@ def declared(root: str) -> list[dict[str, Any]]:
         "max_bytes": 2_048 * MIB,
         "discard": "new",
         "allow_direct": True,
-        # Many entries are stored as one: see `Stream.append_all`.
+        # Many entries are stored as one: see `Stream.append_batch`.
         "allow_atomic": True,
     }
     changes = {

@@ -233,7 +233,7 @@ class Ledger:
                 expect=(head, there.head_seq),
             )
         except Conflict:
-            raise _deleted(there) from None
+            raise deleted(there) from None
 
     async def append_after(
         self,
@@ -263,7 +263,7 @@ class Ledger:
         # has come into one that was made anew meanwhile everybody has read, and it does.
         if now is None or revision < now.head_seq:
             await self.clear([Dead(there.head.id, revision)])
-            raise _deleted(there)
+            raise deleted(there)
         return revision
 
     async def append_head(
@@ -279,36 +279,37 @@ class Ledger:
         )
 
     async def append_entry(
-        self, there: Gallery, entry: m.GalleryEntry, message_id: str | None = None
+        self,
+        there: Gallery,
+        entry: m.GalleryEntry,
+        message_id: str | None = None,
+        *,
+        since: int | None = None,
     ) -> int:
-        """Store an entry's event; raises as `append` does."""
-        return await self.append(
-            there,
-            self.entry_subject(there, entry.id),
-            entry,
-            content_type=codec.MSGPACK,
-            message_id=message_id,
+        """Store an entry's event as `append` does; with `since`, as `append_after` does."""
+        subject, kind = self.entry_subject(there, entry.id), codec.MSGPACK
+        if since is None:
+            return await self.append(
+                there, subject, entry, content_type=kind, message_id=message_id
+            )
+        return await self.append_after(
+            there, subject, since, entry, content_type=kind, message_id=message_id
         )
 
-    async def append_entries(self, there: Gallery, entries: Sequence[m.GalleryEntry]) -> int:
-        """Store many entries' events, in their order; return the revision of the last one.
+    def outgoing(
+        self, subject: str, event: m.Message, content_type: str, expect: tuple[str, int]
+    ) -> Outgoing:
+        """Return an event that is to be stored under a condition, with an id of its own."""
+        headers = self._headers(content_type, None)
+        return Outgoing(subject, codec.encode(event, content_type), headers, expect)
 
-        What is stored when this fails is the first of them: see `Stream.append_all`. It raises as
-        `append` does.
-        """
-        head = GALLERY_HEAD.subject(self._root, gallery=there.head.id)
-        messages = [
-            Outgoing(
-                self.entry_subject(there, entry.id),
-                codec.encode(entry, codec.MSGPACK),
-                self._headers(codec.MSGPACK, None),
-            )
-            for entry in entries
-        ]
-        try:
-            return await self._stream.append_all(messages, expect=(head, there.head_seq))
-        except Conflict:
-            raise _deleted(there) from None
+    async def bury(self, there: Gallery, entry: str, seq: int) -> None:
+        """Remove an entry that still is as one event has left it."""
+        with self.taking() as (message_id, dead):
+            with contextlib.suppress(Conflict):
+                tombstone = m.GalleryEntry(id=entry, at=m.now())
+                await self.append_entry(there, tombstone, message_id, since=seq)
+            await self.settle(there, dead)
 
     def entry_subject(self, there: Gallery, entry: str) -> str:
         """Return the subject of an entry's events."""
@@ -465,5 +466,6 @@ class Ledger:
         raise Unavailable("the stream of the galleries was replaced; they are read anew")
 
 
-def _deleted(there: Gallery) -> NotFound:
+def deleted(there: Gallery) -> NotFound:
+    """Return what is said to whoever wanted to change a gallery that is gone."""
     return NotFound(f"the dataset {there.head.id!r} was deleted at this moment", field="dataset")

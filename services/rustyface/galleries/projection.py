@@ -36,6 +36,9 @@ DIMENSIONS_MAX: Final = 16_384
 # the broker hangs up for good.
 TOKEN_MAX: Final = 512
 MESSAGE_ID: Final = "Nats-Msg-Id"
+# No rejection has this id. That it was withdrawn says nothing, to older workers too, and can be
+# stored under a condition: see `Enrolling`.
+FENCE: Final = "-"
 
 _NO_METADATA: Final = (b"", b"\xc0")
 
@@ -136,9 +139,11 @@ class Projection:
                 image = _image_of(stored) if kind == "entry" else None
                 left.append(Dead(gallery, stored.seq, image=image))
             return
+        there.revision, there.stored_at = stored.seq, stored.at
+        if kind == "rejection" and address == FENCE:
+            return
         if kind != "entry":
             self._settle(gallery)
-        there.revision, there.stored_at = stored.seq, stored.at
         match kind:
             case "entry":
                 self._apply_entry(gallery, there, address, stored)
