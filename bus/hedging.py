@@ -60,9 +60,8 @@ def ask(
 class Hedged(Asked):
     """A request that may be asked twice: another one is asked as well when the answer is late.
 
-    The first answer counts. What comes of the other only tells how fast that one is, so nobody is
-    told to stop: a stop costs every instance as much as a small model's run, and would leave it
-    unknown how slow is slow.
+    The first answer counts. What comes of the other only tells how fast that one is. It is not told
+    to stop: every instance would hear that, and how slow is slow would stay unknown.
     """
 
     __slots__ = ("_choice", "_failed", "_more")

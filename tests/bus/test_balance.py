@@ -285,8 +285,9 @@ async def test_an_instance_that_is_gone_costs_no_request(client, connected, sett
         join(client, settings, plugin="candle", description="a test") as a,
         a.serving_raw(MODEL_INFER, made.handler(0), "m"),
     ):
-        await made.ask(30)
-        assert client._asker.balance.known(made.subject) == {"candle.0"}
+        async with asyncio.timeout(60):
+            while client._asker.balance.known(made.subject) != {"candle.0"}:
+                await made.ask()
 
 
 async def test_a_busy_instance_is_not_seen_where_there_is_another(
