@@ -39,8 +39,10 @@ EXPLORE: Final = 256
 LATE: Final = 3.0
 LATE_MIN_S: Final = 0.003
 # What answers earn for asking one more: a share of one each, and what may be saved up.
-EARNED: Final = 0.05
+EARNED: Final = 0.02
 SAVED_MAX: Final = 32.0
+# Of so many requests the usual size of a body is a mean.
+USUAL: Final = 64
 # In place of a slot: whoever the broker picks.
 GROUP: Final = ""
 # How long a subject is left to the group once somebody without a slot has answered.
@@ -58,11 +60,13 @@ class Choice(msgspec.Struct, frozen=True, gc=False):
         slot: Who is asked.
         copy: Who is sent a copy whose answer nobody waits for; `GROUP`, or None: nobody.
         late_s: How long the answer may take until one `more` is asked; None: none is.
+        weight: How many usual requests this one is, by its size; at least one.
     """
 
     slot: str
     copy: str | None = None
     late_s: float | None = None
+    weight: float = 1.0
 
 
 # It becomes part of a subject.
@@ -112,18 +116,30 @@ class _Subject:
     Attributes:
         slots: Who answers it.
         idempotent: Whether all of them say that they may be asked the same twice.
-        saved: How many more may be asked for late answers.
+        saved: How many more usual requests may be sent for late answers.
+        usual_bytes: What the body of one has; None: not known.
         foreign_until: Until when no slots are learned.
     """
 
     slots: dict[str, _Slot] = field(default_factory=dict)
     idempotent: bool = False
     saved: float = SAVED_MAX
+    usual_bytes: float | None = None
     foreign_until: float = 0.0
 
     def agree(self) -> None:
         """Take note of what all slots say."""
         self.idempotent = all(slot.idempotent for slot in self.slots.values())
+
+    def weight(self, size: int) -> float:
+        """Return how many usual requests one of so many bytes is, and learn from it."""
+        usual = self.usual_bytes
+        if size == usual:
+            return 1.0
+        if usual is None:
+            usual = size
+        self.usual_bytes = usual + (size - usual) / USUAL
+        return size / usual if 0 < usual < size else 1.0
 
 
 class Balance:
@@ -150,21 +166,21 @@ class Balance:
         return frozenset(found.slots) if found else frozenset()
 
     def choose(
-        self, subject: str, now: float, copied: bool = False, *, again: bool = False
+        self, subject: str, now: float, size: int | None = None, *, again: bool = False
     ) -> Choice | None:
         """Return whom to ask, or None: the group.
 
         Args:
             subject: What is asked.
             now: Seconds of any clock that only goes forward.
-            copied: Whether the request could be sent twice.
+            size: Bytes of its body, if it could be sent twice.
             again: Whether somebody has been asked already, and had too much to do.
         """
         found = self._subjects.get(subject)
         if found is None:
             return None
         self._subjects.move_to_end(subject)
-        copied = copied and found.idempotent and not again
+        copied = size is not None and found.idempotent and not again
         explores = False
         if not again:
             if len(found.slots) < 2:
@@ -175,15 +191,16 @@ class Balance:
         open_ = {name: slot for name, slot in found.slots.items() if slot.busy_until <= now}
         if not open_:
             return None
-        choice = self._best(open_, now, copied)
+        weight = found.weight(size) if copied and size is not None else None
+        choice = self._best(open_, now, weight)
         open_[choice.slot].sent(now)
         if explores:
-            return Choice(choice.slot, GROUP, choice.late_s)
+            return Choice(choice.slot, GROUP, choice.late_s, choice.weight)
         if choice.copy is not None:
             open_[choice.copy].sent(now)
         return choice
 
-    def _best(self, open_: dict[str, _Slot], now: float, copied: bool) -> Choice:
+    def _best(self, open_: dict[str, _Slot], now: float, weight: float | None) -> Choice:
         expected = {name: slot.expected_s(now) for name, slot in open_.items()}
         best_s = min(expected.values())
         limit_s = max(BAND * best_s, best_s + FINE_S)
@@ -192,7 +209,7 @@ class Balance:
             if expected[name] > limit_s:
                 # It may have become faster. One at a time: what hangs holds no second one up.
                 if not slot.in_flight and now - slot.sent_at >= PROBE_S:
-                    if not copied:
+                    if weight is None:
                         return Choice(name)
                     copy = name
             elif slot.in_flight < fewest:
@@ -201,11 +218,15 @@ class Balance:
                 ties += 1
                 if self._draw() * ties < 1:
                     choice = name
-        if not copied:
+        if weight is None:
             return Choice(choice)
-        return Choice(choice, copy, max(LATE_MIN_S, LATE * expected[choice]))
+        # What is larger may take longer.
+        late_s = max(LATE_MIN_S, LATE * expected[choice] * weight)
+        return Choice(choice, copy, late_s, weight)
 
-    def more(self, subject: str, asked: str, waited_s: float, now: float) -> str | None:
+    def more(
+        self, subject: str, asked: str, waited_s: float, now: float, weight: float = 1.0
+    ) -> str | None:
         """Return who is asked as well because an answer is late; None: nobody.
 
         That is whoever is likely to be done before as much time has passed once more. Where all
@@ -216,9 +237,10 @@ class Balance:
             asked: Who was.
             waited_s: Since when.
             now: As in `choose`.
+            weight: As in `Choice`: what is larger costs more.
         """
         found = self._subjects.get(subject)
-        if found is None or found.saved < 1 or not found.idempotent:
+        if found is None or found.saved < weight or not found.idempotent:
             return None
         others = [
             (slot.expected_s(now), name)
@@ -230,7 +252,7 @@ class Balance:
         expected_s, name = min(others)
         if BAND * expected_s > waited_s:
             return None
-        found.saved -= 1
+        found.saved -= weight
         found.slots[name].sent(now)
         return name
 

@@ -44,8 +44,10 @@ def ask(
     """
     choice = None
     if subject.startswith(asker.calls):
-        copied = type(body) is bytes and len(body) <= COPIED_MAX_BYTES
-        choice = asker.balance.choose(subject, time.perf_counter(), copied)
+        size = len(body) if type(body) is bytes else None
+        if size is not None and size > COPIED_MAX_BYTES:
+            size = None
+        choice = asker.balance.choose(subject, time.perf_counter(), size)
     asked: Asked
     if choice is None or choice.late_s is None:
         asked = Asked(asker, subject, body, headers, timeout_s, done)
@@ -98,7 +100,8 @@ class Hedged(Asked):
             return None
         now = time.perf_counter()
         waited_s = now - self._sent_at
-        slot = self._asker.balance.more(self._subject, self.slot, waited_s, now)
+        weight = self._choice.weight
+        slot = self._asker.balance.more(self._subject, self.slot, waited_s, now, weight)
         if slot is None:
             return waited_s
         self._again = True

@@ -36,42 +36,42 @@ def balanced(*each_ms: float, idempotent: bool = True) -> Balance:
 
 def test_a_slow_instance_is_sent_a_copy_and_the_request_goes_to_the_fast_one():
     both = balanced(1, 50)
-    asked = [both.choose("s", 1.1, True) for _ in range(3)]
+    asked = [both.choose("s", 1.1, 1) for _ in range(3)]
     assert [(one.slot, one.copy) for one in asked] == [(A, B), (A, None), (A, None)]
 
 
 def test_what_cannot_be_sent_twice_is_the_probe_itself():
-    assert balanced(1, 50).choose("s", 1.1, False) == Choice(B)
-    assert balanced(1, 50, idempotent=False).choose("s", 1.1, True) == Choice(B)
+    assert balanced(1, 50).choose("s", 1.1) == Choice(B)
+    assert balanced(1, 50, idempotent=False).choose("s", 1.1, 1) == Choice(B)
 
 
 def test_others_are_looked_for_with_a_copy():
     both = balanced(1, 1)
     both._draw = lambda: 0.9 / balance.EXPLORE
-    found = both.choose("s", 0, True)
+    found = both.choose("s", 0, 1)
     assert found.slot in {A, B}
     assert found.copy == GROUP
-    assert both.choose("s", 0, False) is None
+    assert both.choose("s", 0) is None
 
 
 def test_all_known_instances_have_to_say_that_they_may_be_asked_twice():
     both = balanced(1, 50)
     both.ended("s", None, "answered", 0, A, 0.001, False)
-    assert both.choose("s", 1.1, True) == Choice(B)
+    assert both.choose("s", 1.1, 1) == Choice(B)
     both.ended("s", B, "gone", 1.2)
     both.ended("s", None, "answered", 1.2, A, 0.001, True)
     both.ended("s", None, "answered", 1.2, B, 0.001, True)
-    assert both.choose("s", 1.3, True).late_s
+    assert both.choose("s", 1.3, 1).late_s
 
 
 def test_an_answer_is_late_after_a_multiple_of_what_is_expected():
-    assert balanced(10, 10).choose("s", 0, True).late_s == pytest.approx(balance.LATE * 0.01)
-    assert balanced(0.1, 0.1).choose("s", 0, True).late_s == balance.LATE_MIN_S
+    assert balanced(10, 10).choose("s", 0, 1).late_s == pytest.approx(balance.LATE * 0.01)
+    assert balanced(0.1, 0.1).choose("s", 0, 1).late_s == balance.LATE_MIN_S
 
 
 def test_where_the_others_are_as_late_none_is_asked():
     both = balanced(10, 10)
-    assert {both.choose("s", 0, True).slot, both.choose("s", 0, True).slot} == {A, B}
+    assert {both.choose("s", 0, 1).slot, both.choose("s", 0, 1).slot} == {A, B}
     assert both.more("s", A, 0.03, 0.03) is None
     both.ended("s", B, "answered", 0.03, B, 0.01, True)
     assert both.more("s", A, 0.031, 0.031) == B
@@ -100,6 +100,18 @@ def test_late_answers_are_had_from_others_within_what_answers_earn():
     for _ in range(10_000):
         both.ended("s", A, "answered", 0, A, 0.001, True)
     assert asked() == balance.SAVED_MAX
+
+
+def test_what_is_larger_than_usual_may_take_longer_and_costs_more():
+    both = balanced(10, 10)
+    for _ in range(300):
+        both.ended("s", both.choose("s", 0, 100).slot, "dropped", 0)
+    large = both.choose("s", 0, 1_000)
+    assert large.weight == pytest.approx(10, rel=0.01)
+    assert large.late_s == pytest.approx(10 * balance.LATE * 0.01, rel=0.01)
+    both.ended("s", large.slot, "dropped", 0)
+    asked = [both.more("s", A, 10, 0, large.weight) for _ in range(4)]
+    assert asked == [B, B, B, None]
 
 
 def test_only_what_changes_nothing_may_be_asked_twice():
@@ -146,13 +158,13 @@ def test_nobody_is_late_before_what_came_while_this_process_was_held_up_is_read(
             if len(read) == 1:
                 # What comes next is there by the time that this is done.
                 there.send(b"2")
+                late.watch(waits, 0.01)
                 time.sleep(0.02 + 10 * HELD_UP_S)
             else:
                 late.forget(waits)
 
         with here, there:
             loop.add_reader(here, on_readable)
-            late.watch(waits, 0.01)
             there.send(b"1")
             await until(lambda: len(read) == 2)
             loop.remove_reader(here)
