@@ -8,26 +8,14 @@ from typing import Final, TypeVar
 from nats.aio.client import Client as Nats
 
 from bus import codec
+from bus.answers import ERROR, ERROR_CODE, IDEMPOTENT, INSTANCE, NOT_SERVED, SLOT, Answer
 from bus.bodies import Bodies, Reference
 from bus.connection import Connection, connected
 from bus.errors import BusError
 from bus.followed import Followed, Received
+from bus.hedging import ask
 from bus.messages import Message
-from bus.relay import (
-    ERROR,
-    ERROR_CODE,
-    INSTANCE,
-    NOT_SERVED,
-    SLOT,
-    TIMEOUT_MS,
-    Answer,
-    Asked,
-    Asker,
-    Done,
-    new_traceparent,
-    settle,
-    trace,
-)
+from bus.relay import TIMEOUT_MS, Asked, Asker, Done, new_traceparent, settle, trace
 from bus.settings import bodies_share_bytes, body_max_bytes
 from bus.state import Store
 from bus.streams import Stream
@@ -35,8 +23,9 @@ from bus.subjects import DEFAULT_ROOT, Endpoint, Feed, token
 from bus.wire import TRACEPARENT
 
 __all__ = [
-    "ERROR", "ERROR_CODE", "INSTANCE", "NOT_SERVED", "SLOT", "TIMEOUT_MS", "TRACEPARENT", "Answer",
-    "Asked", "Client", "Followed", "Received", "Reference", "connect", "new_traceparent", "trace",
+    "ERROR", "ERROR_CODE", "IDEMPOTENT", "INSTANCE", "NOT_SERVED", "SLOT", "TIMEOUT_MS",
+    "TRACEPARENT", "Answer", "Asked", "Client", "Followed", "Received", "Reference", "connect",
+    "new_traceparent", "trace",
 ]  # fmt: skip
 
 # How long bodies that are put aside may take to go, at the end.
@@ -177,7 +166,7 @@ class Client(Connection):
 
         It may be called before this returns. What is returned can be cancelled.
         """
-        return self._asker.ask(subject, body, headers or {}, timeout_s, done)
+        return ask(self._asker, subject, body, headers or {}, timeout_s, done)
 
     async def publish(
         self, feed: Feed[Req], payload: Req, content_type: str = codec.JSON, **tokens: str | int
