@@ -45,6 +45,9 @@ SAVED_MAX: Final = 32.0
 USUAL: Final = 64
 # In place of a slot: whoever the broker picks.
 GROUP: Final = ""
+# After so many answers of one slot to what the group was asked, there is no other: the broker picks
+# at random.
+ALONE: Final = 32
 # How long a subject is left to the group once somebody without a slot has answered.
 FOREIGN_S: Final = 60.0
 
@@ -118,6 +121,7 @@ class _Subject:
         idempotent: Whether all of them say that they may be asked the same twice.
         saved: How many more usual requests may be sent for late answers.
         usual_bytes: What the body of one has; None: not known.
+        answers: How many came since a slot was learned.
         foreign_until: Until when no slots are learned.
     """
 
@@ -125,6 +129,7 @@ class _Subject:
     idempotent: bool = False
     saved: float = SAVED_MAX
     usual_bytes: float | None = None
+    answers: int = 0
     foreign_until: float = 0.0
 
     def agree(self) -> None:
@@ -164,6 +169,11 @@ class Balance:
         """Return the slots that have answered a subject."""
         found = self._subjects.get(subject)
         return frozenset(found.slots) if found else frozenset()
+
+    def alone(self, subject: str, slot: str | None) -> bool:
+        """Return whether a slot is the only one that answers a subject, as far as can be known."""
+        found = self._subjects.get(subject)
+        return found is not None and found.answers >= ALONE and found.slots.keys() == {slot}
 
     def choose(
         self, subject: str, now: float, size: int | None = None, *, again: bool = False
@@ -303,6 +313,7 @@ class Balance:
             found = self._subjects[subject] = _Subject()
             if len(self._subjects) > self._max:
                 self._subjects.popitem(last=False)
+        found.answers += 1
         if found.saved < SAVED_MAX:
             found.saved += EARNED
         if by is None:
@@ -320,4 +331,5 @@ class Balance:
             found.slots[by] = _Slot(
                 each_s, now, progress_at=now, sent_at=now, idempotent=idempotent
             )
+            found.answers = 0
             found.agree()

@@ -182,8 +182,12 @@ class Asked:
                 self._nobody(error.message)
             elif isinstance(error, Overloaded) and not self._again:
                 self._tell("busy", by)
-                self._again = True
-                self._ask_another()
+                if self._balanced and self._asker.balance.alone(self._subject, by):
+                    # It would be asked again just when it has too much to do.
+                    self._end(error)
+                else:
+                    self._again = True
+                    self._ask_another()
             else:
                 self._tell("busy" if isinstance(error, Overloaded) else "failed", by)
                 self._end(error)

@@ -17,7 +17,7 @@ from bus.errors import NobodyListens, Overloaded
 from bus.instance import join
 from bus.subjects import CANDLE_STATS, MODEL_INFER
 from bus.testing import until
-from tests.bus.pairs import two
+from tests.bus.pairs import Two, two
 
 A, B, C = "candle.0", "candle.1", "candle.2"
 
@@ -118,6 +118,17 @@ def test_a_busy_instance_is_passed_over_for_a_while():
 def test_one_that_is_known_alone_is_asked_when_another_was_busy():
     one = balanced(_0=1)
     assert asks(one, 0, again=True) == A
+
+
+def test_one_that_alone_has_answered_the_group_often_is_alone():
+    made = Balance()
+    for answers in range(1, balance.ALONE + 2):
+        made.ended("s", None, "answered", 0, by=A, took_s=0.001)
+        assert made.alone("s", A) == (answers > balance.ALONE)
+    assert not made.alone("s", B)
+    assert not made.alone("another", A)
+    made.ended("s", None, "answered", 0, by=B, took_s=0.001)
+    assert not made.alone("s", A)
 
 
 def test_an_instance_that_is_gone_is_forgotten():
@@ -328,6 +339,27 @@ async def test_whoever_finds_one_instance_busy_is_answered_by_the_other(
         busy = made.instances[0]._asked.served[made.subject]
         assert busy.errors > 5
         assert busy.last_error.startswith("overloaded")
+        made.go_on[0].set()
+        await held
+
+
+async def test_a_lone_instance_that_is_busy_is_not_asked_again(client, settings, monkeypatch):
+    made = Two(client, MODEL_INFER)
+    async with (
+        join(client, settings, plugin="candle", description="a test") as a,
+        a.serving_raw(MODEL_INFER, made.handler(0), "m"),
+    ):
+        while not client._asker.balance.alone(made.subject, "candle.0"):
+            await made.ask()
+        monkeypatch.setattr(serving, "MAX_IN_FLIGHT", 1)
+        made.counts.clear()
+        made.go_on[0].clear()
+        held = asyncio.create_task(made.ask())
+        await until(lambda: made.counts[0] == 1)
+        for _ in range(3):
+            with pytest.raises(Overloaded):
+                await made.ask()
+        assert a._asked.served[made.subject].errors == 3
         made.go_on[0].set()
         await held
 
