@@ -244,9 +244,9 @@ async def test_of_a_dataset_nothing_is_only_deleted_while_a_face_of_it_is_not_er
         assert (await at.galleries.delete("g")).unerased is None
         await until(lambda: len(said(records, "galleries.not_erased")) >= 4)
         held = await at.client.store.galleries.occupied("r.gallery.g.entry.e1")
-        assert sum(held.subjects.values()) == 2
+        assert sum(held.subjects.values()) == 1
         await at.away_for(repair)
-        await until(lambda: len(said(records, "galleries.erased_late")) >= 2)
+        await until(lambda: said(records, "galleries.erased_late"))
     assert copies(tmp_path, 1) == 0
     held = await at.client.store.galleries.occupied("r.gallery.g.>")
     assert held.subjects == {"r.gallery.g.head": 1}

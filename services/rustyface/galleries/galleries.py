@@ -31,6 +31,7 @@ from services.rustyface.galleries.asked import (
     Repeated,
     check_metadata,
 )
+from services.rustyface.galleries.clearing import Ended
 from services.rustyface.galleries.cosines import Floats
 from services.rustyface.galleries.enrolment import Plan, event_of
 from services.rustyface.galleries.gallery import Gallery
@@ -167,7 +168,8 @@ class Galleries(People):
             # Killed in between, the next worker that starts does it.
             await self._ledger.telling.all_told()
             await self._history.forget(gallery)
-            unerased = await self._ledger.clear(dead, below=(gallery, revision))
+            ended = Ended(gallery, revision, revision)
+            unerased = await self._ledger.clear(dead, ended=ended)
         return Removed(sum(one.entry is not None for one in dead), revision, unerased)
 
     # --- Entries ----------------------------------------------------------------------------------
