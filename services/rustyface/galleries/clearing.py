@@ -49,7 +49,7 @@ class Unerased(NamedTuple):
     """What is gone for every question, but not from the broker's files (yet).
 
     Attributes:
-        left: How many faces and images.
+        left: How many faces and images, as far as is known.
         cause: Why the broker refuses some of them; None where all only takes a while.
     """
 
@@ -96,7 +96,7 @@ class _Chore:
     looked: int = 0
     behind: bool = False
     left: int = 0
-    refused: list[str | Dead] = field(default_factory=list)
+    refused: list[str | Dead | Ended] = field(default_factory=list)
     cause: str | None = None
     again: int = 0
     pause_s: float = 0.0
@@ -112,6 +112,7 @@ class _Chore:
         self.again = len(refused)
         self.images.extend(one for one in refused if isinstance(one, str))
         self.events.extend(one for one in refused if isinstance(one, Dead))
+        self.ended = next((one for one in refused if isinstance(one, Ended)), None)
 
     def faces_of(self, ended: Ended, after: int) -> int:
         """Count the faces of a gallery that are not erased yet, between two sequences."""
@@ -221,15 +222,14 @@ class Clearing:
         if chore.ended is not None:
             others = (self._open | self._stuck.keys()) - {chore}
             left += sum(one.faces_of(chore.ended, chore.looked) for one in others)
-        return Unerased(left, chore.cause) if left else None
+        unseen = any(isinstance(one, Ended) for one in chore.refused)
+        return Unerased(left, chore.cause) if left or unseen else None
 
     async def done(self) -> None:
         """Wait until nothing is left to be cleared away but what the broker refuses."""
         await self._chores.join()
 
-    def _chore(
-        self, dead: Sequence[Dead], ended: Ended | None, *, behind: bool = False
-    ) -> _Chore:
+    def _chore(self, dead: Sequence[Dead], ended: Ended | None, *, behind: bool = False) -> _Chore:
         images = {one.image for one in dead if one.image} if self._drop_image else set()
         return _Chore(
             images=deque(images),
@@ -262,10 +262,18 @@ class Clearing:
         if not chore.images:
             await self._each(chore, chore.events, self._erase)
         if not chore.images and not chore.events and chore.ended is not None:
-            await self._look(chore, chore.ended)
+            try:
+                await self._look(chore, chore.ended)
+            except (Unavailable, DeadlineExceeded):
+                raise
+            except BusError as error:
+                chore.refused.append(chore.ended)
+                chore.cause = chore.cause or error.message
+                chore.ended = None
 
     async def _look(self, chore: _Chore, ended: Ended) -> None:
         """Find what the stream still has of a gallery that has ended; the next part of it."""
+        # Of the own list; of what was found itself nothing is looked at again.
         known = {one.seq for one in chore.refused if isinstance(one, Dead)}
         found = list[Dead]()
         reading = self._stream.read(gallery_events(self._root, ended.gallery), after=chore.looked)
@@ -344,12 +352,13 @@ class Clearing:
             self._stuck[chore] = loop.call_later(chore.pause_s, self._try_again, chore)
         events = [one for one in chore.refused if isinstance(one, Dead)]
         images = [one for one in chore.refused if isinstance(one, str)]
+        unseen = {one.gallery for one in chore.refused if isinstance(one, Ended)}
         log.error(
             "galleries.not_erased",
             faces=sum(one.face for one in events),
             images=len(images),
             others=sum(not one.face for one in events),
-            datasets=sorted({one.gallery for one in events})[:NAMED_MAX],
+            datasets=sorted(unseen | {one.gallery for one in events})[:NAMED_MAX],
             revisions=sorted(one.seq for one in events)[:NAMED_MAX],
             digests=sorted(images)[:NAMED_MAX],
             # None: when the next worker starts.

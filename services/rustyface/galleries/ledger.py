@@ -418,15 +418,21 @@ class Ledger:
     async def _clear_away(self) -> None:
         """Clear what deletions that were cut short have left."""
         projection = self.projection
-        if self._left:
-            for gallery, person in {(one.gallery, one.person) for one in self._left}:
+        ended = projection.left_behind & projection.heads.keys() - projection.unreadable.keys()
+        # What was a gallery's that has ended since is found with all else of that.
+        left = [
+            one
+            for one in self._left
+            if one.gallery not in ended or one.seq > projection.heads[one.gallery]
+        ]
+        self._left = []
+        if left:
+            for gallery, person in {(one.gallery, one.person) for one in left}:
                 there = projection.galleries.get(gallery)
                 if there is not None and person is not None:
                     await self._history.forget(gallery, there.moves.names_of(person))
-            log.info("entries.left_behind", events=len(self._left))
-            self._clearing.put(self._left)
-            self._left = []
-        ended = projection.left_behind & projection.heads.keys() - projection.unreadable.keys()
+            log.info("entries.left_behind", events=len(left))
+            self._clearing.put(left)
         for gallery in sorted(ended):
             # Of one that is not there all is over that was read, also what somebody has stored
             # behind its end and could not take back.
