@@ -167,10 +167,12 @@ async def test_a_dataset_that_could_not_be_looked_at_is_looked_at_again(
     monkeypatch.setattr(clearing, "PAUSE_S", 0.02)
     slow = Held(client.store.galleries)
 
-    async def refused(*_args: object, **_more: object):
+    async def refused(subject, *, after):
         monkeypatch.undo()
-        raise Internal("maximum consumers limit reached")
-        yield
+        async for stored in slow.read(subject, after=after):
+            yield stored
+            if stored.seq > 5:
+                raise Internal("maximum consumers limit reached")
 
     async with reading(client, stream=slow) as one, reading(client) as other:
         await enrolled(one, 20)
@@ -200,6 +202,29 @@ async def test_of_a_deleted_dataset_no_name_is_in_a_file(client, tmp_path):
         assert all(remains(tmp_path, name) for name in names)
         await galleries.delete("g")
     assert [remains(tmp_path, name) for name in names] == [0, 0, 0]
+
+
+async def test_of_a_dataset_whose_deletion_nobody_waited_for_nothing_is_left_all_the_same(
+    client, tmp_path, monkeypatch
+):
+    held = asyncio.Event()
+
+    async def forever(*_args: object) -> None:
+        held.set()
+        await asyncio.Event().wait()
+
+    async with reading(client) as galleries:
+        await galleries.create("other")
+        await enrolled(galleries, 3)
+        await galleries.remove("g", "annabel-0")
+        monkeypatch.setattr(galleries._history, "forget", forever)
+        deleting = asyncio.create_task(galleries.delete("g"))
+        await held.wait()
+        deleting.cancel()
+        await asyncio.gather(deleting, return_exceptions=True)
+        await galleries._ledger._clearing.done()
+    assert await held_in(client) == {HEAD: 1}
+    assert remains(tmp_path, b"annabel") == remains(tmp_path) == 0
 
 
 async def test_what_was_stored_behind_the_end_of_a_dataset_the_next_worker_erases(client, tmp_path):

@@ -17,7 +17,7 @@ import structlog
 from bus.errors import BusError, DeadlineExceeded, Unavailable
 from bus.streams import Stream
 from bus.subjects import gallery_events
-from services.rustyface.galleries.projection import Dead, dead
+from services.rustyface.galleries.projection import Dead, as_dead
 
 # What has to be cleared goes on behind an answer that would have to wait longer.
 PATIENT_S: Final = 5.0
@@ -275,15 +275,17 @@ class Clearing:
         """Find what the stream still has of a gallery that has ended; the next part of it."""
         # Of the own list; of what was found itself nothing is looked at again.
         known = {one.seq for one in chore.refused if isinstance(one, Dead)}
-        found = list[Dead]()
+        found, looked = list[Dead](), chore.looked
         reading = self._stream.read(gallery_events(self._root, ended.gallery), after=chore.looked)
         async with contextlib.aclosing(reading) as events:  # type: ignore[type-var]
             async for stored in events:
                 if stored.seq >= ended.below or len(found) == FOUND_AT_ONCE:
                     break
-                chore.looked = stored.seq
+                looked = stored.seq
                 if stored.seq != ended.head and stored.seq not in known:
-                    found.append(dead(ended.gallery, stored))
+                    found.append(as_dead(ended.gallery, stored))
+        # Only now: what fails in between has found nothing.
+        chore.looked = looked
         if not found:
             chore.ended = None
             return

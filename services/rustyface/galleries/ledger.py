@@ -333,6 +333,15 @@ class Ledger:
         finally:
             del self._taken[message_id]
 
+    @contextlib.contextmanager
+    def ending(self, ended: Ended) -> Iterator[None]:
+        """Have a gallery that has ended cleared if what is done inside fails or is cancelled."""
+        try:
+            yield
+        except BaseException:
+            self._clearing.put([], ended=ended)
+            raise
+
     async def clear(self, dead: Sequence[Dead], *, ended: Ended | None = None) -> Unerased | None:
         """Erase what was taken away, and its images; see `Clearing.clear`."""
         return await self._clearing.clear(dead, ended=ended)

@@ -386,7 +386,7 @@ def _entry(stored: Stored) -> _Entry:
     )
 
 
-def dead(gallery: str, stored: Stored) -> Dead:
+def as_dead(gallery: str, stored: Stored) -> Dead:
     """Return what is known of an event of a gallery that has ended."""
     kind = stored.subject.split(".")[3]
     if kind == "entry":
