@@ -232,7 +232,7 @@ async def test_what_was_stored_behind_the_end_of_a_dataset_the_next_worker_erase
         await galleries.create("other")
         await enrolled(galleries, 1)
         await galleries.delete("g")
-    event = m.GallerySubject(id="clementine", at=m.now(), moves=(m.SubjectMove(into=None),))
+    event = m.GallerySubject(id="clementine", at=m.now(), moves=[m.SubjectMove(into=None)])
     subject = GALLERY_SUBJECT.subject("r", gallery="g", subject="clementine")
     await client.store.galleries.append(subject, codec.encode(event))
     async with reading(client):
@@ -256,3 +256,20 @@ async def test_the_images_of_what_is_left_of_a_dataset_go_before_the_events_that
     assert dropped == [("a-photo", before)] * len(dropped)
     assert dropped
     assert await held_in(client) == {HEAD: 1}
+
+
+async def test_whom_a_dataset_has_lost_before_it_ended_takes_no_history_of_a_namesake_since(client):
+    kept = {"changes": client.store.changes}
+    async with reading(client, **kept) as galleries:
+        await enrolled(galleries, 3)
+        gone = m.GallerySubject(id="annabel", at=m.now(), moves=[m.SubjectMove(into=None)])
+        subject = GALLERY_SUBJECT.subject("r", gallery="g", subject="annabel")
+        await client.store.galleries.append(subject, codec.encode(gone))
+        await end(client, galleries)
+        await galleries.create("g")
+        await galleries.enrol("g", NewEntry(id="new", vector=OTHER, subject="annabel"))
+        await galleries._ledger.telling.all_told()
+    async with reading(client, **kept) as again:
+        await again._ledger._clearing.done()
+        changes, _ = await again._history.read("g", limit=10, before=None)
+    assert "annabel" in {one.subject for one in changes}
