@@ -95,8 +95,9 @@ def declared(root: str) -> list[dict[str, Any]]:
         ],
         "storage": "file",
         # The last one counts. Those before it are there until whoever wrote it has erased them:
-        # what the broker itself displaces it leaves in its files, a face as well.
-        "max_msgs_per_subject": 8,
+        # what the broker itself displaces it leaves in its files, a face as well. So many an entry
+        # may have while erasing is behind, and so many tombstones at last.
+        "max_msgs_per_subject": 64,
         "max_bytes": 2_048 * MIB,
         "discard": "new",
         "allow_direct": True,

@@ -353,13 +353,13 @@ async def test_many_batches_leave_few_fences_and_they_say_nothing(
     galleries, replica, client, monkeypatch
 ):
     monkeypatch.setattr(enrolment, "AS_ONE_MAX", 2)
-    await galleries.enrol_many("g", brought(*(f"e{i}" for i in range(40))), existing="skip")
+    await galleries.enrol_many("g", brought(*(f"e{i}" for i in range(80))), existing="skip")
     everyone = GALLERY_REJECTION.subject(client.root, gallery="g", rejection="*")
     left = (await client.store.galleries.occupied(everyone)).subjects
-    assert sum(left.values()) <= 8
+    assert sum(left.values()) <= 64
     async with replica() as replayed:
         assert replayed.rejections("g") == []
-        assert len(replayed.ids("g")) == 40
+        assert len(replayed.ids("g")) == 80
 
 
 @pytest.mark.parametrize("seed", range(4))

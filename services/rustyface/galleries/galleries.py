@@ -30,6 +30,7 @@ from services.rustyface.galleries.asked import (
     Repeated,
     check_metadata,
 )
+from services.rustyface.galleries.clearing import Ended
 from services.rustyface.galleries.cosines import Floats
 from services.rustyface.galleries.enrolling import Enrolling
 from services.rustyface.galleries.enrolment import (
@@ -171,11 +172,13 @@ class Galleries(People):
         with self._ledger.taking() as (message_id, dead):
             revision = await self._ledger.append_head(head, there.head_seq, message_id)
             log.info("dataset.deleted", dataset=gallery, revision=revision, by=by)
-            await self.wait(revision)
-            # Killed in between, the next worker that starts does it.
-            await self._ledger.telling.all_told()
-            await self._history.forget(gallery)
-            unerased = await self._ledger.clear(dead, below=(gallery, revision))
+            ended = Ended(gallery, revision, revision)
+            with self._ledger.ending(ended):
+                await self.wait(revision)
+                # Killed in between, the next worker that starts does it.
+                await self._ledger.telling.all_told()
+                await self._history.forget(gallery)
+                unerased = await self._ledger.clear(dead, ended=ended)
         return Removed(sum(one.entry is not None for one in dead), revision, unerased)
 
     # --- Entries ----------------------------------------------------------------------------------

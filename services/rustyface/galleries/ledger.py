@@ -39,7 +39,7 @@ from bus.subjects import (
 )
 from bus.tasks import beside
 from services.rustyface.galleries.asking import Asking
-from services.rustyface.galleries.clearing import Clearing, DropImage, Unerased, soon
+from services.rustyface.galleries.clearing import Clearing, DropImage, Ended, Unerased, soon
 from services.rustyface.galleries.gallery import Gallery
 from services.rustyface.galleries.history import History, Telling
 from services.rustyface.galleries.projection import MESSAGE_ID, Dead, Projection, addressed
@@ -334,11 +334,18 @@ class Ledger:
         finally:
             del self._taken[message_id]
 
-    async def clear(
-        self, dead: Sequence[Dead], *, below: tuple[str, int] | None = None
-    ) -> Unerased | None:
+    @contextlib.contextmanager
+    def ending(self, ended: Ended) -> Iterator[None]:
+        """Have a gallery that has ended cleared if what is done inside fails or is cancelled."""
+        try:
+            yield
+        except BaseException:
+            self._clearing.put([], ended=ended)
+            raise
+
+    async def clear(self, dead: Sequence[Dead], *, ended: Ended | None = None) -> Unerased | None:
         """Erase what was taken away, and its images; see `Clearing.clear`."""
-        return await self._clearing.clear(dead, below=below)
+        return await self._clearing.clear(dead, ended=ended)
 
     async def keeps_up(self) -> None:
         """Wait until erasing keeps up with replacing; see `Clearing.keeps_up`."""
@@ -421,21 +428,31 @@ class Ledger:
     async def _clear_away(self) -> None:
         """Clear what deletions that were cut short have left."""
         projection = self.projection
-        left = projection.left_behind
-        if self._left:
-            for gallery, person in {(one.gallery, one.person) for one in self._left}:
+        ended = projection.left_behind & projection.heads.keys() - projection.unreadable.keys()
+        # What was a gallery's that has ended since is found with all else of that.
+        left = [
+            one
+            for one in self._left
+            if one.gallery not in ended or one.seq > projection.heads[one.gallery]
+        ]
+        self._left = []
+        if left:
+            for gallery, person in {(one.gallery, one.person) for one in left}:
                 there = projection.galleries.get(gallery)
                 if there is not None and person is not None:
                     await self._history.forget(gallery, there.moves.names_of(person))
-            log.info("entries.left_behind", events=len(self._left))
-            self._clearing.put(self._left)
-            self._left = []
-        for gallery in left.keys() & projection.heads.keys() - projection.unreadable.keys():
+            log.info("entries.left_behind", events=len(left))
+            self._clearing.put(left)
+        for gallery in sorted(ended):
+            # Of one that is not there all is over that was read, also what somebody has stored
+            # behind its end and could not take back.
+            head = below = projection.heads[gallery]
             if gallery not in projection.galleries:
+                below = projection.revision + 1
                 await self._history.forget(gallery)
             log.info("dataset.left_behind", dataset=gallery)
-            self._clearing.put(left[gallery], below=(gallery, projection.heads[gallery]))
-        left.clear()
+            self._clearing.put([], ended=Ended(gallery, head, below))
+        projection.left_behind.clear()
         # In this order: an image is dropped once this replica has read what the broker has.
         await self.chores_done()
         for there in list(projection.galleries.values()):
