@@ -4,6 +4,7 @@ import io
 import json
 import random
 import zipfile
+from contextlib import closing
 from datetime import UTC, datetime
 
 import numpy as np
@@ -51,10 +52,10 @@ def some_rows(count: int = 3) -> list[Row]:
 
 
 def written(path, kind, rows):
-    file = writer(path, kind, HEAD, D)
-    for row in rows:
-        file.add([row])
-    file.finish()
+    with closing(writer(path, kind, HEAD, D)) as file:
+        for row in rows:
+            file.add([row])
+        file.finish()
     return path
 
 
