@@ -3,6 +3,7 @@
 import io
 import json
 import random
+import tracemalloc
 import zipfile
 from contextlib import closing
 from datetime import UTC, datetime
@@ -231,6 +232,23 @@ def test_no_value_of_a_file_is_held_that_is_larger_than_any_entry(tmp_path):
     size = 8 * json_file.PIECE_MAX_BYTES
     (tmp_path / "d").write_bytes(b'{"entries": [{"id": "' + b"x" * size + b'"}]}')
     assert "a value of the file has more than 2,097,152 bytes" in refused(tmp_path / "d", "json")
+
+
+def test_what_a_file_says_that_nobody_reads_is_not_held(tmp_path):
+    with (tmp_path / "d").open("wb") as file:
+        file.write(b'{"entries": []')
+        for i in range(40):
+            file.write(b', "k%d": "' % i + b"x" * 1024 * 1024 + b'"')
+        file.write(b', "id": "d"}')
+    tracemalloc.start()
+    try:
+        said = reader(tmp_path / "d", "json", D)
+        assert list(said.batches()) == []
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert said.head.id == "d"
+    assert peak < 12 * 1024 * 1024
 
 
 @pytest.mark.parametrize(("arrays", "said"), [

@@ -21,6 +21,7 @@ import numpy as np
 from bus import codec, private
 from bus.errors import BusError, Unprocessable
 from services.rustyface.transfers.files.carried import (
+    HEAD_KEYS,
     as_numbers,
     as_said,
     check_many,
@@ -151,7 +152,10 @@ class JsonReader:
                 for index, _ in enumerate(text.listed("rejection")):
                     check_many(index)
             else:
-                self._said[key[:256]] = _decoded(text.value(), key[:40])
+                said = _decoded(text.value(), key[:40])
+                # Of others there may be as many as the file is long.
+                if key in HEAD_KEYS:
+                    self._said[key] = said
             more = text.comma_or(b"}", f"behind {key[:40]!r}")
         text.take(b"}", "the file ends so")
         if text.peek():
