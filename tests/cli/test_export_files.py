@@ -55,8 +55,8 @@ async def test_an_export_that_is_deleted_before_it_is_here_says_so(
     digest, size = artefact
     read = Artefacts.read
 
-    async def read_on(self, *args):
-        async for block in read(self, *args):
+    async def read_on(self, digest, start=0, stop=None):
+        async for block in read(self, digest, start, stop):
             yield block
             await self.delete(digest)
 
