@@ -96,9 +96,11 @@ class Export:
                     await self._unstore(job)
             raise
         finally:
-            for file in opened:
-                await to_its_end(file.close)
-            path.unlink(missing_ok=True)
+            try:
+                for file in opened:
+                    await to_its_end(file.close)
+            finally:
+                path.unlink(missing_ok=True)
         return m.GalleryWorkDone(
             entries=snapshot.entries,
             rejections=snapshot.rejections,

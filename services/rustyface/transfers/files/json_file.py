@@ -249,8 +249,11 @@ class JsonWriter:
 
     def close(self) -> None:
         """See `Writer.close`."""
-        self._rows.close()
-        self._beside.unlink(missing_ok=True)
+        # What could not be written is tried once more, and the disk may still be full.
+        try:
+            self._rows.close()
+        finally:
+            self._beside.unlink(missing_ok=True)
 
     def _kept(self, without: AbstractSet[int]) -> Iterator[tuple[int, int]]:
         """Give from where to where rows are kept."""

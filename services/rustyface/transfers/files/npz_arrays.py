@@ -165,10 +165,12 @@ class Columns:
 
     def close(self) -> None:
         """Delete the files."""
-        for file in self._files.values():
-            file.close()
-        for beside in self._beside.values():
-            beside.unlink(missing_ok=True)
+        # What could not be written is tried once more, and the disk may still be full.
+        with contextlib.ExitStack() as closing:
+            for beside in self._beside.values():
+                closing.callback(beside.unlink, missing_ok=True)
+            for file in self._files.values():
+                closing.callback(file.close)
 
     def _fixed_rows(self, name: str, keep: npt.NDArray[np.bool_]) -> Iterator[bytes]:
         """Give those rows of a column that are kept, many at a time."""

@@ -224,8 +224,11 @@ class ParquetWriter:
 
     def close(self) -> None:
         """See `Writer.close`."""
-        self._groups.close()
-        self._beside.unlink(missing_ok=True)
+        # What could not be written is tried once more, and the disk may still be full.
+        try:
+            self._groups.close()
+        finally:
+            self._beside.unlink(missing_ok=True)
 
     def _put(self) -> None:
         """Have rows wait in a group, with its length before it."""
