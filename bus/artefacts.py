@@ -18,6 +18,7 @@ from typing import Final, NamedTuple
 
 import structlog
 
+from bus import private
 from bus.errors import (
     BusError,
     Conflict,
@@ -147,7 +148,7 @@ class Artefacts:
         blocks = self.read(digest)
         try:
             async with contextlib.aclosing(blocks):  # type: ignore[type-var]
-                with part.open("wb") as file:
+                with private.opened(part) as file:
                     async for block in blocks:
                         file.write(block)
                         sha.update(block)

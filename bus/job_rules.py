@@ -170,12 +170,16 @@ def renewed_by(job: m.Job, advance: Advance, now: datetime) -> m.Job:
 def finished(job: m.Job, result: Result, advance: Advance, now: datetime) -> m.Job:
     """Return a job that has done what it was for.
 
-    An export that somebody wants to end is cancelled even so: whoever deletes a person counts on
-    it that no file goes out with them in it.
+    An export that somebody wants to end is cancelled even so, and one is queued again from whose
+    dataset something was deleted since it last looked: whoever deletes counts on it that no file
+    goes out with that in it.
     """
     job = renewed_by(job, advance, now)
     if job.cancelling and job.gallery is not None and job.gallery.action == "export":
         return ended(job, "cancelled", now)
+    if isinstance(result, m.GalleryWorkDone) and (result.revision or 0) < job.outdated:
+        why = "something was deleted from the dataset just before the file was ready"
+        return after(job, Unavailable(why), None, advance, now)
     return ended(job, "done", now, result=result)
 
 
@@ -213,6 +217,13 @@ def cancelled(job: m.Job, now: datetime) -> m.Job:
     if job.state == "queued":
         return ended(job, "cancelled", now)
     return msgspec.structs.replace(job, cancelling=True, updated_at=now)
+
+
+def outdated(job: m.Job, revision: int) -> m.Job:
+    """Return a running export that has to heed a deletion from its dataset, at that revision."""
+    if job.state != "running" or job.outdated >= revision:
+        return job
+    return msgspec.structs.replace(job, outdated=revision)
 
 
 def again(job: m.Job, now: datetime) -> m.Job:

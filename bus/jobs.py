@@ -70,7 +70,10 @@ class Work(Protocol[R]):
         """Do a job; what is there from an earlier try is gone on with."""
 
     async def closed(self, job: m.Job) -> None:
-        """Remove what a job has left that has come to its end; its retry may need some of it."""
+        """Remove what a job has left that has come to its end; its retry may need some of it.
+
+        Asked of one that is queued, too, when that was done but its result no longer counts.
+        """
 
     async def tidy(self, live: set[str]) -> None:
         """Remove what jobs of old have left, but for these."""
@@ -346,6 +349,9 @@ class Jobs(Generic[R]):
                     held, lambda job: rules.finished(job, done, held.advance, m.now())
                 )
                 self._secrets.pop(name, None)
+                if held.job.state == "queued":
+                    # What it has led to is no longer good enough: nobody may find it.
+                    await self._close(held.job)
             if held.job.state in rules.ENDED:
                 log.info("job.ended", job=name, state=held.job.state, **_led_to(held.job))
                 await self._close(held.job)

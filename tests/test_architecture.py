@@ -10,7 +10,7 @@ REPOSITORY = Path(__file__).parents[1]
 WINGS = ("cli", "supervisor", "candle", "rustyface", "gateway")
 # From the ground up; a room may use those below it.
 FLOORS = (
-    {"errors", "messages", "balance", "late"},
+    {"errors", "messages", "balance", "late", "private"},
     {
         "codec",
         "job_rules",

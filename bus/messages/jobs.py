@@ -132,7 +132,7 @@ class Job(Message, frozen=True, omit_defaults=False):
         failures: How many of the last tries brought nothing.
         retry_at: When it is tried again.
         stage: Of an import `fetching`, `storing`, `validating`, `loading`; of a gallery `reading`,
-            `embedding`, `writing`.
+            `embedding`, `writing`, and of an export `storing`.
         bytes: What has come.
         total_bytes: What should come, where that is known.
         bytes_per_s: How fast, lately.
@@ -144,6 +144,8 @@ class Job(Message, frozen=True, omit_defaults=False):
         error: Why it failed, or why the last try did.
         result: What it led to; of an import.
         gallery_result: Likewise; of a gallery.
+        outdated: Of an export: the revision at which something was last deleted from its dataset
+            while it ran; its file has to be of that one or later.
         only: The one instance that can do it, because it alone knows the password of the address.
     """
 
@@ -174,6 +176,7 @@ class Job(Message, frozen=True, omit_defaults=False):
     error: str | None = None
     result: AddedModel | None = None
     gallery_result: GalleryWorkDone | None = None
+    outdated: int = 0
     only: str | None = None
 
 

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from bus import messages as m
 from bus.client import Client
-from bus.errors import Internal
+from bus.errors import Internal, NotFound, Unprocessable
 from services.cli import jobs
 from services.cli.console import out, show_json
 from services.cli.galleries import ask_dataset, have
@@ -124,11 +124,20 @@ async def _fetch(client: Client, job: m.Job, path: Path, at: Platform, *, force:
     done = job.gallery_result
     if done is None or done.artefact is None:
         raise Internal(f"the job {job.job} is done, but does not say where its file is")
-    with (
-        appearing(path, force=force) as file,
-        Meter(f"downloading {path.name}", done.size_bytes, quiet=at.as_json) as meter,
-    ):
-        await copy(client.store.faces, done.artefact, f"the export {job.job}", file, meter)
+    faces = client.store.faces
+    try:
+        with (
+            appearing(path, force=force) as file,
+            Meter(f"downloading {path.name}", done.size_bytes, quiet=at.as_json) as meter,
+        ):
+            await copy(faces, done.artefact, f"the export {job.job}", file, meter)
+    except (NotFound, Unprocessable):
+        if await faces.size(done.artefact) is not None:
+            raise
+        raise NotFound(
+            f"the file of the export {job.job} was deleted before all of it was here: something "
+            "was deleted from the dataset, or its hour had passed; export it again"
+        ) from None
 
 
 def _job_of(answer: m.DatasetList) -> m.Job:

@@ -45,8 +45,12 @@ class Jobs(Protocol):
         """Enter work as a job, and return it; with a known key, the job that was entered first."""
         ...
 
-    async def drop_exports(self, dataset: str) -> None:
-        """Delete every exported file of a dataset."""
+    async def drop_exports(self, dataset: str, revision: int) -> None:
+        """Delete every exported file of a dataset: something was deleted, at that revision.
+
+        Raises:
+            BusError: One is left.
+        """
         ...
 
 
@@ -286,7 +290,7 @@ class Manage:
     async def _without_exports(self, dataset: str, told: dict[str, Any]) -> dict[str, Any]:
         """Delete a dataset's exported files; what that comes to is said beside what is told."""
         try:
-            await self._jobs.drop_exports(dataset)
+            await self._jobs.drop_exports(dataset, told["revision"])
         except BusError as error:
             # The deletion itself is done: an error would say that it is not.
             log.error("exports.not_deleted", dataset=dataset, cause=error.message)

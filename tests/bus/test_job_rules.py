@@ -24,6 +24,7 @@ from bus.job_rules import (
     given_back,
     heals,
     new,
+    outdated,
     renewed_by,
     takeable,
     taken,
@@ -166,3 +167,20 @@ def test_an_export_that_nobody_wants_any_more_is_not_handed_out():
     assert end.error == "somebody was deleted"
     wanted = finished(taken(EXPORT, "i", "h", NOW), done, Advance.of(job), NOW)
     assert (wanted.state, wanted.gallery_result, wanted.result) == ("done", done, None)
+
+
+@pytest.mark.parametrize(("looked_at", "state"), [(7, "queued"), (8, "done"), (9, "done")])
+def test_an_export_that_has_what_was_deleted_since_is_not_handed_out(looked_at, state):
+    job = outdated(outdated(taken(EXPORT, "i", "h", NOW), 8), 3)
+    done = m.GalleryWorkDone(entries=1, artefact="ab" * 32, revision=looked_at)
+    end = finished(job, done, Advance.of(job), NOW)
+    assert (end.state, end.gallery_result) == (state, done if state == "done" else None)
+    if state == "queued":
+        assert end.error == "something was deleted from the dataset just before the file was ready"
+        assert (end.failures, end.retry_at) == (1, NOW + timedelta(seconds=1))
+
+
+def test_an_export_that_does_not_run_heeds_no_deletion():
+    ended_job = cancelled(EXPORT, NOW)
+    assert outdated(EXPORT, 8) is EXPORT
+    assert outdated(ended_job, 8) is ended_job

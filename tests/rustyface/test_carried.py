@@ -2,6 +2,7 @@
 
 import json
 import random
+from contextlib import closing
 
 import msgspec
 import numpy as np
@@ -55,10 +56,9 @@ def some_rejections(count: int = 3) -> list[RejectionRow]:
 
 
 def written(path, kind, rejections, set_to=SET, rows=(ROW,)):
-    file = writer(path, kind, Head("people", settings=set_to), D)
-    file.add(rows)
-    file.reject(rejections)
-    file.finish()
+    with closing(writer(path, kind, Head("people", settings=set_to), D)) as file:
+        file.add(rows)
+        file.finish(rejections)
     return path
 
 
@@ -166,8 +166,8 @@ def test_a_file_without_settings_and_rejections_has_none(tmp_path, kind):
 @pytest.mark.parametrize("kind", FORMATS)
 def test_when_a_dataset_was_made_is_in_its_file(tmp_path, kind):
     head = Head("people", m.now(), "sface", "ab" * 32)
-    file = writer(tmp_path / "d", kind, head, D)
-    file.finish()
+    with closing(writer(tmp_path / "d", kind, head, D)) as file:
+        file.finish()
     assert read(tmp_path / "d", kind)[0] == head
 
 
@@ -289,10 +289,11 @@ def test_more_rejections_than_metadata_of_parquet_may_have_are_refused(tmp_path,
     path = written(tmp_path / "d", "parquet", some_rejections(50))
     monkeypatch.setattr(parquet_file, "REJECTIONS_MAX_BYTES", 1_000)
     assert "bkg.rejections have" in refused(path, "parquet").message
-    file = writer(tmp_path / "e", "parquet", Head(), D)
-    with pytest.raises(Unprocessable, match="export in json or npz instead"):
-        file.reject(some_rejections(50))
-    file.abandon()
+    with (
+        closing(writer(tmp_path / "e", "parquet", Head(), D)) as file,
+        pytest.raises(Unprocessable, match="export in json or npz instead"),
+    ):
+        file.finish(some_rejections(50))
 
 
 def test_more_rejections_than_a_dataset_may_have_are_refused(tmp_path, monkeypatch):
@@ -437,7 +438,9 @@ def test_whatever_a_dataset_is_set_to_and_rejects_comes_back(sound, set_to, reje
 
 
 def test_a_text_that_numpy_cannot_keep_is_refused(tmp_path):
-    file = npz_file.NpzWriter(tmp_path / "d", Head(), D)
-    with pytest.raises(Unprocessable, match="rejection 0 .'r'.: numpy cannot keep the end of its"):
-        file.reject([RejectionRow("r", "Ada\0", unit(1, 0, 0, 0))])
-    file.abandon()
+    said = "rejection 0 .'r'.: numpy cannot keep the end of its"
+    with (
+        closing(npz_file.NpzWriter(tmp_path / "d", Head(), D)) as file,
+        pytest.raises(Unprocessable, match=said),
+    ):
+        file.finish([RejectionRow("r", "Ada\0", unit(1, 0, 0, 0))])

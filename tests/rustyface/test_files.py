@@ -3,7 +3,10 @@
 import io
 import json
 import random
+import resource
+import tracemalloc
 import zipfile
+from contextlib import closing, suppress
 from datetime import UTC, datetime
 
 import numpy as np
@@ -51,10 +54,10 @@ def some_rows(count: int = 3) -> list[Row]:
 
 
 def written(path, kind, rows):
-    file = writer(path, kind, HEAD, D)
-    for row in rows:
-        file.add([row])
-    file.finish()
+    with closing(writer(path, kind, HEAD, D)) as file:
+        for row in rows:
+            file.add([row])
+        file.finish()
     return path
 
 
@@ -230,6 +233,40 @@ def test_no_value_of_a_file_is_held_that_is_larger_than_any_entry(tmp_path):
     size = 8 * json_file.PIECE_MAX_BYTES
     (tmp_path / "d").write_bytes(b'{"entries": [{"id": "' + b"x" * size + b'"}]}')
     assert "a value of the file has more than 2,097,152 bytes" in refused(tmp_path / "d", "json")
+
+
+@pytest.mark.parametrize("kind", ["json", "npz", "parquet"])
+def test_a_full_disk_leaves_nothing_beside_the_file(tmp_path, kind):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    rows = [Row(f"e{i}", np.array([1, 0, 0, 0], np.float32)) for i in range(20_000)]
+    file = writer(tmp_path / "d", kind, HEAD, D)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4_096, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            file.add(rows)
+        # What is still to be written is tried once more.
+        with suppress(OSError):
+            file.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_file_says_that_nobody_reads_is_not_held(tmp_path):
+    with (tmp_path / "d").open("wb") as file:
+        file.write(b'{"entries": []')
+        for i in range(40):
+            file.write(b', "k%d": "' % i + b"x" * 1024 * 1024 + b'"')
+        file.write(b', "id": "d"}')
+    tracemalloc.start()
+    try:
+        said = reader(tmp_path / "d", "json", D)
+        assert list(said.batches()) == []
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert said.head.id == "d"
+    assert peak < 12 * 1024 * 1024
 
 
 @pytest.mark.parametrize(("arrays", "said"), [

@@ -19,6 +19,7 @@ class Entered:
     def __init__(self) -> None:
         self.works: list[m.GalleryWork] = []
         self.dropped: list[str] = []
+        self.revisions: list[int] = []
         self.refuses: BusError | None = None
 
     async def enter(self, work: m.GalleryWork) -> m.Job:
@@ -26,10 +27,11 @@ class Entered:
         at = m.now()
         return m.Job(job="j1", created_at=at, updated_at=at, kind="gallery", gallery=work)
 
-    async def drop_exports(self, dataset: str) -> None:
+    async def drop_exports(self, dataset: str, revision: int) -> None:
         if self.refuses is not None:
             raise self.refuses
         self.dropped.append(dataset)
+        self.revisions.append(revision)
 
 
 @pytest.fixture
@@ -171,12 +173,18 @@ async def test_the_history_is_told_page_by_page(manage):
 
 async def test_exported_files_go_with_whatever_is_deleted_and_only_then(manage, jobs):
     await manage("rename-subject", subject="ann", into="anna")
+    await manage("move-entry", entry_id="a0", into="amy")
+    await manage("merge-subjects", subjects=["amy"], into="anna")
     await manage("remove-subject", subject="bob", dry_run=True)
     assert jobs.dropped == []
-    await manage("remove-subject", subject="bob")
-    await manage("remove-entry", entry_id="a0")
-    await manage("delete-dataset")
+    told = [
+        await manage("remove-subject", subject="bob"),
+        await manage("remove-entry", entry_id="a0"),
+        await manage("delete-dataset"),
+    ]
     assert jobs.dropped == ["g"] * 3
+    # As of which an export that is under way has to be.
+    assert jobs.revisions == [one.revision for one in told]
 
 
 async def test_work_that_takes_long_becomes_a_job(manage, jobs):

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import secrets
+from contextlib import closing
 
 import msgspec
 import numpy as np
@@ -51,10 +52,10 @@ def row(name: str, subject: str, entry: str | None = None, face=None) -> Rejecti
 
 def as_file(path, rejections=(), set_to=SET, kind="npz", rows=None, created_at=None):
     """Write a file with the entries of Ada and Bob, unless others are given."""
-    file = writer(path, kind, Head(id="people", created_at=created_at, settings=set_to), D)
-    file.add([r._replace(subject=r.id.upper()) for r in rows_of(2)] if rows is None else rows)
-    file.reject(rejections)
-    file.finish()
+    head = Head(id="people", created_at=created_at, settings=set_to)
+    with closing(writer(path, kind, head, D)) as file:
+        file.add([r._replace(subject=r.id.upper()) for r in rows_of(2)] if rows is None else rows)
+        file.finish(rejections)
     return path
 
 

@@ -12,11 +12,7 @@ from services.rustyface.manage import Manage
 from services.rustyface.transfers import exports as exports_module
 from services.rustyface.transfers import leftovers as leftovers_module
 from tests.rustyface.transfers import (
-    LARGE,
     Pixels,
-    ended_as,
-    now_of,
-    rows_of,
     stored,
     uploaded,
     vector,
@@ -37,29 +33,6 @@ async def test_an_export_goes_when_somebody_is_deleted(client, carrier):
         asked = m.ManageDataset(action="remove-subject", dataset="d", subject="Ada")
         assert (await manage.answer(asked)).affected == 1
         assert await stored(client) == {kept}
-
-
-async def test_an_export_that_runs_while_somebody_is_deleted_ends_without_a_file(
-    client, carrier, hurried
-):
-    async with carrier() as at:
-        await at.galleries.create("d")
-        entries = [NewEntry(id=r.id, vector=r.vector) for r in rows_of(LARGE)]
-        await at.galleries.enrol_many("d", entries, existing="skip")
-        job = await at.jobs.enter(m.GalleryWork(action="export", dataset="d"))
-
-        async def is_running() -> bool:
-            return (await now_of(client, job)).state == "running"
-
-        await until(is_running)
-        await at.jobs.drop_exports("d")
-        ended = await ended_as(client, job, "cancelled")
-        assert "somebody was deleted" in ended.error
-
-        async def nothing_is_stored() -> bool:
-            return await stored(client) == set()
-
-        await until(nothing_is_stored)
 
 
 async def test_an_export_has_an_hour(client, carrier, monkeypatch):

@@ -130,9 +130,9 @@ def rows_of(count: int) -> list[Row]:
 
 
 def as_file(path: Path, rows, kind="npz", head=None) -> Path:
-    file = writer(path, kind, head or Head(), D)
-    file.add(rows)
-    file.finish()
+    with contextlib.closing(writer(path, kind, head or Head(), D)) as file:
+        file.add(rows)
+        file.finish()
     return path
 
 

@@ -124,7 +124,8 @@ async def content(request: web.Request) -> web.StreamResponse:
     if size is None:
         return problem(
             410,
-            "the file of this export was deleted: exports are kept for an hour; ask for a new one "
+            "the file of this export was deleted: exports are kept for an hour, or until something "
+            "is deleted from their dataset; ask for a new one "
             f"by POST /api/datasets/{quote(request.match_info['dataset'], safe='')}/export",
             code="gone",
         )

@@ -58,6 +58,7 @@ class Gallery:
         revision: The last event that concerned it.
         stored_at: When the broker stored that, in nanoseconds since 1970.
         images: How many entries name an image.
+        deletions: How many entries and rejections have left it.
     """
 
     head: m.GalleryHead
@@ -67,6 +68,7 @@ class Gallery:
     revision: int
     stored_at: int
     images: int = 0
+    deletions: int = 0
     entries: dict[str, Kept] = field(default_factory=dict)
     persons: dict[str, Person] = field(default_factory=dict)
     rejections: dict[str, Rejection] = field(default_factory=dict)
@@ -159,6 +161,7 @@ class Gallery:
         gone = [kept for one in ids if (kept := self.entries.pop(one, None)) is not None]
         if gone:
             self._ordered = None
+        self.deletions += len(gone)
         self.images -= sum(kept.image is not None for kept in gone)
         self.matrix.delete_many([kept.id for kept in gone])
         for kept in gone:
@@ -175,6 +178,7 @@ class Gallery:
         """Take a rejection out; return it if it was there."""
         gone = self.rejections.pop(rejection, None)
         if gone is not None:
+            self.deletions += 1
             del gone.person.rejections[rejection]
             self._rejected = None
             self.leave(gone.person)

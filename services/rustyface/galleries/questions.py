@@ -207,6 +207,28 @@ class Questions:
             if (kept := there.entries.get(one)) is not None
         ]
 
+    def stands(self, gallery: str, entries: Iterable[str]) -> list[tuple[int, str | None] | None]:
+        """Return the event of entries that this replica knows, and whom they show; None of others.
+
+        Who is called otherwise by now has the new name, though the event is the old one.
+        """
+        there = self._galleries.get(gallery)
+        if there is None:
+            return [None for _ in entries]
+        found = (there.entries.get(one) for one in entries)
+        return [
+            None if kept is None else (kept.seq, kept.person.name if kept.person else None)
+            for kept in found
+        ]
+
+    def deletions(self, gallery: str) -> tuple[int, int] | None:
+        """Return the event that made a gallery, and how much has left it since; None without one.
+
+        While it stays the same, nothing was deleted.
+        """
+        there = self._galleries.get(gallery)
+        return None if there is None else (there.head_seq, there.deletions)
+
     async def subjects(
         self, gallery: str, *, limit: int, after: str | None = None
     ) -> tuple[list[m.SubjectInfo], str | None, int]:

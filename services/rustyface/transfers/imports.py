@@ -21,6 +21,7 @@ from bus.tasks import to_its_end
 from services.rustyface.galleries.galleries import Galleries, NewEntry, NewRejection
 from services.rustyface.transfers.files import Head, Reader, Row, format_of, reader
 from services.rustyface.transfers.reading import Open, Sound, batches, checked
+from services.rustyface.transfers.scratch import Scratch
 
 # What else may need the disk meanwhile.
 DISK_SPARE_BYTES: Final = 256 * 1024 * 1024
@@ -100,7 +101,7 @@ class Import:
         embedder: What makes the vectors of new datasets.
         digest: Which version of it.
         dimensions: How long those are.
-        folder: Where the file lies while it is read.
+        scratch: Where the file lies while it is read.
     """
 
     def __init__(
@@ -111,14 +112,14 @@ class Import:
         embedder: str,
         digest: str,
         dimensions: int,
-        folder: Path,
+        scratch: Scratch,
     ) -> None:
         self._store = store
         self._galleries = galleries
         self._embedder = embedder
         self._digest = digest
         self._dimensions = dimensions
-        self._folder = folder
+        self._scratch = scratch
 
     async def carry(self, job: m.Job, work: m.GalleryWork, told: Told) -> m.GalleryWorkDone:
         """Take a file in; what an earlier try has enrolled is gone on from.
@@ -202,14 +203,14 @@ class Import:
                 "within an hour",
                 field="artefact",
             )
-        await to_its_end(self._folder.mkdir, parents=True, exist_ok=True)
-        free = (await to_its_end(shutil.disk_usage, self._folder)).free
+        name = f"{job.job}.{secrets.token_hex(4)}.import"
+        path = await to_its_end(self._scratch.place, name)
+        free = (await to_its_end(shutil.disk_usage, path.parent)).free
         if size + DISK_SPARE_BYTES > free:
             raise Unavailable(
-                f"the file has {size:,} bytes, and {self._folder} has {free:,} free",
+                f"the file has {size:,} bytes, and {self._scratch.shared} has {free:,} free",
                 retry_after_s=60,
             )
-        path = self._folder / f"{job.job}.{secrets.token_hex(4)}.import"
         try:
             await self._store.fetch(work.artefact, path)
             yield path

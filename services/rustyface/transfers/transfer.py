@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -32,11 +31,10 @@ from services.rustyface.transfers.imports import Import, as_new, rejected_again
 from services.rustyface.transfers.leftovers import Leftovers
 from services.rustyface.transfers.reading import batches, checked
 from services.rustyface.transfers.reembed import Encoder, Reembed
+from services.rustyface.transfers.scratch import Scratch
 
 BEGUN: Final = ".importing"
 DONE: Final = ".imported"
-# Of what a job left in the folder when its worker was killed.
-STALE_S: Final = 3_600.0
 
 log = structlog.get_logger("rustyface.transfer")
 
@@ -49,7 +47,7 @@ class GalleryJobs:
         instance: This process's place on it.
         galleries: The datasets.
         encoder: The embedder of today.
-        folder: Where files lie while they are read or written.
+        folder: Where files lie while they are read or written; replicas of a host share it.
         at_once: How many jobs this instance may do at a time, now.
     """
 
@@ -65,7 +63,8 @@ class GalleryJobs:
         self._client = client
         self._store = client.store.faces
         self._galleries = galleries
-        self._work = _Work(client, galleries, encoder, folder)
+        self._scratch = Scratch(folder)
+        self._work = _Work(client, galleries, encoder, self._scratch)
         self._jobs = Jobs(client, instance, self._work, at_once)
         self._leftovers = Leftovers(
             client, instance, galleries, self._work.exports, self._work.closed
@@ -74,8 +73,12 @@ class GalleryJobs:
     @asynccontextmanager
     async def serving(self) -> AsyncGenerator[None]:
         """Do jobs while inside, and see that nothing is left of them; galleries are caught up."""
-        async with self._jobs.serving(), beside(self._leftovers.keep_clearing()):
-            yield
+        chores = beside(self._scratch.keep_tidy(), self._leftovers.keep_clearing())
+        try:
+            async with self._jobs.serving(), chores:
+                yield
+        finally:
+            await to_its_end(self._scratch.close)
 
     async def enter(self, work: m.GalleryWork) -> m.Job:
         """Queue a job; asked again with the same key, return the first one.
@@ -113,16 +116,9 @@ class GalleryJobs:
         found = await self._client.store.jobs.get(name)
         return found is not None and found.value is not None
 
-    async def drop_exports(self, dataset: str) -> None:
-        """Delete every exported file of a dataset; see `Export.drop`.
-
-        What made that necessary is done. So a broker that is away makes it no error: the files go
-        when their hour has passed, and the log says so.
-        """
-        try:
-            await self._work.exports.drop(dataset)
-        except BusError as error:
-            log.error("exports.not_dropped", dataset=dataset, cause=error.message)
+    async def drop_exports(self, dataset: str, revision: int) -> None:
+        """Delete every exported file of a dataset; see `Export.drop`."""
+        await self._work.exports.drop(dataset, revision)
 
 
 class _Work:
@@ -131,21 +127,21 @@ class _Work:
     kind: Final = "gallery"
 
     def __init__(
-        self, client: Client, galleries: Galleries, encoder: Encoder, folder: Path
+        self, client: Client, galleries: Galleries, encoder: Encoder, scratch: Scratch
     ) -> None:
         store = client.store.faces
         self._client = client
-        self._folder = folder
+        self._scratch = scratch
         self._import = Import(
             store,
             galleries,
             embedder=encoder.name,
             digest=encoder.digest,
             dimensions=encoder.dimensions,
-            folder=folder,
+            scratch=scratch,
         )
         self._reembed = Reembed(store, galleries, encoder)
-        self.exports = Export(client, galleries, folder)
+        self.exports = Export(client, galleries, scratch)
 
     def checked(self, request: m.GalleryWork) -> tuple[m.GalleryWork, str | None]:
         """See `Work.checked`.
@@ -180,7 +176,9 @@ class _Work:
             # A job has time.
             raise Unavailable(error.message, retry_after_s=error.retry_after_s) from None
         except OSError as error:
-            raise Unavailable(f"{self._folder} cannot be used: {error}", retry_after_s=30) from None
+            raise Unavailable(
+                f"{self._scratch.shared} cannot be used: {error}", retry_after_s=30
+            ) from None
 
     async def closed(self, job: m.Job) -> None:
         """See `Work.closed`: of an import that failed the file stays for a day, for a retry."""
@@ -195,9 +193,8 @@ class _Work:
             # Brought again since the job was asked for, somebody is about to import it.
             await self._client.store.faces.delete(work.artefact, unless_since=job.started_at)
 
-    async def tidy(self, live: set[str]) -> None:
-        """See `Work.tidy`."""
-        await asyncio.to_thread(_tidy, self._folder, live)
+    async def tidy(self, _live: set[str]) -> None:
+        """See `Work.tidy`: what they have left goes by whether its worker lives, see `Scratch`."""
 
     async def _is_wanted(self, artefact: str) -> bool:
         """Tell whether another job has not imported a file yet."""
@@ -276,14 +273,3 @@ def _files_in(folder: Path) -> list[Path]:
     return sorted(
         path for kind in kinds for name in (kind, f"{kind}{BEGUN}") for path in folder.glob(name)
     )
-
-
-def _tidy(folder: Path, live: set[str]) -> None:
-    """Delete what killed workers have left."""
-    if not folder.is_dir():
-        return
-    for path in folder.iterdir():
-        with contextlib.suppress(FileNotFoundError):
-            old = time.time() - path.stat().st_mtime > STALE_S
-            if old and path.name.partition(".")[0] not in live:
-                path.unlink()

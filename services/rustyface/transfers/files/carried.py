@@ -26,6 +26,8 @@ from services.rustyface.transfers.files.rows import (
 )
 
 REJECTION_ID_MAX: Final = 64
+# What `head_in` reads.
+HEAD_KEYS: Final = ("id", "created_at", "embedder", "embedder_digest", "settings")
 
 
 class _Said(msgspec.Struct):

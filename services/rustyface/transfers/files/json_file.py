@@ -6,8 +6,11 @@
 for here, and each value is decoded by itself.
 """
 
+import os
 import re
+from array import array
 from collections.abc import Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any, Final
@@ -15,9 +18,10 @@ from typing import IO, Any, Final
 import msgspec
 import numpy as np
 
-from bus import codec
+from bus import codec, private
 from bus.errors import BusError, Unprocessable
 from services.rustyface.transfers.files.carried import (
+    HEAD_KEYS,
     as_numbers,
     as_said,
     check_many,
@@ -53,6 +57,7 @@ _TOKEN: Final = re.compile(
     re.DOTALL,
 )
 _QUOTE: Final = ord('"')
+_NEXT: Final = b",\n"
 _SPACE: Final = re.compile(rb"[ \t\r\n]*")
 _SCALAR: Final = re.compile(rb"[^,\[\]{}:\"\s]*")
 _BOM: Final = b"\xef\xbb\xbf"
@@ -147,7 +152,10 @@ class JsonReader:
                 for index, _ in enumerate(text.listed("rejection")):
                     check_many(index)
             else:
-                self._said[key[:256]] = _decoded(text.value(), key[:40])
+                said = _decoded(text.value(), key[:40])
+                # Of others there may be as many as the file is long.
+                if key in HEAD_KEYS:
+                    self._said[key] = said
             more = text.comma_or(b"}", f"behind {key[:40]!r}")
         text.take(b"}", "the file ends so")
         if text.peek():
@@ -194,45 +202,82 @@ class JsonWriter:
     """
 
     def __init__(self, path: Path, head: Head, dimensions: int) -> None:
-        self._file = path.open("wb")
-        self._comma = b""
-        self._rejects = False
+        self._path = path
+        self._head = head
+        self._dimensions = dimensions
+        self._beside = path.with_name(f"{path.name}.rows")
+        self._rows = private.opened(self._beside)
+        # Where each row ends in there.
+        self._ends = array("Q")
+
+    def add(self, rows: Sequence[Row]) -> None:
+        """See `Writer.add`."""
+        at = self._rows.seek(0, os.SEEK_END)
+        for row in rows:
+            vector = as_numbers(row.vector)
+            entry = _Written(row.id, vector, row.metadata, row.last_seen, row.subject, row.quality)
+            at += self._rows.write(msgspec.json.encode(entry) + _NEXT)
+            self._ends.append(at)
+
+    def finish(
+        self, rejections: Sequence[RejectionRow] = (), without: AbstractSet[int] = frozenset()
+    ) -> None:
+        """See `Writer.finish`."""
+        head = self._head
         said = {
             "id": head.id,
             "created_at": head.created_at,
             "updated_at": datetime.now(UTC),
             "embedder": head.embedder,
             "embedder_digest": head.embedder_digest,
-            "dimensions": dimensions,
+            "dimensions": self._dimensions,
             "settings": head.settings,
         }
-        self._file.write(msgspec.json.encode(said)[:-1] + b',"entries":[')
+        with private.opened(self._path) as file:
+            file.write(msgspec.json.encode(said)[:-1] + b',"entries":[\n')
+            begins = file.tell()
+            for start, end in self._kept(without):
+                self._copy(start, end, file)
+            _end_list(file, begins)
+            if rejections:
+                file.write(b',"rejections":[\n')
+                begins = file.tell()
+                for row in rejections:
+                    file.write(as_said(row) + _NEXT)
+                _end_list(file, begins)
+            file.write(b"}\n")
 
-    def add(self, rows: Sequence[Row]) -> None:
-        """See `Writer.add`."""
-        for row in rows:
-            vector = as_numbers(row.vector)
-            entry = _Written(row.id, vector, row.metadata, row.last_seen, row.subject, row.quality)
-            self._file.write(self._comma + b"\n" + msgspec.json.encode(entry))
-            self._comma = b","
+    def close(self) -> None:
+        """See `Writer.close`."""
+        # What could not be written is tried once more, and the disk may still be full.
+        try:
+            self._rows.close()
+        finally:
+            self._beside.unlink(missing_ok=True)
 
-    def reject(self, rows: Sequence[RejectionRow]) -> None:
-        """See `Writer.reject`."""
-        for row in rows:
-            if not self._rejects:
-                self._rejects, self._comma = True, b""
-                self._file.write(b'\n],"rejections":[')
-            self._file.write(self._comma + b"\n" + as_said(row))
-            self._comma = b","
+    def _kept(self, without: AbstractSet[int]) -> Iterator[tuple[int, int]]:
+        """Give from where to where rows are kept."""
+        start = 0
+        for row in sorted(without):
+            yield start, self._ends[row - 1] if row else 0
+            start = self._ends[row]
+        yield start, self._ends[-1] if self._ends else 0
 
-    def finish(self) -> None:
-        """See `Writer.finish`."""
-        self._file.write(b"\n]}\n")
-        self._file.close()
+    def _copy(self, start: int, end: int, file: IO[bytes]) -> None:
+        self._rows.seek(start)
+        while start < end:
+            block = self._rows.read(min(_READ_BYTES, end - start))
+            file.write(block)
+            start += len(block)
 
-    def abandon(self) -> None:
-        """See `Writer.abandon`."""
-        self._file.close()
+
+def _end_list(file: IO[bytes], begins: int) -> None:
+    """End a list; what stands between two values is taken back behind the last one."""
+    if file.tell() > begins:
+        file.seek(-len(_NEXT), os.SEEK_CUR)
+        file.write(b"\n")
+        file.truncate()
+    file.write(b"]")
 
 
 class _Text:

@@ -9,14 +9,16 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import IO, Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from bus import private
 from bus.errors import BusError, Unprocessable
-from services.rustyface.transfers.files.rows import Kind, refuse
+from services.rustyface.transfers.files.rows import BATCH, Kind, refuse
 
 # A file with many more members is a bomb: each takes memory before any is opened.
 MEMBERS_MAX: Final = 64
@@ -25,6 +27,8 @@ HEADER_MAX_BYTES: Final = 4_096
 # What a column of texts, all of them as wide as the widest, may come to when it is written.
 COLUMN_MAX_BYTES: Final = 4 * 1024 * 1024 * 1024
 
+# Before each text that waits.
+_LENGTH_BYTES: Final = 4
 _MAGIC: Final = b"\x93NUMPY"
 _HEADER: Final = re.compile(
     r"\{'descr': '(?P<descr>[<>|=]?[fSUM][0-9]{1,7}(?:\[[0-9A-Za-z]{1,8}\])?)', "
@@ -77,7 +81,7 @@ class Array(NamedTuple):
 
 
 class Columns:
-    """Columns of one length, written row by row; all wait in files until their number is known.
+    """Columns of one length, taken row by row; all wait in files until their number is known.
 
     Args:
         path: The npz; the files lie beside it.
@@ -99,76 +103,105 @@ class Columns:
         self.count = 0
         self._what = what
         self._fixed = fixed
+        self._texts = texts
         self._packed = frozenset(packed)
         self._beside = {name: path.with_name(f"{path.name}.{name}") for name in (*fixed, *texts)}
-        self._files = {name: beside.open("wb") for name, beside in self._beside.items()}
-        self._widths = dict.fromkeys(texts, 1)
+        self._files: dict[str, IO[bytes]] = {}
+        try:
+            for name, beside in self._beside.items():
+                self._files[name] = private.opened(beside)
+        except OSError:
+            self.close()
+            raise
 
     def add(self, name: str, fixed: Mapping[str, bytes], texts: Mapping[str, str]) -> None:
-        """Write a row, which is called so, its values by column."""
-        for column, body in fixed.items():
-            self._files[column].write(body)
+        """Take a row, which is called so, its values by column."""
         for column, text in texts.items():
             if text.endswith("\0"):
                 said = f"numpy cannot keep the end of its {column}: a zero"
                 refuse(self.count, name, said, what=self._what)
+        for column, value in fixed.items():
+            self._files[column].write(value)
+        for column, text in texts.items():
             # UTF-8, with its length before it; the arrays' width is that of the widest.
             body = text.encode()
-            width = len(body) if column in self._packed else len(text)
-            self._widths[column] = max(self._widths[column], width)
-            self._files[column].write(len(body).to_bytes(4, "little") + body)
+            self._files[column].write(len(body).to_bytes(_LENGTH_BYTES, "little") + body)
         self.count += 1
 
-    def close(self) -> None:
-        """Write no more rows."""
-        for file in self._files.values():
-            file.close()
+    def put_into(self, archive: zipfile.ZipFile, without: AbstractSet[int] = frozenset()) -> None:
+        """Write the arrays, but for some rows.
 
-    def check(self) -> None:
-        """Raise Unprocessable if a column of texts would be too large."""
-        for name, width in self._widths.items():
-            size = self.count * width * (1 if name in self._packed else 4)
+        Raises:
+            Unprocessable: A column of texts would be too large.
+        """
+        keep = np.ones(self.count, bool)
+        keep[list(without)] = False
+        count = int(keep.sum())
+        widths = {name: self._width(name, keep) for name in self._texts}
+        for name, width in widths.items():
+            size = count * width * (1 if name in self._packed else 4)
             if size > COLUMN_MAX_BYTES:
                 raise Unprocessable(
                     f"{name} would take {size:,} bytes: numpy makes every text as wide as the "
                     f"widest, {width:,}; export in json or parquet instead",
                     field="format",
                 )
-
-    def put_into(self, archive: zipfile.ZipFile) -> None:
-        """Write the arrays, once closed."""
         for name, (descr, shape) in self._fixed.items():
             # Vectors are noise to a compressor.
             compression = zipfile.ZIP_STORED if shape else zipfile.ZIP_DEFLATED
-            with (
-                _member(archive, name, compression) as member,
-                self._beside[name].open("rb") as file,
-            ):
-                _put_header(member, descr, (self.count, *shape))
-                while block := file.read(1024 * 1024):
-                    member.write(block)
-        for name, width in self._widths.items():
-            self._put_texts(archive, name, width)
+            with _member(archive, name, compression) as member:
+                _put_header(member, descr, (count, *shape))
+                for rows in self._fixed_rows(name, keep):
+                    member.write(rows)
+        for name, width in widths.items():
+            is_packed = name in self._packed
+            with _member(archive, name, zipfile.ZIP_DEFLATED) as member:
+                _put_header(member, f"|S{width}" if is_packed else f"<U{width}", (count,))
+                for body in self._text_rows(name, keep):
+                    if is_packed:
+                        member.write(body.ljust(width, b"\0"))
+                    else:
+                        member.write(body.decode().encode("utf-32-le").ljust(4 * width, b"\0"))
 
-    def abandon(self) -> None:
+    def close(self) -> None:
         """Delete the files."""
-        for name, file in self._files.items():
-            file.close()
-            self._beside[name].unlink(missing_ok=True)
+        # What could not be written is tried once more, and the disk may still be full.
+        with contextlib.ExitStack() as closing:
+            for beside in self._beside.values():
+                closing.callback(beside.unlink, missing_ok=True)
+            for file in self._files.values():
+                closing.callback(file.close)
 
-    def _put_texts(self, archive: zipfile.ZipFile, name: str, width: int) -> None:
-        is_packed = name in self._packed
-        with (
-            _member(archive, name, zipfile.ZIP_DEFLATED) as member,
-            self._beside[name].open("rb") as file,
-        ):
-            _put_header(member, f"|S{width}" if is_packed else f"<U{width}", (self.count,))
-            while size := file.read(4):
-                body = file.read(int.from_bytes(size, "little"))
-                if is_packed:
-                    member.write(body.ljust(width, b"\0"))
-                else:
-                    member.write(body.decode().encode("utf-32-le").ljust(4 * width, b"\0"))
+    def _fixed_rows(self, name: str, keep: npt.NDArray[np.bool_]) -> Iterator[bytes]:
+        """Give those rows of a column that are kept, many at a time."""
+        descr, shape = self._fixed[name]
+        size = np.dtype(descr).itemsize * int(np.prod(shape, dtype=np.int64))
+        file = self._from_start(name)
+        for first in range(0, self.count, BATCH):
+            kept = keep[first : first + BATCH]
+            block = np.frombuffer(file.read(size * len(kept)), np.uint8).reshape(len(kept), size)
+            yield block[kept].tobytes()
+
+    def _text_rows(self, name: str, keep: npt.NDArray[np.bool_]) -> Iterator[bytes]:
+        """Give those rows of a column of texts that are kept, as UTF-8."""
+        file = self._from_start(name)
+        for kept in keep.tolist():
+            size = int.from_bytes(file.read(_LENGTH_BYTES), "little")
+            body = file.read(size)
+            if kept:
+                yield body
+
+    def _width(self, name: str, keep: npt.NDArray[np.bool_]) -> int:
+        """Return how wide the widest text is that is kept: in characters, or bytes if packed."""
+        rows = self._text_rows(name, keep)
+        if name in self._packed:
+            return max(1, max(map(len, rows), default=1))
+        return max(1, max((len(body.decode()) for body in rows), default=1))
+
+    def _from_start(self, name: str) -> IO[bytes]:
+        file = self._files[name]
+        file.seek(0)
+        return file
 
 
 def put_text(archive: zipfile.ZipFile, name: str, text: str) -> None:

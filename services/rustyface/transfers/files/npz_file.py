@@ -8,6 +8,7 @@
 | `metadata`, `quality` | n texts with JSON in them, empty for none |
 | `last_seen` | n times (``datetime64``, UTC, or texts) |
 | `dataset`, `created_at` | one text: which dataset it was; when that was created |
+| `updated_at` | one text: when the file was written |
 | `embedder`, `embedder_digest` | one text: what made the vectors |
 | `settings` | one text with JSON in it: what the dataset was set to |
 | `rejection_embeddings` | shape ``[m, d]``, floating point: faces that are not somebody |
@@ -20,6 +21,8 @@ The arrays are read side by side, a batch of rows of each.
 import contextlib
 import zipfile
 from collections.abc import Iterator, Sequence
+from collections.abc import Set as AbstractSet
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -27,6 +30,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from bus import private
 from bus.errors import Unprocessable
 from services.rustyface.galleries.galleries import METADATA_MAX_BYTES
 from services.rustyface.transfers.files.carried import check_many, head_in, rejection
@@ -246,18 +250,13 @@ class NpzWriter:
     def __init__(self, path: Path, head: Head, dimensions: int) -> None:
         self._path = path
         self._head = head
+        self._dimensions = dimensions
         self._entries = Columns(
             path,
             "entry",
             fixed={"embeddings": ("<f4", (dimensions,)), "last_seen": ("<M8[us]", ())},
             texts=("ids", "subjects", *_PACKED),
             packed=_PACKED,
-        )
-        self._rejections = Columns(
-            path,
-            "rejection",
-            fixed={_REJECTIONS.vectors: ("<f4", (dimensions,))},
-            texts=(_REJECTIONS.needed, *_REJECTIONS.more),
         )
 
     def add(self, rows: Sequence[Row]) -> None:
@@ -278,47 +277,54 @@ class NpzWriter:
                 },
             )
 
-    def reject(self, rows: Sequence[RejectionRow]) -> None:
-        """See `Writer.reject`."""
-        for row in rows:
-            self._rejections.add(
-                row.id,
-                {_REJECTIONS.vectors: np.asarray(row.vector, "<f4").tobytes()},
-                {
-                    "rejection_subjects": row.subject,
-                    "rejection_entries": row.entry or "",
-                    "rejection_ids": row.id,
-                },
-            )
-
-    def finish(self) -> None:
+    def finish(
+        self, rejections: Sequence[RejectionRow] = (), without: AbstractSet[int] = frozenset()
+    ) -> None:
         """See `Writer.finish`."""
-        both = (self._entries, self._rejections)
-        for columns in both:
-            columns.close()
-        for columns in both:
-            columns.check()
         head = self._head
         said = {
             "embedder": head.embedder,
             "embedder_digest": head.embedder_digest,
             "dataset": head.id,
             "created_at": head.created_at.isoformat() if head.created_at else None,
+            # No two files are the same: deleting one never takes another with it.
+            "updated_at": datetime.now(UTC).isoformat(),
             "settings": msgspec.json.encode(head.settings).decode() if head.settings else None,
         }
-        with zipfile.ZipFile(self._path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
-            self._entries.put_into(archive)
-            if self._rejections.count:
-                self._rejections.put_into(archive)
+        with (
+            private.opened(self._path) as file,
+            zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive,
+        ):
+            self._entries.put_into(archive, without)
+            if rejections:
+                self._put_rejections(archive, rejections)
             for name, text in said.items():
                 if text:
                     put_text(archive, name, text)
-        self.abandon()
 
-    def abandon(self) -> None:
-        """See `Writer.abandon`."""
-        self._entries.abandon()
-        self._rejections.abandon()
+    def close(self) -> None:
+        """See `Writer.close`."""
+        self._entries.close()
+
+    def _put_rejections(self, archive: zipfile.ZipFile, rejections: Sequence[RejectionRow]) -> None:
+        columns = Columns(
+            self._path,
+            "rejection",
+            fixed={_REJECTIONS.vectors: ("<f4", (self._dimensions,))},
+            texts=(_REJECTIONS.needed, *_REJECTIONS.more),
+        )
+        with contextlib.closing(columns):
+            for row in rejections:
+                columns.add(
+                    row.id,
+                    {_REJECTIONS.vectors: np.asarray(row.vector, "<f4").tobytes()},
+                    {
+                        "rejection_subjects": row.subject,
+                        "rejection_entries": row.entry or "",
+                        "rejection_ids": row.id,
+                    },
+                )
+            columns.put_into(archive)
 
 
 def _check_column(name: str, dtype: np.dtype[Any]) -> None:

@@ -7,7 +7,9 @@ pyarrow is an extra: without it a file is refused in a sentence.
 """
 
 import contextlib
+import os
 from collections.abc import Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Final
@@ -15,6 +17,7 @@ from typing import Any, Final
 import msgspec
 import numpy as np
 
+from bus import codec, private
 from bus.errors import BusError, Unprocessable
 from services.rustyface.transfers.files.carried import as_said, head_in, rejections_in
 from services.rustyface.transfers.files.rows import (
@@ -41,6 +44,8 @@ GROUP_MAX_BYTES: Final = 1024 * 1024 * 1024
 GROUP_ROWS: Final = 10_000
 # Metadata are read as a whole, when the file is opened.
 REJECTIONS_MAX_BYTES: Final = 32 * 1024 * 1024
+# Before each group of rows that waits.
+_LENGTH_BYTES: Final = 8
 _SAID: Final = b"bkg"
 _REJECTIONS: Final = b"bkg.rejections"
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
@@ -171,6 +176,8 @@ class ParquetWriter:
 
     def __init__(self, path: Path, head: Head, dimensions: int) -> None:
         arrow = _pyarrow()
+        # No two files are the same: deleting one never takes another with it.
+        said = codec.plain(head) | {"updated_at": datetime.now(UTC)}
         self._schema = arrow.schema(
             [
                 arrow.field("id", arrow.string(), nullable=False),
@@ -180,13 +187,13 @@ class ParquetWriter:
                 arrow.field("quality", arrow.string()),
                 arrow.field("last_seen", arrow.timestamp("us", tz="UTC")),
             ],
-            metadata={_SAID: msgspec.json.encode(head)},
+            metadata={_SAID: msgspec.json.encode(said)},
         )
+        self._path = path
         self._dimensions = dimensions
         self._waiting: list[Row] = []
-        self._rejections: list[bytes] = []
-        self._rejections_bytes = 0
-        self._file = arrow.parquet.ParquetWriter(str(path), self._schema, compression="zstd")
+        self._beside = path.with_name(f"{path.name}.rows")
+        self._groups = private.opened(self._beside)
 
     def add(self, rows: Sequence[Row]) -> None:
         """See `Writer.add`."""
@@ -194,33 +201,37 @@ class ParquetWriter:
         if len(self._waiting) >= GROUP_ROWS:
             self._put()
 
-    def reject(self, rows: Sequence[RejectionRow]) -> None:
-        """See `Writer.reject`."""
-        for row in rows:
-            said = as_said(row)
-            self._rejections_bytes += len(said) + 1
-            if self._rejections_bytes > REJECTIONS_MAX_BYTES:
-                raise Unprocessable(
-                    f"the rejections would take more than the {REJECTIONS_MAX_BYTES:,} bytes that "
-                    "the metadata of a Parquet file may have here; export in json or npz instead",
-                    field="format",
-                )
-            self._rejections.append(said)
-
-    def finish(self) -> None:
+    def finish(
+        self, rejections: Sequence[RejectionRow] = (), without: AbstractSet[int] = frozenset()
+    ) -> None:
         """See `Writer.finish`."""
+        arrow = _pyarrow()
         if self._waiting:
             self._put()
-        if self._rejections:
-            said = b"[" + b",".join(self._rejections) + b"]"
-            self._file.add_key_value_metadata({_REJECTIONS: said})
-        self._file.close()
+        said = _listed(rejections)
+        first = 0
+        with (
+            private.opened(self._path) as file,
+            arrow.parquet.ParquetWriter(file, self._schema, compression="zstd") as written,
+        ):
+            for group in self._kept():
+                rows = range(first, first + group.num_rows)
+                first += len(rows)
+                keep = arrow.array([row not in without for row in rows], arrow.bool_())
+                written.write_table(arrow.Table.from_batches([group.filter(keep)]))
+            if said is not None:
+                written.add_key_value_metadata({_REJECTIONS: said})
 
-    def abandon(self) -> None:
-        """See `Writer.abandon`."""
-        self._file.close()
+    def close(self) -> None:
+        """See `Writer.close`."""
+        # What could not be written is tried once more, and the disk may still be full.
+        try:
+            self._groups.close()
+        finally:
+            self._beside.unlink(missing_ok=True)
 
     def _put(self) -> None:
+        """Have rows wait in a group, with its length before it."""
         arrow, rows = _pyarrow(), self._waiting
         self._waiting = []
         values = np.concatenate([row.vector for row in rows]).astype(np.float32)
@@ -233,7 +244,38 @@ class ParquetWriter:
             arrow.array([as_json(row.quality) or None for row in rows], arrow.string()),
             arrow.array([row.last_seen for row in rows], arrow.timestamp("us", tz="UTC")),
         ]
-        self._file.write_table(arrow.Table.from_arrays(columns, schema=self._schema))
+        body = arrow.RecordBatch.from_arrays(columns, schema=self._schema).serialize()
+        self._groups.seek(0, os.SEEK_END)
+        self._groups.write(body.size.to_bytes(_LENGTH_BYTES, "little"))
+        self._groups.write(body)
+
+    def _kept(self) -> Iterator[Any]:
+        """Give the groups of rows that wait."""
+        arrow = _pyarrow()
+        self._groups.seek(0)
+        while size := self._groups.read(_LENGTH_BYTES):
+            body = self._groups.read(int.from_bytes(size, "little"))
+            yield arrow.ipc.read_record_batch(arrow.py_buffer(body), self._schema)
+
+
+def _listed(rejections: Sequence[RejectionRow]) -> bytes | None:
+    """Return rejections as one JSON; None of none.
+
+    Raises:
+        Unprocessable: They are more than the metadata of a file may have.
+    """
+    pieces: list[bytes] = []
+    size = 0
+    for row in rejections:
+        pieces.append(as_said(row))
+        size += len(pieces[-1]) + 1
+        if size > REJECTIONS_MAX_BYTES:
+            raise Unprocessable(
+                f"the rejections would take more than the {REJECTIONS_MAX_BYTES:,} bytes that "
+                "the metadata of a Parquet file may have here; export in json or npz instead",
+                field="format",
+            )
+    return b"[" + b",".join(pieces) + b"]" if pieces else None
 
 
 def _pyarrow() -> Any:

@@ -1,6 +1,7 @@
 """The rows of dataset files, whatever the format, and what has to be true of them."""
 
 from collections.abc import Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Final, Literal, NamedTuple, NoReturn, Protocol
@@ -108,23 +109,26 @@ class Reader(Protocol):
 
 
 class Writer(Protocol):
-    """A dataset file that is written once, from the first row to the last."""
+    """A dataset file in the making: its rows wait beside it until it is written."""
 
     def add(self, rows: Sequence[Row]) -> None:
-        """Write rows."""
+        """Take rows, which are numbered from 0 in the order in which they come."""
 
-    def reject(self, rows: Sequence[RejectionRow]) -> None:
-        """Write rejections, which all have their vector, after all rows."""
+    def finish(
+        self, rejections: Sequence[RejectionRow] = (), without: AbstractSet[int] = frozenset()
+    ) -> None:
+        """Write the file, or write it anew: all rows so far, and rejections.
 
-    def finish(self) -> None:
-        """Write what has to stand at the end, and close the file.
+        Args:
+            rejections: All of them have their vector.
+            without: The numbers of rows that are left out; not a byte of them is in the file.
 
         Raises:
             Unprocessable: What was added cannot be said in this format; says what.
         """
 
-    def abandon(self) -> None:
-        """Close the file as it is."""
+    def close(self) -> None:
+        """Delete what lies beside the file; it can be done at any time, and again."""
 
 
 def refuse(index: int, name: str | None, sentence: str, *, what: Kind = "entry") -> NoReturn:
