@@ -139,6 +139,7 @@ class ServedModel(Message, frozen=True):
         last_used: When it was last asked.
         kept: Why it stays: `pinned`, `keep-alive` or `room`.
         revision: Of which revision of the model's wish this is told; 0 if it does not say.
+        instances: Runs that may go on at the same time; 0 while it is not in memory.
     """
 
     id: str
@@ -153,6 +154,7 @@ class ServedModel(Message, frozen=True):
     last_used: datetime | None = None
     kept: str | None = None
     revision: int = 0
+    instances: int = 0
 
 
 class ServedModels(Message, frozen=True):

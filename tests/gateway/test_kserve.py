@@ -4,6 +4,7 @@ import asyncio
 import gzip
 import io
 import json
+from dataclasses import replace
 from urllib.parse import quote
 
 import msgspec
@@ -88,7 +89,8 @@ async def test_what_was_loaded_is_ready_at_once_also_right_after_an_unloading(
     worker = await candle()
     await put(gate, linear())
     await load(gate, "m")
-    write, half, let_go = worker._served.put, asyncio.Event(), asyncio.Event()
+    bucket = worker._telling._bucket
+    write, half, let_go = bucket.put, asyncio.Event(), asyncio.Event()
 
     async def late(_told, plugin, slot):
         await half.wait()
@@ -99,7 +101,7 @@ async def test_what_was_loaded_is_ready_at_once_also_right_after_an_unloading(
             await let_go.wait()
         await write(told, plugin, slot)
 
-    monkeypatch.setattr(worker._served, "put", late)
+    monkeypatch.setattr(bucket, "put", late)
     monkeypatch.setattr(models, "SEEN_S", 30.0)
     await post(gate, "/v2/repository/models/m/unload", {})
     loading = asyncio.create_task(load(gate, "m"))
@@ -113,6 +115,27 @@ async def test_what_was_loaded_is_ready_at_once_also_right_after_an_unloading(
     let_go.set()
     assert (await loading)["version"] == "1"
     assert (await gate.json("/v2/models/m/ready"))["ready"]
+
+
+async def test_what_the_capability_has_loaded_is_ready_for_whoever_asks_the_protocol(
+    gate, candle, linear
+):
+    await candle()
+    await put(gate, linear())
+    for _ in range(12):
+        await gate.post("/api/capabilities/candle.model.unload", {"id": "m"})
+        await gate.json("/v2/models/m/ready", 404)
+        await gate.post("/api/capabilities/candle.model.load", {"id": "m"})
+        assert (await gate.json("/v2/models/m/ready"))["ready"]
+
+
+async def test_the_configuration_says_how_many_runs_go_on_at_the_same_time(gate, candle, linear):
+    worker = await candle(threads=1)
+    worker._around = replace(worker._around, processors=4.0)
+    await put(gate, linear())
+    (told,) = (await gate.json("/v2/models/m/stats"))["model_stats"]
+    (group,) = (await gate.json("/v2/models/m/config"))["instance_group"]
+    assert group["count"] == told["instances"] == 4
 
 
 async def test_a_version_that_cannot_be_loaded_leaves_the_model_ready(gate, client, candle, linear):
