@@ -20,7 +20,7 @@ from bus.plugins import follow_plugins
 from bus.tasks import beside
 from services.gateway import live
 from services.gateway.auth import Access, Gate, is_loopback
-from services.gateway.bodies import hold_back
+from services.gateway.bodies import expecting
 from services.gateway.express import Express
 from services.gateway.feeds import Feeds
 from services.gateway.pages import Pages
@@ -255,10 +255,12 @@ def make_app(parts: Parts) -> web.Application:
         guarded = translated(parts.instance, _guarded(parts.gate, needs, handler))
         for one in ("GET", "HEAD") if method == "GET" and not streams else (method,):
             # Whoever uploads hears of a refusal before the file goes out.
-            waits = hold_back if handler in _TAKE_FILES else None
-            app.router.add_route(one, path, guarded, expect_handler=waits)
+            expects = expecting(parts.instance, hold_back=handler in _TAKE_FILES)
+            app.router.add_route(one, path, guarded, expect_handler=expects)
     # What is not there is told to everybody.
-    app.router.add_route("*", "/{path:.*}", translated(parts.instance, _nothing_here))
+    nothing = translated(parts.instance, _nothing_here)
+    expects = expecting(parts.instance, hold_back=True)
+    app.router.add_route("*", "/{path:.*}", nothing, expect_handler=expects)
     app.on_response_prepare.append(dress)
     app.on_shutdown.append(_close_connections)
     return app

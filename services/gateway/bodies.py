@@ -9,28 +9,57 @@ from contextlib import contextmanager
 from typing import Final, TypeVar
 
 import aiohttp
-from aiohttp import BodyPartReader, hdrs, web
+from aiohttp import BodyPartReader, HttpVersion11, hdrs, web
 from aiohttp.http_exceptions import HttpProcessingError
 
 from bus.bodies import too_large
 from bus.client import Client, Reference
 from bus.errors import DeadlineExceeded, InvalidRequest, TooLarge
+from bus.instance import Instance
 from services.gateway.room import Room
-from services.gateway.translate import BODY_PATIENCE_S, cut_off, read_body
+from services.gateway.translate import BODY_PATIENCE_S, cut_off, read_body, translated
 from services.gateway.uploads import CutOff
 
 # A caller that sends nothing more for this long has gone.
 STALL_S: Final = 60.0
 BLOCK_BYTES: Final = 64 * 1024
 PARTS_MAX: Final = 100
+CONTINUE: Final = "100-continue"
 # A body that somebody waits on has `BODY_PATIENCE_S` for each so many bytes begun.
 PATIENCE_BYTES: Final = 16 * 1024**2
 
 T = TypeVar("T")
 
 
-async def hold_back(_request: web.Request) -> None:
-    """Send no `100 Continue` yet: who may not, or has too much, shall hear it before sending."""
+Expecting = Callable[[web.Request], Awaitable[web.StreamResponse | None]]
+
+
+def expecting(instance: Instance, *, hold_back: bool) -> Expecting:
+    """Return what takes the header `Expect`; anything but `100-continue` is 417.
+
+    Args:
+        instance: Counts what is refused.
+        hold_back: Send no `100 Continue` yet: who may not, or has too much, shall hear it before
+            sending.
+    """
+    refuse = translated(instance, _refuse_expectation)
+
+    async def expect(request: web.Request) -> web.StreamResponse | None:
+        # HTTP/1.0 has no such thing, and what stands there means nothing.
+        if request.version < HttpVersion11:
+            return None
+        if request.headers[hdrs.EXPECT].lower() != CONTINUE:
+            return await refuse(request)
+        if not hold_back:
+            await _welcome(request)
+        return None
+
+    return expect
+
+
+async def _refuse_expectation(request: web.Request) -> web.StreamResponse:
+    said = request.headers[hdrs.EXPECT][:40]
+    raise web.HTTPExpectationFailed(text=f"Expect is {said!r}; {CONTINUE} is taken")
 
 
 async def body_for_bus(request: web.Request, client: Client, room: Room) -> bytes | Reference:
@@ -229,8 +258,8 @@ def _as_a_form() -> Iterator[None]:
 
 
 async def _welcome(request: web.Request) -> None:
-    """Send the `100 Continue` that `hold_back` held back."""
-    if request.headers.get(hdrs.EXPECT, "").lower() == "100-continue":
+    """Send the `100 Continue` that somebody waits for, if so."""
+    if request.headers.get(hdrs.EXPECT, "").lower() == CONTINUE:
         await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         # The answer has not begun yet; aiohttp does the same.
         request.writer.output_size = 0
