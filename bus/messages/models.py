@@ -9,7 +9,10 @@ from bus.messages.base import Message, Name, VersionName
 
 
 class TensorInfo(Message, frozen=True):
-    """One input or output: Open Inference Protocol datatype, shape with -1 for any length."""
+    """One input or output: Open Inference Protocol datatype, shape with -1 for any length.
+
+    What may have any number of axes has the shape `[-1]`, too.
+    """
 
     name: str
     datatype: str

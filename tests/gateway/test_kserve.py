@@ -1,6 +1,7 @@
 """Models over HTTP while they load, leave, are busy or are gone; two instances of candle behind."""
 
 import asyncio
+import base64
 import gzip
 import io
 import json
@@ -16,6 +17,7 @@ from services.gateway import inference
 from services.gateway.routes import models
 from tests.gateway.inferring import ONES, held, post, put, version_of
 
+INDEX = "/v2/repository/index"
 NAMES = ["1", "default", "latest"]
 
 
@@ -127,6 +129,29 @@ async def test_what_the_capability_has_loaded_is_ready_for_whoever_asks_the_prot
         await gate.json("/v2/models/m/ready", 404)
         await gate.post("/api/capabilities/candle.model.load", {"id": "m"})
         assert (await gate.json("/v2/models/m/ready"))["ready"]
+
+
+async def test_other_bytes_for_a_version_are_409_and_what_to_do_instead_works(gate, candle):
+    def file(path, bias):
+        content = json.dumps({"input_dim": 2, "output_dim": 1, "weights": [1, 1], "bias": [bias]})
+        return {f"file:{path}": base64.b64encode(content.encode()).decode(), "config": "{}"}
+
+    await candle()
+    await load(gate, **file("1/model.json", 0))
+    problem = await load(gate, status=409, **file("1/model.json", 1))
+    assert problem["error"].endswith("give these another version: the next free number is 2")
+    assert (await load(gate, **file("2/model.json", 1)))["version"] == "2"
+    # Without a version it takes the place of what is served, as a file does in Triton.
+    assert (await load(gate, **file("model.json", 2)))["version"] == "3"
+    assert [one["version"] for one in await post(gate, INDEX, {"ready": True})] == ["3"]
+
+
+async def test_no_rows_in_are_no_rows_out(gate, candle, linear):
+    await candle()
+    await put(gate, linear())
+    nothing = {"name": "inputs", "datatype": "FP32", "shape": [0, 2], "data": []}
+    (output,) = (await post(gate, "/v2/models/m/infer", {"inputs": [nothing]}))["outputs"]
+    assert (output["shape"], output["data"]) == ([0, 1], [])
 
 
 async def test_the_configuration_says_how_many_runs_go_on_at_the_same_time(gate, candle, linear):
@@ -343,9 +368,8 @@ async def test_a_body_that_is_compressed_in_another_way_is_refused_in_words(
     await candle()
     await put(gate, linear())
     problem = await post(gate, "/v2/models/m/infer", b"x", 400, {"Content-Encoding": encoding})
-    assert problem["error"] == (
-        f"Content-Encoding is '{encoding}'; gzip and deflate are taken, one of them"
-    )
+    assert problem["error"].startswith(f"Content-Encoding is '{encoding}'; gzip, deflate")
+    assert problem["error"].endswith(" are taken, one of them")
     assert problem["field"] == "Content-Encoding"
 
 

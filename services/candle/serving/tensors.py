@@ -48,8 +48,9 @@ class TensorReader:
 
     def fits(self, shape: Sequence[int]) -> bool:
         """Whether the model takes this shape."""
-        return len(shape) == len(self.spec.shape) and (
-            not self._fixed or all(shape[axis] == length for axis, length in self._fixed)
+        return self.spec.any_rank or (
+            len(shape) == len(self.spec.shape)
+            and (not self._fixed or all(shape[axis] == length for axis, length in self._fixed))
         )
 
     def from_json(self, values: list[Any], shape: list[int], i: int, *, typed: bool) -> Array:
