@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from bus import messages as m
 from bus.errors import InvalidRequest
+from services.gateway.examples import Place, examples_of
 from services.gateway.protocol import configuration, load_request
 
 PLAIN = st.recursive(
@@ -141,3 +142,10 @@ def test_a_client_can_move_a_model_to_another_processor(before, kind, after):
 def test_an_unknown_parameter_is_refused_by_name():
     with pytest.raises(InvalidRequest, match="'confog' is not taken here; allowed are `config`"):
         load_request("a", {"confog": "{}"})
+
+
+def test_an_example_for_any_number_of_axes_has_the_shape_that_was_run():
+    tensors = [m.TensorInfo(name="x", datatype="FP32", shape=[-1])]
+    place = Place(url="http://here", root="bkg", with_key=False)
+    told = examples_of(place, "a", None, (tensors, tensors), {"x": [2, 3]})
+    assert '"shape":[2,3]' in told.curl.replace(" ", "")
