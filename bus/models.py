@@ -6,7 +6,7 @@ to ask another one.
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
+from collections.abc import AsyncGenerator, Callable, Container, Iterable, Iterator
 from contextlib import asynccontextmanager
 from typing import Final
 
@@ -159,11 +159,20 @@ class ModelsView:
         """Tell whether an instance serves a version."""
         return any(one.state == "ready" for _, one in self.served(model, version))
 
-    def answers(self, model: str, name: str, revision: int = 0) -> bool:
+    def answers(
+        self, model: str, name: str, revision: int = 0, among: Container[str] | None = None
+    ) -> bool:
         """Tell whether an instance answers to a version's name, or to an alias.
 
         While another version is on its way, the old one answers to the names that they share. What
         was told of an older revision of the wish than the one that is asked for does not count.
+
+        Args:
+            model: The model.
+            name: The name.
+            revision: Of the model's wish.
+            among: Ids of the instances that count; None: all that have told of themselves. What one
+                told that was killed stays for a while.
         """
         return any(
             one.id == model
@@ -171,6 +180,7 @@ class ModelsView:
             and name in one.names
             and one.revision >= revision
             for instance in self._served.values()
+            if among is None or instance.instance in among
             for one in instance.models
         )
 

@@ -163,6 +163,17 @@ async def test_the_configuration_says_how_many_runs_go_on_at_the_same_time(gate,
     assert group["count"] == told["instances"] == 4
 
 
+async def test_a_model_is_not_ready_whose_only_instance_was_killed(gate, client, candle, linear):
+    worker = await candle()
+    await put(gate, linear())
+    assert (await gate.json("/v2/models/m/ready"))["ready"]
+    # As the supervisor does; what the instance wrote down of its models expires later.
+    await client.store.instances.delete("candle", 0)
+    await until(lambda: not gate.parts.view.registrations())
+    problem = await gate.json("/v2/models/m/ready", 503)
+    assert (problem["state"], problem["host"]) == ("unreachable", worker._instance.host)
+
+
 async def test_a_version_that_cannot_be_loaded_leaves_the_model_ready(gate, client, candle, linear):
     await candle()
     await put(gate, linear())

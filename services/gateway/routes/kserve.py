@@ -188,7 +188,13 @@ async def _relayed(request: web.Request, at: Parts, subject: str) -> Answer:
 def _is_ready(at: Parts, model: str, name: str | None) -> bool:
     spec = at.models.spec(model)
     version = version_of(spec, name) if spec else None
-    return version is not None and version.wanted and at.models.answers(model, name or DEFAULT)
+    # A supervisor takes the registration of a process that has ended at once.
+    there = {one.id for one in at.view.registrations()}
+    return (
+        version is not None
+        and version.wanted
+        and at.models.answers(model, name or DEFAULT, among=there)
+    )
 
 
 def _named(request: web.Request) -> tuple[str, str | None]:
