@@ -2,7 +2,7 @@
 
 import asyncio
 import os
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -20,11 +20,11 @@ from bus.plugins import follow_plugins
 from bus.tasks import beside
 from services.gateway import live
 from services.gateway.auth import Access, Gate, is_loopback
-from services.gateway.bodies import expecting
 from services.gateway.express import Express
 from services.gateway.feeds import Feeds
 from services.gateway.pages import Pages
 from services.gateway.parts import PARTS, Parts
+from services.gateway.patience import RATE, RATE_DEFAULT, RATE_SETTING, hold_back
 from services.gateway.routes import (
     access,
     capabilities,
@@ -168,8 +168,6 @@ ROUTES: Final[tuple[tuple[str, str, Handler, Access], ...]] = (
     ("GET", "/ui/{hash}/{path:.+}", page.file, OPEN),
 )
 
-_TAKE_FILES: Final = {uploads.put, uploads.post, dataset_files.take}
-
 
 @dataclass(frozen=True)
 class Options:
@@ -182,6 +180,8 @@ class Options:
         no_auth: `BKG_NO_AUTH`, whether nothing needs one.
         dashboard_dev: `BKG_DASHBOARD_DEV`, whether the page's files are read anew each time.
         upload_max_bytes: `BKG_UPLOAD_MAX_BYTES`, how many bytes an uploaded model may have.
+        body_min_bytes_per_s: `BKG_BODY_MIN_BYTES_PER_S`, how slowly the body of a request may come;
+            0: as slowly as it likes, if not for ever.
         ready_fd: `BKG_READY_FD`, where the bound port is written once we listen.
     """
 
@@ -191,6 +191,7 @@ class Options:
     no_auth: bool = False
     dashboard_dev: bool = False
     upload_max_bytes: int = 2 * 1024**3
+    body_min_bytes_per_s: int = RATE_DEFAULT
     ready_fd: int | None = None
 
     @classmethod
@@ -207,6 +208,7 @@ class Options:
             no_auth=_switch(env, "BKG_NO_AUTH"),
             dashboard_dev=_switch(env, "BKG_DASHBOARD_DEV"),
             upload_max_bytes=_number(env, "BKG_UPLOAD_MAX_BYTES", cls.upload_max_bytes, 2**50),
+            body_min_bytes_per_s=_number(env, RATE_SETTING, cls.body_min_bytes_per_s, 2**30),
             ready_fd=_number(env, "BKG_READY_FD", 0, 2**20) if env.get("BKG_READY_FD") else None,
         )
         if options.no_auth and not is_loopback(options.host):
@@ -241,25 +243,23 @@ async def gateway(
         feeds = Feeds(client, view)
         incoming = Uploads(client, options.upload_max_bytes)
         parts = Parts(client, instance, view, known, feeds, gate, pages, incoming)
-        app = make_app(parts)
+        app = make_app(parts, options.body_min_bytes_per_s)
         async with beside(feeds.run(), incoming.run()), listening(app, options.host, options.port):
             yield parts
 
 
-def make_app(parts: Parts) -> web.Application:
+def make_app(parts: Parts, body_min_bytes_per_s: int) -> web.Application:
     """Return the application: every route, behind the translation of errors and the gate."""
     app = web.Application()
-    app[PARTS] = parts
+    app[PARTS], app[RATE] = parts, body_min_bytes_per_s
+    expects = _expecting(parts.instance)
     for method, path, handler, needs in ROUTES:
         streams = handler in {live.socket, live.log_stream}
         guarded = translated(parts.instance, _guarded(parts.gate, needs, handler))
         for one in ("GET", "HEAD") if method == "GET" and not streams else (method,):
-            # Whoever uploads hears of a refusal before the file goes out.
-            expects = expecting(parts.instance, hold_back=handler in _TAKE_FILES)
             app.router.add_route(one, path, guarded, expect_handler=expects)
     # What is not there is told to everybody.
     nothing = translated(parts.instance, _nothing_here)
-    expects = expecting(parts.instance, hold_back=True)
     app.router.add_route("*", "/{path:.*}", nothing, expect_handler=expects)
     app.on_response_prepare.append(dress)
     app.on_shutdown.append(_close_connections)
@@ -314,6 +314,25 @@ def _guarded(gate: Gate, needs: Access, handler: Handler) -> Handler:
         return await handler(request)
 
     return handle
+
+
+def _expecting(instance: Instance) -> Callable[[web.Request], Awaitable[web.StreamResponse | None]]:
+    """Return what takes the header `Expect`: what it refuses leaves as any other error does."""
+
+    async def expect(request: web.Request) -> web.StreamResponse | None:
+        try:
+            await hold_back(request)
+        except web.HTTPExpectationFailed as error:
+            refused = error
+        else:
+            return None
+
+        async def refuse(_request: web.Request) -> web.StreamResponse:
+            raise refused
+
+        return await translated(instance, refuse)(request)
+
+    return expect
 
 
 async def _nothing_here(request: web.Request) -> web.StreamResponse:
