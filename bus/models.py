@@ -6,7 +6,7 @@ to ask another one.
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
+from collections.abc import AsyncGenerator, Callable, Container, Iterable, Iterator
 from contextlib import asynccontextmanager
 from typing import Final
 
@@ -90,9 +90,16 @@ def _order(version: ModelVersion) -> tuple[int, float]:
 
 
 class ModelsView:
-    """Every model, in memory; made by `follow_models`."""
+    """Every model, in memory; made by `follow_models`.
 
-    def __init__(self) -> None:
+    Args:
+        store: What it follows.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        # How far it has read: what is wished, and what is served.
+        self._read = [0, 0]
         self._specs: dict[str, ModelSpec] = {}
         self._served: dict[tuple[str, ...], ServedModels] = {}
         self._changed = asyncio.Event()
@@ -107,6 +114,19 @@ class ModelsView:
                 while not true():
                     await self._changed.wait()
         return true()
+
+    async def catch_up(self, timeout_s: float) -> bool:
+        """Wait until all that is written down at this moment is seen here; return whether it is.
+
+        Raises:
+            BusError: The broker does not say how far that is.
+        """
+        buckets = self._store.models, self._store.served
+        newest = await asyncio.gather(*(bucket.revision() for bucket in buckets))
+        return await self.until(
+            lambda: all(read >= one for read, one in zip(self._read, newest, strict=True)),
+            timeout_s,
+        )
 
     def spec(self, model: str) -> ModelSpec | None:
         """Return a model of the repository."""
@@ -139,11 +159,20 @@ class ModelsView:
         """Tell whether an instance serves a version."""
         return any(one.state == "ready" for _, one in self.served(model, version))
 
-    def answers(self, model: str, name: str, revision: int = 0) -> bool:
+    def answers(
+        self, model: str, name: str, revision: int = 0, among: Container[str] | None = None
+    ) -> bool:
         """Tell whether an instance answers to a version's name, or to an alias.
 
         While another version is on its way, the old one answers to the names that they share. What
         was told of an older revision of the wish than the one that is asked for does not count.
+
+        Args:
+            model: The model.
+            name: The name.
+            revision: Of the model's wish.
+            among: Ids of the instances that count; None: all that have told of themselves. What one
+                told that was killed stays for a while.
         """
         return any(
             one.id == model
@@ -151,6 +180,7 @@ class ModelsView:
             and name in one.names
             and one.revision >= revision
             for instance in self._served.values()
+            if among is None or instance.instance in among
             for one in instance.models
         )
 
@@ -160,6 +190,7 @@ class ModelsView:
                 self._specs.pop(entry.names[0], None)
             else:
                 self._specs[entry.names[0]] = entry.value
+        self._read[0] = max(self._read[0], changes.revision)
         self._tell()
 
     def _on_served(self, changes: Changes[ServedModels]) -> None:
@@ -168,6 +199,7 @@ class ModelsView:
                 self._served.pop(entry.names, None)
             else:
                 self._served[entry.names] = entry.value
+        self._read[1] = max(self._read[1], changes.revision)
         self._tell()
 
     def _tell(self) -> None:
@@ -178,7 +210,7 @@ class ModelsView:
 @asynccontextmanager
 async def follow_models(store: Store) -> AsyncGenerator[ModelsView]:
     """Hold a view that follows both buckets while inside; entered, it has caught up."""
-    view = ModelsView()
+    view = ModelsView(store)
     caught_up = asyncio.Event(), asyncio.Event()
 
     async def follow_specs() -> None:

@@ -46,10 +46,12 @@ class Changes(Generic[T]):
     Attributes:
         entries: In the order of their revisions.
         caught_up: Whether nothing more was waiting behind the last one.
+        revision: Of the last one, also if it could not be read; 0 without any.
     """
 
     entries: list[Entry[T]]
     caught_up: bool
+    revision: int = 0
 
 
 class Bucket(Generic[T]):
@@ -117,6 +119,11 @@ class Bucket(Generic[T]):
         entries = self._readable([message async for message in latest])
         return [entry for entry in entries if entry.value is not None]
 
+    async def revision(self) -> int:
+        """Return the revision of the newest change of any key; 0 when there never was one."""
+        newest = await self._stream.last(self._all())
+        return newest.seq if newest else 0
+
     async def history(self, *names: object) -> list[Entry[T]]:
         """Return the kept values of a key, oldest first."""
         kept = self._stream.read(self._subject(names))
@@ -131,7 +138,8 @@ class Bucket(Generic[T]):
         """
         which = self._subject(names) if names else self._all()
         async for batch in self._stream.follow(which, latest_only=True):
-            yield Changes(self._readable(batch.messages), batch.caught_up)
+            revision = batch.messages[-1].seq if batch.messages else 0
+            yield Changes(self._readable(batch.messages), batch.caught_up, revision)
 
     async def _write(self, value: T, revision: int, subject: str) -> int:
         return await self._stream.append(subject, *self._body(value), expect=(subject, revision))

@@ -9,7 +9,10 @@ from bus.messages.base import Message, Name, VersionName
 
 
 class TensorInfo(Message, frozen=True):
-    """One input or output: Open Inference Protocol datatype, shape with -1 for any length."""
+    """One input or output: Open Inference Protocol datatype, shape with -1 for any length.
+
+    What may have any number of axes has the shape `[-1]`, too.
+    """
 
     name: str
     datatype: str
@@ -139,6 +142,7 @@ class ServedModel(Message, frozen=True):
         last_used: When it was last asked.
         kept: Why it stays: `pinned`, `keep-alive` or `room`.
         revision: Of which revision of the model's wish this is told; 0 if it does not say.
+        instances: Runs that may go on at the same time; 0 while it is not in memory.
     """
 
     id: str
@@ -153,6 +157,7 @@ class ServedModel(Message, frozen=True):
     last_used: datetime | None = None
     kept: str | None = None
     revision: int = 0
+    instances: int = 0
 
 
 class ServedModels(Message, frozen=True):

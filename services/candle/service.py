@@ -40,6 +40,7 @@ from services.candle.repository.repository import Repository
 from services.candle.serving.memory import Full, Memory, Tenant, to_evict
 from services.candle.serving.metrics import PREFIX, gauges_of, series_of
 from services.candle.serving.model import Model
+from services.candle.serving.telling import Telling
 from services.candle.serving.version import Surroundings, Version
 from services.candle.settings import (
     LIVE,
@@ -70,10 +71,6 @@ SERVED: Final = (
 TELL_S: Final = 1.0
 # How long what is removed by force may take to leave every instance.
 LEAVE_S: Final = 15.0
-# What is served is written down at every change, but no more often than this, and again before
-# its key expires.
-WRITE_S: Final = 0.2
-WRITE_AGAIN_S: Final = 10.0
 
 log = structlog.get_logger("candle.service")
 
@@ -99,7 +96,7 @@ class Candle:
         self._repository = repository
         self._garbage = Garbage(repository)
         self._settings = settings
-        self._served = served
+        self._telling = Telling(served, self._as_served, instance.plugin, instance.slot)
         self._models: dict[str, Model] = {}
         self._running: dict[Model, asyncio.Task[None]] = {}
         self._known_revision = 0
@@ -138,7 +135,7 @@ class Candle:
             self._instance.local_routes(*self._routes()),
             beside(
                 self._keep_telling(),
-                self._keep_writing(),
+                self._telling.keep(),
                 self._raise_failure(),
                 self._become_ready(),
             ),
@@ -253,6 +250,7 @@ class Candle:
         """Have a model served by every replica, and answer when this one does."""
         name, revision = await self._repository.want(request)
         version = await self._served_as(request.id, name, revision)
+        await self._telling.written()
         return self._models[request.id].as_loaded(version)
 
     async def _unload(self, request: m.UnloadModel) -> m.UnloadedModel:
@@ -267,6 +265,7 @@ class Candle:
                 return model.gone(left.difference(wanted))
 
             await self._until(left_or_back)
+        await self._telling.written()
         return m.UnloadedModel(id=request.id)
 
     async def _remove(self, request: m.RemoveModel) -> m.RemovedModel:
@@ -289,6 +288,7 @@ class Candle:
         spec, revision = await self._repository.alias(request)
         if meant := version_of(spec, request.alias):
             await self._served_as(request.id, meant.version, revision)
+            await self._telling.written()
         return m.ModelAliases(id=spec.id, aliases=spec.aliases)
 
     async def _wake(self, request: m.WakeModel) -> m.ServedModel:
@@ -379,6 +379,7 @@ class Candle:
 
     def _on_change(self) -> None:
         """Wake whoever waits for something to become true."""
+        self._telling.change()
         self._changed.set()
         self._changed = asyncio.Event()
 
@@ -415,23 +416,6 @@ class Candle:
         for name in [name for name in gauges if name.startswith(PREFIX)]:
             del gauges[name]
         gauges.update(gauges_of(versions))
-
-    async def _keep_writing(self) -> None:
-        """Keep what this instance serves written down, until the end."""
-        names = self._instance.plugin, self._instance.slot
-        try:
-            while True:
-                changed = self._changed
-                with contextlib.suppress(BusError):
-                    await self._served.put(self._as_served(), *names)
-                await asyncio.sleep(WRITE_S)
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(WRITE_AGAIN_S):
-                        await changed.wait()
-        finally:
-            with contextlib.suppress(BusError, TimeoutError):
-                async with asyncio.timeout(TELL_S):
-                    await self._served.delete(*names)
 
     def _as_served(self) -> m.ServedModels:
         return m.ServedModels(

@@ -2,7 +2,7 @@
 
 import asyncio
 import os
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -252,14 +252,15 @@ def make_app(parts: Parts, body_min_bytes_per_s: int) -> web.Application:
     """Return the application: every route, behind the translation of errors and the gate."""
     app = web.Application()
     app[PARTS], app[RATE] = parts, body_min_bytes_per_s
+    expects = _expecting(parts.instance)
     for method, path, handler, needs in ROUTES:
         streams = handler in {live.socket, live.log_stream}
         guarded = translated(parts.instance, _guarded(parts.gate, needs, handler))
         for one in ("GET", "HEAD") if method == "GET" and not streams else (method,):
-            app.router.add_route(one, path, guarded, expect_handler=hold_back)
+            app.router.add_route(one, path, guarded, expect_handler=expects)
     # What is not there is told to everybody.
     nothing = translated(parts.instance, _nothing_here)
-    app.router.add_route("*", "/{path:.*}", nothing, expect_handler=hold_back)
+    app.router.add_route("*", "/{path:.*}", nothing, expect_handler=expects)
     app.on_response_prepare.append(dress)
     app.on_shutdown.append(_close_connections)
     return app
@@ -313,6 +314,25 @@ def _guarded(gate: Gate, needs: Access, handler: Handler) -> Handler:
         return await handler(request)
 
     return handle
+
+
+def _expecting(instance: Instance) -> Callable[[web.Request], Awaitable[web.StreamResponse | None]]:
+    """Return what takes the header `Expect`: what it refuses leaves as any other error does."""
+
+    async def expect(request: web.Request) -> web.StreamResponse | None:
+        try:
+            await hold_back(request)
+        except web.HTTPExpectationFailed as error:
+            refused = error
+        else:
+            return None
+
+        async def refuse(_request: web.Request) -> web.StreamResponse:
+            raise refused
+
+        return await translated(instance, refuse)(request)
+
+    return expect
 
 
 async def _nothing_here(request: web.Request) -> web.StreamResponse:

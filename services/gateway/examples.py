@@ -106,7 +106,8 @@ def body_of(wanted: Wanted) -> dict[str, Any]:
 
 
 def _shape(tensor: TensorInfo, known: Sequence[int] | None) -> list[int]:
-    if known is not None and len(known) == len(tensor.shape):
+    # What is told as [-1] may have any number of axes.
+    if known is not None and (len(known) == len(tensor.shape) or tensor.shape == [-1]):
         return list(known)
     return [1 if length < 0 else length for length in tensor.shape]
 

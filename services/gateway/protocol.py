@@ -24,6 +24,8 @@ EXTENSIONS: Final = (
 )
 MAX_BATCH_ROWS: Final = 256
 CPU: Final = "cpu"
+# Beside a version's own parameters: how many runs go on at a time where it does not say so itself.
+INSTANCES_SERVED: Final = "instances_served"
 
 # Platform and backend, as Triton calls what executes a format.
 _PLATFORMS: Final[Mapping[str, tuple[str, str]]] = {
@@ -63,7 +65,7 @@ def metadata(spec: ModelSpec, version: ModelVersion) -> dict[str, Any]:
 
 
 def configuration(
-    spec: ModelSpec, version: ModelVersion, settings: Mapping[str, Any]
+    spec: ModelSpec, version: ModelVersion, settings: Mapping[str, Any], instances: int = 0
 ) -> dict[str, Any]:
     """Return how a model is run, as Triton's model configuration.
 
@@ -71,10 +73,17 @@ def configuration(
         spec: The model.
         version: The version.
         settings: candle's, for what the version leaves open.
+        instances: How many runs of it go on at the same time where it is served; 0 if it is not.
     """
     platform, backend = _PLATFORMS.get(version.format, (version.format, version.format))
     config = version.config
     delay_us = _delay_us(config, settings)
+    parameters = msgspec.to_builtins(config)
+    group: dict[str, Any] = {"name": spec.id, "kind": _kind(config)}
+    if count := config.instances or instances:
+        group["count"] = count
+        if config.instances is None:
+            parameters[INSTANCES_SERVED] = count
     batching = {"dynamic_batching": {"max_queue_delay_microseconds": delay_us}}
     return {
         "name": spec.id,
@@ -85,17 +94,9 @@ def configuration(
         "input": [_tensor(one, batched=version.batched) for one in version.inputs],
         "output": [_tensor(one, batched=version.batched) for one in version.outputs],
         **(batching if version.batched else {}),
-        "instance_group": [
-            {
-                "name": spec.id,
-                "kind": _kind(config),
-                "count": config.instances or 1,
-            }
-        ],
+        "instance_group": [group],
         "default_model_filename": version.path,
-        "parameters": {
-            key: {"string_value": str(value)} for key, value in msgspec.to_builtins(config).items()
-        },
+        "parameters": {key: {"string_value": str(value)} for key, value in parameters.items()},
     }
 
 
@@ -196,13 +197,20 @@ def _config_in(text: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
     groups = said.get("instance_group")
     group = groups[0] if isinstance(groups, list) and groups else {}
     if isinstance(group, dict):
-        if "count" in group and group["count"] != (given.instances or 1):
+        if "count" in group and group["count"] != (given.instances or _served_in(said)):
             config["instances"] = group["count"]
         if group.get("kind") == "KIND_GPU" and _kind(given) == "KIND_CPU":
             config["provider"] = "cuda"
         elif group.get("kind") == "KIND_CPU" and _kind(given) != "KIND_CPU":
             config["provider"] = CPU
     return config
+
+
+def _served_in(said: Mapping[str, Any]) -> int | None:
+    """Return what nobody has set and `configuration` has shown as the count all the same."""
+    one = _mapping(said, "parameters").get(INSTANCES_SERVED)
+    text = one.get("string_value") if isinstance(one, dict) else None
+    return _value("instances", text) if isinstance(text, str) else None
 
 
 def _rows(config: ModelConfig, settings: Mapping[str, Any]) -> int:

@@ -14,6 +14,7 @@ from typing import Any, Final, TypeVar
 import msgspec
 import structlog
 from aiohttp import hdrs, web
+from aiohttp.compression_utils import HAS_BROTLI, HAS_ZSTD
 from aiohttp.typedefs import Handler
 
 from bus import codec
@@ -32,6 +33,8 @@ PREFER: Final = "Prefer"
 RESPOND_ASYNC: Final = "respond-async"
 # Bodies that are no capability's payload: a configuration, a key.
 BODY_MAX_BYTES: Final = 1024 * 1024
+# What bodies may be compressed with: what aiohttp can undo here.
+ENCODINGS: Final = ("gzip", "deflate", *(["br"] * HAS_BROTLI), *(["zstd"] * HAS_ZSTD))
 
 # What became of a request that was asked before aiohttp got to see it (`services.gateway.express`):
 # an `Answer` or a `BusError`; and the trace it was asked with.
@@ -45,6 +48,8 @@ _ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 # W3C Trace Context, version 00.
 _TRACEPARENT = re.compile(r"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
 _TRACEBACK = "Traceback (most recent call last)"
+# What aiohttp says of a body whose encoding needs a library that is not here.
+_NOT_UNDONE = re.compile(r"Can not decode content-encoding: \w+ \((\w+)\)")
 # What encoding raises for values that an encoding has no form for.
 _NOT_CARRIED: Final = (OverflowError, TypeError, ValueError, RecursionError)
 
@@ -314,14 +319,27 @@ def is_traceparent(text: str) -> bool:
 
 
 def unreadable(status: int, message: str | None) -> web.Response:
-    """Return the answer to what aiohttp could not read as a request; it ends the connection."""
-    # What follows the first line quotes the request.
-    said = (message or "").strip().splitlines()
-    why = said[0].rstrip(":")[:200] if said else "it is no HTTP"
-    response = problem(status, f"the request cannot be read: {why}")
+    """Return the answer to what aiohttp could not read as a request; it ends the connection.
+
+    Nobody knows what its path was, so it has what clients of the inference protocol look for.
+    """
+    if found := _NOT_UNDONE.search(message or ""):
+        detail, field = encoding_refused(found[1]), hdrs.CONTENT_ENCODING
+    else:
+        # What follows the first line quotes the request.
+        said = (message or "").strip().splitlines()
+        why = said[0].rstrip(":")[:200] if said else "it is no HTTP"
+        detail, field = f"the request cannot be read: {why}", None
+    response = problem(status, detail, field=field, details={"error": _encodable(detail)})
     protect(response)
     response.force_close()
     return response
+
+
+def encoding_refused(encoding: str) -> str:
+    """Return what is said to a body that is compressed in a way that is not taken."""
+    taken = f"{', '.join(ENCODINGS[:-1])} and {ENCODINGS[-1]}"
+    return f"Content-Encoding is {encoding[:40]!r}; {taken} are taken, one of them"
 
 
 async def _answer_and_hang_up(request: web.Request, response: web.Response) -> None:

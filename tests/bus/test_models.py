@@ -81,6 +81,21 @@ def test_a_name_that_is_no_version_is_refused(name):
         msgspec.convert({"id": "m", "version": name}, m.LoadModel)
 
 
+async def test_a_view_that_has_caught_up_shows_what_was_written_before_it_was_asked(client):
+    async with follow_models(client.store) as view:
+        assert await view.catch_up(5.0)
+        for i in range(20):
+            here = m.ServedModels(plugin="candle", slot=i, instance="i", host="h", models=[])
+            await client.store.served.put(here, "candle", i)
+            await client.store.models.put(spec(version(str(i))), "m")
+            # What lies in the same bucket and is not followed, or cannot be read, is no obstacle.
+            await client.store.removed.put(m.RemovedFile(removed_at=m.now()), "m", "digest")
+            await client._nc.publish(f"$KV.{client.root}-models.broken", b"no JSON")
+            assert await view.catch_up(5.0)
+            assert len(view.instances()) == i + 1
+            assert version_of(view.spec("m")).version == str(i)
+
+
 async def test_the_view_follows_what_is_wanted_and_what_is_served(client):
     async with follow_models(client.store) as view:
         await client.store.models.put(spec(version("1")), "m")

@@ -635,7 +635,6 @@ async def test_requests_that_come_before_the_batcher_works_wait_for_it():
     [
         ({"a": np.ones((3, 2)), "b": np.ones(2)}, r"equally long.*'a' \[3, 2\], 'b' \[2\]", "b"),
         ({"a": np.ones((3, 2)), "s": np.ones(())}, "input 's' is a scalar", "s"),
-        ({"a": np.ones((0, 2))}, "no rows; axis 0 must be at least 1", None),
         ({}, "no inputs; there must be at least one", None),
     ],
 )
@@ -646,6 +645,36 @@ async def test_inputs_without_a_common_number_of_rows_are_refused_by_name(tensor
             await batcher.submit(tensors)
         assert told.value.field == field
     assert doubler.batches == []
+
+
+async def test_what_has_no_rows_runs_alone_and_its_outcome_is_given_back_whole():
+    doubler = Doubler()
+    async with batching(doubler) as batcher:
+        doubler.go_on.clear()
+        first = ask(batcher, 1)
+        await until(lambda: doubler.batches == [1])
+        nothing = asyncio.ensure_future(batcher.submit({"x": np.ones((0, 1))}))
+        asked = [ask(batcher, 2), ask(batcher, 3)]
+        await waiting(batcher, 3)
+        doubler.go_on.set()
+        await first
+        await asyncio.gather(nothing, *asked)
+    assert nothing.result().outputs["2x"].shape == (0, 1)
+    assert doubler.batches == [1, 0, 2]
+
+
+async def test_requests_without_rows_fill_the_queue_like_others():
+    doubler = Doubler()
+    async with batching(doubler, max_waiting_rows=2) as batcher:
+        doubler.go_on.clear()
+        first = ask(batcher, 1)
+        await until(lambda: doubler.batches == [1])
+        asked = [asyncio.ensure_future(batcher.submit({"x": np.ones((0, 1))})) for _ in range(2)]
+        await waiting(batcher, 2)
+        with pytest.raises(Overloaded):
+            await batcher.submit({"x": np.ones((0, 1))})
+        doubler.go_on.set()
+        await asyncio.gather(first, *asked)
 
 
 @pytest.mark.parametrize(

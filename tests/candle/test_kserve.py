@@ -422,6 +422,31 @@ def test_data_that_is_neither_flat_nor_nested_like_the_shape_is_refused(data):
     assert (refused(mixed, body(x(data))).field or "").startswith("inputs[0].data")
 
 
+@pytest.mark.parametrize(
+    ("shape", "data"),
+    [([], [7]), ([3], [1, 2, 3]), ([0], []), ([2, 0], [[], []]), ([2, 2], [1, 2, 3, 4]),
+     ([2, 2], [[1, 2], [3, 4]]), ([1, 1, 1, 2], [[[[1, 2]]]])],
+)  # fmt: skip
+def test_an_input_of_any_rank_takes_every_shape(shape, data):
+    reader = taking(TensorSpec("x", "FP32", (-1,), any_rank=True))
+    given = {"name": "x", "datatype": "FP32", "shape": shape, "data": data}
+    array = reader.read(json.dumps({"inputs": [given]}).encode()).tensors["x"]
+    assert array.tolist() == np.array(data, np.float32).reshape(shape).tolist()
+    raw = np.array(data, np.float32).tobytes()
+    given = {"name": "x", "datatype": "FP32", "shape": shape}
+    head = json.dumps({"inputs": [given | {"parameters": {"binary_data_size": len(raw)}}]}).encode()
+    array = reader.read(head + raw, str(len(head))).tensors["x"]
+    assert array.shape == tuple(shape)
+
+
+@pytest.mark.parametrize("data", [[1, 2, 3], [[1, 2], [3]], ["1", 2, 3, 4], [[1, 2], [3, None]]])
+def test_an_input_of_any_rank_is_checked_as_strictly(data):
+    reader = taking(TensorSpec("x", "FP32", (-1,), any_rank=True))
+    given = {"name": "x", "datatype": "FP32", "shape": [2, 2], "data": data}
+    with pytest.raises(InvalidRequest, match=r"inputs\[0\]\.data"):
+        reader.read(json.dumps({"inputs": [given]}).encode())
+
+
 def test_empty_data_must_be_nested_like_the_shape_as_well():
     rows = one("FP32", -1, -1)
     assert rows.read(body(x([[], []], [2, 0]))).tensors["x"].shape == (2, 0)

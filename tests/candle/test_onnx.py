@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import pytest
-from onnx import AttributeProto, TensorProto, helper
+from onnx import AttributeProto, TensorProto, helper, numpy_helper
 from onnx.defs import onnx_opset_version
 
 from bus.errors import BusError, InvalidRequest, Unprocessable
@@ -208,6 +208,60 @@ def test_a_provider_that_is_known_and_does_not_start_is_an_error_and_never_the_p
     with pytest.raises(Unprocessable, match="'cuda' is known to onnxruntime here, but does not"):
         Onnx.load(IRIS, provider="cuda")
     assert Onnx.load(IRIS).provider == "cpu"
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_a_provider_that_computes_elsewhere_is_refused_and_not_offered(monkeypatch, listed):
+    there = ["AzureExecutionProvider"] * listed + ["CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: there)
+    with pytest.raises(Unprocessable, match="'azure' computes nothing here.* has cpu on this host"):
+        Onnx.load(IRIS, provider="azure")
+    with pytest.raises(Unprocessable, match="'tpu' is not here; onnxruntime has cpu on this host"):
+        Onnx.load(IRIS, provider="tpu")
+
+
+def test_what_has_no_shape_in_the_file_takes_any_and_is_not_put_together():
+    loaded = Onnx.load(model([op("Relu")], [("x", FLOAT, None)], [("y", FLOAT, None)]))
+    for spec in (*loaded.signature.inputs, *loaded.signature.outputs):
+        assert (spec.shape, spec.any_rank) == ((-1,), True)
+    assert not loaded.signature.batched
+    loaded.warm_up()
+    for shape in ((), (0,), (3,), (2, 3, 4)):
+        assert loaded.run({"x": np.ones(shape, np.float32)})["y"].shape == shape
+
+
+def test_a_scalar_is_a_scalar():
+    loaded = Onnx.load(model([op("Relu")], [("x", FLOAT, [])], [("y", FLOAT, [])]))
+    assert loaded.signature.inputs[0].shape == ()
+    assert loaded.run({"x": np.ones((), np.float32)})["y"].shape == ()
+    with pytest.raises(InvalidRequest, match=r"has the shape \[3\], the model takes \[\]"):
+        loaded.run({"x": np.ones(3, np.float32)})
+
+
+def test_a_shape_that_onnxruntime_finds_out_itself_is_told():
+    loaded = Onnx.load(model([op("Relu")], [("x", FLOAT, ["n", 2])], [("y", FLOAT, None)]))
+    assert loaded.signature.outputs[0].shape == (-1, 2)
+    assert loaded.signature.batched
+
+
+@pytest.mark.parametrize("shape", [(3, 0, 4), (0, 2, 4)])
+@pytest.mark.parametrize(("kind", "gates"), [("LSTM", 4), ("GRU", 3)])
+def test_what_would_end_the_process_on_no_values_refuses_them(kind, gates, shape):
+    weights = [
+        numpy_helper.from_array(np.ones((1, gates * 2, size), np.float32), name)
+        for name, size in (("w", 4), ("r", 2))
+    ]
+    loaded = Onnx.load(
+        model(
+            [op(kind, "x w r", "y", hidden_size=2)],
+            [("x", FLOAT, ["t", "n", 4])],
+            [("y", FLOAT, None)],
+            weights=weights,
+        )
+    )
+    assert loaded.run({"x": np.ones((3, 1, 4), np.float32)})["y"].shape == (3, 1, 1, 2)
+    with pytest.raises(InvalidRequest, match=rf"no values; the model has the operator {kind}"):
+        loaded.run({"x": np.ones(shape, np.float32)})
 
 
 def test_dynamic_axes_take_any_length():

@@ -427,6 +427,18 @@ async def test_what_would_make_a_model_better_is_told(validated):
         assert any(sentence in advice for advice in report.advice), report.advice
 
 
+async def test_an_input_without_a_shape_is_told_as_any_and_one_with_axes_is_advised(validated):
+    report = await validated(
+        model([op("Relu")], [("x", FLOAT, None)], [("y", FLOAT, None)]),
+        sample=sample("x", "FP32", [2, 2, 1], 1, 2, 3, 4),
+    )
+    assert report.sound
+    assert [one.shape for one in (*report.inputs, *report.outputs)] == [[-1], [-1]]
+    assert not report.batched
+    assert report.sample_shapes == {"x": [2, 2, 1]}
+    assert any("input 'x' has no shape in the file: it takes any" in a for a in report.advice)
+
+
 # --- Anything -------------------------------------------------------------------------------------
 
 

@@ -635,24 +635,3 @@ async def test_garbage_is_collected_or_only_named(gate, keeper):
 async def test_changing_needs_the_key(gate, method, path):
     async with gate.anonymous.request(method, f"/api/models/iris{path}") as response:
         assert response.status == 401
-
-
-# --- What is no HTTP ------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "raw",
-    [
-        b"NONSENSE\r\n\r\n",
-        b"GET / HTTP/1.1\r\nHost: x\r\nHost: x\r\nContent-Length: z\r\n\r\n",
-        b"POST / HTTP/1.1\r\nHost: x\r\nContent-Encoding: lzma\r\nContent-Length: 1\r\n\r\na",
-    ],
-)
-async def test_what_cannot_be_read_is_refused_as_a_problem(gate, raw):
-    reader, writer = await asyncio.open_connection("127.0.0.1", gate.parts.port)
-    writer.write(raw)
-    async with asyncio.timeout(10):
-        said = await reader.readuntil(b"\r\n\r\n")
-    writer.transport.abort()
-    assert b"application/problem+json" in said
-    assert b"nosniff" in said

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from bus import messages as m
 from bus.errors import InvalidRequest
+from services.gateway.examples import Place, examples_of
 from services.gateway.protocol import configuration, load_request
 
 PLAIN = st.recursive(
@@ -46,7 +47,9 @@ SETTINGS = st.fixed_dictionaries(
 )
 
 
-def told(config: m.ModelConfig, settings: dict[str, object], *, batched: bool = True) -> dict:
+def told(
+    config: m.ModelConfig, settings: dict[str, object], *, batched: bool = True, instances: int = 0
+) -> dict:
     """Return a configuration as a client reads it."""
     version = m.ModelVersion(
         version="1",
@@ -59,7 +62,7 @@ def told(config: m.ModelConfig, settings: dict[str, object], *, batched: bool = 
         batched=batched,
     )
     spec = m.ModelSpec(id="a", versions=[version])
-    said = configuration(spec, version, settings)
+    said = configuration(spec, version, settings, instances)
     return json.loads(msgspec.json.encode(said))
 
 
@@ -89,19 +92,34 @@ def test_a_configuration_that_is_no_object_is_refused(config):
         load_request("a", {"config": config})
 
 
-@given(CONFIGS, SETTINGS, st.booleans())
-def test_what_a_client_sends_back_unchanged_changes_nothing(config, settings, batched):
-    assert read(told(config, settings, batched=batched), settings) == config
+@given(CONFIGS, SETTINGS, st.booleans(), st.integers(0, 64))
+def test_what_a_client_sends_back_unchanged_changes_nothing(config, settings, batched, instances):
+    said = told(config, settings, batched=batched, instances=instances)
+    assert read(said, settings) == config
 
 
-@given(CONFIGS, SETTINGS, st.integers(1, 64))
-def test_what_a_client_changes_is_what_changes(config, settings, count):
-    said = told(config, settings)
+def test_the_count_is_what_is_run_and_not_said_where_nobody_knows():
+    (group,) = told(m.ModelConfig(), {}, instances=4)["instance_group"]
+    assert group["count"] == 4
+    (group,) = told(m.ModelConfig(instances=3), {}, instances=4)["instance_group"]
+    assert group["count"] == 3
+    (group,) = told(m.ModelConfig(), {})["instance_group"]
+    assert "count" not in group
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_a_count_that_a_client_writes_itself_is_taken(count):
+    assert read({"instance_group": [{"count": count}]}).instances == count
+
+
+@given(CONFIGS, SETTINGS, st.integers(1, 64), st.integers(0, 64))
+def test_what_a_client_changes_is_what_changes(config, settings, count, instances):
+    said = told(config, settings, instances=instances)
     said["max_batch_size"] = 7
     said["dynamic_batching"]["max_queue_delay_microseconds"] = 1_500
     said["instance_group"][0]["count"] = count
     changed = read(said, settings)
-    again = told(changed, settings)
+    again = told(changed, settings, instances=instances)
     assert again["max_batch_size"] == 7
     assert again["dynamic_batching"]["max_queue_delay_microseconds"] == 1_500
     assert again["instance_group"][0]["count"] == count
@@ -124,3 +142,10 @@ def test_a_client_can_move_a_model_to_another_processor(before, kind, after):
 def test_an_unknown_parameter_is_refused_by_name():
     with pytest.raises(InvalidRequest, match="'confog' is not taken here; allowed are `config`"):
         load_request("a", {"confog": "{}"})
+
+
+def test_an_example_for_any_number_of_axes_has_the_shape_that_was_run():
+    tensors = [m.TensorInfo(name="x", datatype="FP32", shape=[-1])]
+    place = Place(url="http://here", root="bkg", with_key=False)
+    told = examples_of(place, "a", None, (tensors, tensors), {"x": [2, 3]})
+    assert '"shape":[2,3]' in told.curl.replace(" ", "")

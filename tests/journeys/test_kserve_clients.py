@@ -434,7 +434,7 @@ async def test_a_model_that_left_memory_comes_back_when_it_is_asked_for(platform
                 return answer.status == 200
 
         await until(answers)
-    assert set(states) <= {"cold", "queued", "fetching", "loading"}
+    assert set(states) <= {"leaving", "cold", "queued", "fetching", "loading"}
 
 
 async def test_the_same_bodies_go_over_nats_with_no_code_of_ours(platform, auth):

@@ -230,7 +230,7 @@ def _look_at_onnx(request: Request, found: Found, tell: Callable[[Stage], None])
     tell("opening")
     began = time.perf_counter()
     try:
-        model = onnx.Onnx(Path(request.path), request.name, 1, CPU)
+        model = onnx.Onnx(Path(request.path), request.name, file, 1, CPU)
     except Unprocessable as error:
         if _OUT_OF_MEMORY.search(error.message):
             raise
@@ -298,6 +298,12 @@ def _advice(signature: Signature) -> list[str]:
         advice.append(
             "a row comes out otherwise beside others than by itself, or not as one row: requests "
             "are not batched"
+        )
+    unranked = [spec.name for spec in signature.inputs if spec.any_rank]
+    if unranked:
+        advice.append(
+            f"the input {unranked[0]!r} has no shape in the file: it takes any, callers are told "
+            "[-1], and requests are not batched; export it with its axes"
         )
     doubles = [spec.name for spec in signature.inputs if spec.datatype == "FP64"]
     if doubles:

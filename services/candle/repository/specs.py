@@ -109,7 +109,8 @@ def same_as(spec: m.ModelSpec | None, version: str | None, checksum: str) -> m.M
             return one
         raise Conflict(
             f"version {version!r} of {spec.id!r} has other bytes, and a version never "
-            f"changes its bytes; the next free number is {next_version(spec)}",
+            f"changes its bytes; give these another version: the next free number is "
+            f"{next_version(spec)}",
             field="version",
         )
     if version in spec.aliases:

@@ -1,7 +1,7 @@
 """What executes a format: the shape that every runtime has."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol
@@ -59,11 +59,21 @@ class TensorSpec:
         name: Its name.
         datatype: As the Open Inference Protocol names it.
         shape: Its lengths, `ANY_LENGTH` for those that vary.
+        any_rank: Whether it may have any shape at all; `shape` is one axis of any length then,
+            which is as near as protocols without a word for it come.
     """
 
     name: str
     datatype: str
     shape: tuple[int, ...]
+    any_rank: bool = False
+
+    def fits(self, shape: Sequence[int]) -> bool:
+        """Tell whether a tensor may have this shape."""
+        return self.any_rank or (
+            len(shape) == len(self.shape)
+            and all(want in {ANY_LENGTH, got} for want, got in zip(self.shape, shape, strict=True))
+        )
 
     def check(self, array: Array) -> None:
         """Raise InvalidRequest, naming what was found and what is taken, unless it fits."""
@@ -74,10 +84,7 @@ class TensorSpec:
                 f"{expected} ({self.datatype})",
                 field=self.name,
             )
-        fits = len(array.shape) == len(self.shape) and all(
-            want in {ANY_LENGTH, got} for want, got in zip(self.shape, array.shape, strict=True)
-        )
-        if not fits:
+        if not self.fits(array.shape):
             raise InvalidRequest(
                 f"input {self.name!r} has the shape {list(array.shape)}, the model takes "
                 f"{list(self.shape)} (-1: any length)",
@@ -103,7 +110,9 @@ class Signature:
     def batched(self) -> bool:
         """Whether axis 0 of every input and output takes any length: rows can be put together."""
         specs = (*self.inputs, *self.outputs)
-        return self.rows_kept and all(spec.shape[:1] == (ANY_LENGTH,) for spec in specs)
+        return self.rows_kept and all(
+            spec.shape[:1] == (ANY_LENGTH,) and not spec.any_rank for spec in specs
+        )
 
     @property
     def input_dim(self) -> int | None:

@@ -20,8 +20,16 @@ from services.candle.runtimes.base import (
     read_source,
     varied,
 )
-from services.candle.runtimes.onnx_file import read_file
+from services.candle.runtimes.onnx_file import OnnxFile, read_file
 
+# Providers that compute nothing here: but for models that call a service elsewhere, what they are
+# asked for is left to the processor (onnxruntime 1.32, tried; it always lists `azure`).
+ELSEWHERE: Final = frozenset({"azure"})
+# With an axis of length 0 these end the whole process, by SIGABRT (onnxruntime 1.32, tried; some 70
+# other operators answer, or fail in words). The other two are made of the same kernel.
+NEVER_EMPTY: Final = frozenset(
+    {"LSTM", "GRU", "com.microsoft.AttnLSTM", "com.microsoft.DynamicQuantizeLSTM"}
+)
 # What one protobuf message, and so an ONNX file, can hold.
 MAX_BYTES: Final = 2 * 1024**3
 # How many rows are tried together and one by one, and up to which share of the largest value what
@@ -75,7 +83,9 @@ class Onnx:
 
     format = "onnx"
 
-    def __init__(self, source: Path | bytes, name: str, threads: int, provider: str) -> None:
+    def __init__(
+        self, source: Path | bytes, name: str, file: OnnxFile, threads: int, provider: str
+    ) -> None:
         # Imported here: a worker that serves only linear models starts without its 30 MB.
         import onnxruntime as ort  # type: ignore[import-untyped] # noqa: PLC0415
 
@@ -110,9 +120,10 @@ class Onnx:
             **described.custom_metadata_map,
         }
         self.signature = Signature(
-            inputs=tuple(_spec(node, name) for node in self._session.get_inputs()),
-            outputs=tuple(_spec(node, name) for node in self._session.get_outputs()),
+            inputs=tuple(_spec(node, name, file) for node in self._session.get_inputs()),
+            outputs=tuple(_spec(node, name, file) for node in self._session.get_outputs()),
         )
+        self._never_empty = sorted(NEVER_EMPTY.intersection(file.operators))
         if self.signature.batched and not self._rows_kept():
             self.signature = Signature(
                 self.signature.inputs, self.signature.outputs, rows_kept=False
@@ -121,8 +132,8 @@ class Onnx:
     @classmethod
     def load(cls, source: Path | bytes, *, threads: int = 1, provider: str = CPU) -> "Onnx":
         """Open a file; see `Runtime.load`. Weights in files beside it are refused."""
-        name = _refuse_unsound(source)
-        return cls(source, name, threads, provider)
+        name, file = _refuse_unsound(source)
+        return cls(source, name, file, threads, provider)
 
     def warm_up(self) -> None:
         """Do one pass on zeros; see `Runtime.warm_up`."""
@@ -136,6 +147,8 @@ class Onnx:
 
     def _run(self, tensors: Tensors, options: Any = None) -> dict[str, Array]:
         self.signature.check(tensors)
+        if self._never_empty:
+            self._refuse_empty(tensors)
         fed = {
             spec.name: _texts(tensors[spec.name], spec.name)
             if spec.datatype == "BYTES"
@@ -148,6 +161,15 @@ class Onnx:
             raise Unprocessable(f"the model failed on these inputs: {_cause(error)}") from None
         names = (spec.name for spec in self.signature.outputs)
         return {name: np.asarray(value) for name, value in zip(names, values, strict=True)}
+
+    def _refuse_empty(self, tensors: Tensors) -> None:
+        for name, array in tensors.items():
+            if not array.size:
+                raise InvalidRequest(
+                    f"input {name!r} has the shape {list(array.shape)}, and so no values; the "
+                    f"model has the operator {self._never_empty[0]}, which needs at least one",
+                    field=name,
+                )
 
     def _rows_kept(self) -> bool:
         """Return whether a row comes out as it went in, whatever rows stand beside it.
@@ -211,35 +233,48 @@ def import_libraries() -> str:
 def _provider_in(available: Sequence[str], provider: str) -> str:
     """Return onnxruntime's name of a provider: `cuda` is `CUDAExecutionProvider`."""
     names = {name.removesuffix("ExecutionProvider").lower(): name for name in available}
-    if provider not in names:
+    here = names.keys() - ELSEWHERE
+    if provider in ELSEWHERE:
         raise Unprocessable(
-            f"provider: {provider!r} is not here; onnxruntime has {', '.join(sorted(names))} on "
+            f"provider: {provider!r} computes nothing here: it calls a service elsewhere, for "
+            "models that are made for it, and leaves all else to the processor; onnxruntime has "
+            f"{', '.join(sorted(here))} on this host",
+            field="config.provider",
+        )
+    if provider not in here:
+        raise Unprocessable(
+            f"provider: {provider!r} is not here; onnxruntime has {', '.join(sorted(here))} on "
             "this host (another build of it, such as onnxruntime-gpu, brings others)",
             field="config.provider",
         )
     return names[provider]
 
 
-def _refuse_unsound(source: Path | bytes) -> str:
-    """Raise Unprocessable unless this is an ONNX file that needs no other file; return its name.
+def _refuse_unsound(source: Path | bytes) -> tuple[str, OnnxFile]:
+    """Return what to call an ONNX file, and what it says, unless it is unsound or needs another.
 
     What was read and parsed for it is gone when this returns, before a session takes as much.
     """
     content, name = read_source(source, MAX_BYTES)
-    for fault in read_file(content).faults:
+    file = read_file(content)
+    for fault in file.faults:
         raise unsound(name, fault.what)
-    return name
+    return name, file
 
 
-def _spec(node: Any, file: str) -> TensorSpec:
+def _spec(node: Any, name: str, file: OnnxFile) -> TensorSpec:
     datatype = _DATATYPES.get(node.type)
     if datatype is None:
         raise Unprocessable(
-            f"{file}: {node.name!r} is a {node.type}; tensors of {', '.join(DTYPES)} are served"
+            f"{name}: {node.name!r} is a {node.type}; tensors of {', '.join(DTYPES)} are served"
         )
     # A symbolic length is a string, an unknown one None.
     lengths = (n if isinstance(n, int) and n > 0 else ANY_LENGTH for n in node.shape)
-    return TensorSpec(node.name, datatype, tuple(lengths))
+    shape = tuple(lengths)
+    # onnxruntime tells of a scalar and of what has no shape in the file alike.
+    if not shape and node.name in file.unranked:
+        return TensorSpec(node.name, datatype, (ANY_LENGTH,), any_rank=True)
+    return TensorSpec(node.name, datatype, shape)
 
 
 def _texts(array: Array, name: str) -> Array:

@@ -51,6 +51,7 @@ class OnnxFile:
         producer: What made it.
         operators: How often each occurs, those of other domains with the domain before the name.
         parameters: How many numbers it has learned.
+        unranked: Inputs and outputs of which it does not even say how many axes they have.
     """
 
     faults: tuple[Fault, ...] = ()
@@ -59,6 +60,7 @@ class OnnxFile:
     producer: str | None = None
     operators: Mapping[str, int] = field(default_factory=dict)
     parameters: int | None = None
+    unranked: frozenset[str] = frozenset()
 
 
 def read_file(content: bytes) -> OnnxFile:
@@ -95,6 +97,11 @@ def read_file(content: bytes) -> OnnxFile:
         producer=f"{model.producer_name} {model.producer_version}".strip()[:200] or None,
         operators=Counter(_name_of(node)[:100] for node in nodes),
         parameters=_parameters(tensors, nodes),
+        unranked=frozenset(
+            value.name
+            for value in (*model.graph.input, *model.graph.output)
+            if not value.type.tensor_type.HasField("shape")
+        ),
     )
 
 

@@ -112,7 +112,7 @@ class Batcher:
         run: Runs the model on one array for each input. Blocks; is called in a thread, at most
             `limits.instances` times at once.
         joins: Whether requests can be joined along axis 0. If not, each runs alone, whole, and
-            counts as one row whatever its shapes.
+            counts as one row whatever its shapes; so does one without rows.
         limits: How many, how long.
         name: What the model is called in errors, such as `model 'iris'`.
         statistics: Where the requests are counted.
@@ -264,6 +264,9 @@ class Batcher:
         if self._ended:
             raise self._gone()
         rows, kind = (count_rows(tensors), kind_of(tensors)) if self._joins else (1, None)
+        if not rows:
+            # What a model makes of nothing is asked of it alone; in the queue it counts as one.
+            rows, kind = 1, None
         if deadline_ns is not None and deadline_ns <= came_ns:
             raise self._late(0)
         if self._waiting and self._rows_waiting + rows > self._limits.max_waiting_rows:

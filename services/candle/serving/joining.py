@@ -42,7 +42,7 @@ def count_rows(tensors: Tensors) -> int:
     """Return how many rows a request has: the length of axis 0 of all its inputs.
 
     Raises:
-        InvalidRequest: There is no input or no row, an input is a scalar, or the lengths differ.
+        InvalidRequest: There is no input, an input is a scalar, or the lengths differ.
     """
     rows: int | None = None
     for name, array in tensors.items():
@@ -59,12 +59,8 @@ def count_rows(tensors: Tensors) -> int:
                 f"axis 0 is the rows and must be equally long in all inputs; they are {shapes}",
                 field=name,
             )
-    if not rows:
-        raise InvalidRequest(
-            "the request has no inputs; there must be at least one"
-            if rows is None
-            else "the inputs have no rows; axis 0 must be at least 1 long"
-        )
+    if rows is None:
+        raise InvalidRequest("the request has no inputs; there must be at least one")
     return rows
 
 

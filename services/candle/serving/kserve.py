@@ -92,7 +92,8 @@ class Codec:
         # 2.6 ms less than with a look at each afterwards.
         kinds = {taken.kind for taken in self._inputs.values()}
         rank = max((len(spec.shape) for spec in signature.inputs), default=1)
-        self._typed = len(kinds) == 1
+        # How deep values of any rank are nested is known only with their shape.
+        self._typed = len(kinds) == 1 and not any(spec.any_rank for spec in signature.inputs)
         self._decoder = _decoder(kinds.pop() if self._typed else Any, rank)
 
     def read(self, body: bytes | memoryview, header_length: str | None = None) -> Request:

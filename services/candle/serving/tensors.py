@@ -48,9 +48,10 @@ class TensorReader:
 
     def fits(self, shape: Sequence[int]) -> bool:
         """Whether the model takes this shape."""
-        return len(shape) == len(self.spec.shape) and (
-            not self._fixed or all(shape[axis] == length for axis, length in self._fixed)
-        )
+        return (
+            len(shape) == len(self.spec.shape)
+            and (not self._fixed or all(shape[axis] == length for axis, length in self._fixed))
+        ) or self.spec.any_rank
 
     def from_json(self, values: list[Any], shape: list[int], i: int, *, typed: bool) -> Array:
         """Return an array of the values of input `i`.

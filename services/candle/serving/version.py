@@ -274,6 +274,7 @@ class Version:
             last_used=self.last_used,
             kept=kept if self.state == "ready" else None,
             revision=revision,
+            instances=self._instances if self._loaded else 0,
         )
 
     def as_loaded(self, names: list[str], revision: int) -> m.LoadedModel:

@@ -3,6 +3,7 @@
 Bodies of inference pass through as they are: tensors are read where they are needed, at the worker.
 """
 
+import contextlib
 from typing import Any, Final
 
 import msgspec
@@ -13,7 +14,7 @@ from bus.client import Answer, trace
 from bus.errors import BusError, InvalidRequest, NobodyListens
 from bus.instance import bkg_version
 from bus.messages import Empty, ModelStatistics, UnloadModel
-from bus.models import DEFAULT
+from bus.models import DEFAULT, version_of
 from bus.statistics import sum_statistics
 from bus.subjects import CANDLE_STATS, MODEL_INFER, MODEL_UNLOAD
 from services.gateway import protocol
@@ -30,9 +31,11 @@ from services.gateway.models import wanted_version, why_nobody
 from services.gateway.parts import PARTS, Parts
 from services.gateway.routes.models import load_now
 from services.gateway.translate import (
+    ENCODINGS,
     OUTCOME,
     TRACEPARENT,
     answer,
+    encoding_refused,
     read_body,
     timeout_of,
 )
@@ -40,8 +43,6 @@ from services.gateway.written import Relayed
 
 LOAD_S: Final = 300.0
 GATHER_S: Final = 2.0
-# What bodies may be compressed with; aiohttp hands on as it is what it does not know.
-ENCODINGS: Final = {"", "identity", "gzip", "deflate", "br", "zstd"}
 # How long a change may take until this gateway has seen it.
 SEEN_S: Final = 3.0
 
@@ -77,9 +78,12 @@ async def model_ready(request: web.Request) -> web.Response:
     """Return 200 when an instance serves the model, else 404 or 503 and why."""
     at = request.app[PARTS]
     model, name = _named(request)
-    _, version = wanted_version(at, model, name)
-    if not (version.wanted and at.models.answers(model, name or DEFAULT)):
-        raise await why_nobody(at, model, name)
+    if not _is_ready(at, model, name):
+        # Whoever was told just now that it is loaded may be here before the news.
+        with contextlib.suppress(BusError):
+            await at.models.catch_up(SEEN_S)
+        if not _is_ready(at, model, name):
+            raise await why_nobody(at, model, name)
     return answer({"name": model, "ready": True})
 
 
@@ -91,8 +95,10 @@ async def metadata(request: web.Request) -> web.Response:
 async def config(request: web.Request) -> web.Response:
     """Return how a model is run. 404 there is none."""
     at = request.app[PARTS]
-    found = wanted_version(at, *_named(request))
-    return answer(protocol.configuration(*found, _settings(at)))
+    spec, version = wanted_version(at, *_named(request))
+    served = at.models.served(spec.id, version.version)
+    instances = max((one.instances for _, one in served), default=0)
+    return answer(protocol.configuration(spec, version, _settings(at), instances))
 
 
 async def stats(request: web.Request) -> web.Response:
@@ -172,14 +178,24 @@ async def _relayed(request: web.Request, at: Parts, subject: str) -> Answer:
         headers[TRACEPARENT] = traced
     timeout_s = timeout_of(request)
     encoding = request.headers.get(hdrs.CONTENT_ENCODING, "")
-    if encoding.lower() not in ENCODINGS:
-        raise InvalidRequest(
-            f"Content-Encoding is {encoding[:40]!r}; gzip and deflate are taken, one of them",
-            field=hdrs.CONTENT_ENCODING,
-        )
+    # aiohttp hands on as it is what it does not know.
+    if encoding.lower() not in {"", "identity", *ENCODINGS}:
+        raise InvalidRequest(encoding_refused(encoding), field=hdrs.CONTENT_ENCODING)
     with room_for_one(at) as room:
         body = await body_for_bus(request, at.client, room, timeout_s)
         return await at.client.relay(subject, body, headers=headers, timeout_s=timeout_s)
+
+
+def _is_ready(at: Parts, model: str, name: str | None) -> bool:
+    spec = at.models.spec(model)
+    version = version_of(spec, name) if spec else None
+    # A supervisor takes the registration of a process that has ended at once.
+    there = {one.id for one in at.view.registrations()}
+    return (
+        version is not None
+        and version.wanted
+        and at.models.answers(model, name or DEFAULT, among=there)
+    )
 
 
 def _named(request: web.Request) -> tuple[str, str | None]:
