@@ -258,21 +258,19 @@ class Galleries(People):
         """
         there = await self._ledger.known(gallery)
         kept = self._entry(there, entry)
-        person = kept.person
+        were = {(kept.person.name, kept.since)} if kept.person else set()
         tombstone = m.GalleryEntry(id=entry, at=m.now())
         with self._ledger.taking() as (message_id, dead):
             revision = await self._ledger.append_entry(there, tombstone, message_id)
             await self.wait(revision)
-            self._tell(
-                gallery,
-                "remove-entry",
-                revision,
-                by,
-                entry=entry,
-                subject=person.name if person and person.entries else None,
-            )
-            if person is not None and not person.entries:
-                await self._forget_history(there, person.name)
+            # Only in the history of somebody who stays.
+            [subject] = [
+                there.moves.walk(*one, revision)[0]
+                for one in were
+                if there.named(there.moves.walk(*one)[0]) is not None
+            ] or [None]
+            self._tell(gallery, "remove-entry", revision, by, entry=entry, subject=subject)
+            await self._forget_leavers(there, were)
             return Removed(1, revision, await self._ledger.settle(there, dead))
 
     async def move_entry(
@@ -325,6 +323,9 @@ class Galleries(People):
                     f"{before!r}, whom the entry {entry!r} showed, was removed at this moment",
                     field="entry_id",
                 )
+            if before is not None:
+                # Renamed meanwhile, it would be told of whoever bears that name by now.
+                before, _ = there.moves.walk(before, since, revision)
             # One for each of them: what one person's ring says goes with that person alone.
             if before is not None:
                 self._tell(gallery, "move-entry", revision, by, entry=entry, subject=before)
@@ -372,16 +373,14 @@ class Galleries(People):
             brought = [one for one in there.entries.values() if one.imported == imported]
             if dry_run or record.state == "undone":
                 return Removed(len(brought), there.revision)
-            people = {one.person.name for one in brought if one.person}
+            people = {(one.person.name, one.since) for one in brought if one.person}
             undone = msgspec.structs.replace(record, state="undone")
             with self._ledger.taking() as (message_id, dead):
                 try:
                     revision = await self._append_import(there, record, undone, message_id)
                 except Conflict:
                     continue
-                for name in people:
-                    if there.named(name) is None:
-                        await self._forget_history(there, name)
+                await self._forget_leavers(there, people)
                 gone = sum(one.entry is not None for one in dead)
                 self._tell(gallery, "undo-import", revision, by, count=gone, imported=imported)
                 return Removed(gone, revision, await self._ledger.settle(there, dead))

@@ -93,6 +93,9 @@ class Ledger:
         self._numbers = itertools.count()
         # By message id, what those have taken away for whose answer somebody waits.
         self._taken: dict[str, list[Dead]] = {}
+        # Galleries with rejections that became pointless by what nobody waits for.
+        self._pointless: set[str] = set()
+        self._has_pointless = asyncio.Event()
         self.telling = Telling(history, self.projection, self._read_all)
 
     async def run(self) -> None:
@@ -102,7 +105,12 @@ class Ledger:
             Unavailable: The stream is not the one that was read so far.
         """
         try:
-            async with beside(self._end_when_replaced(), self._clearing.run(), self.telling.run()):
+            async with beside(
+                self._end_when_replaced(),
+                self._clearing.run(),
+                self.telling.run(),
+                self._withdraw_behind(),
+            ):
                 async for batch in self._stream.follow(gallery_events(self._root)):
                     self._sort(self.projection.apply(batch.messages))
                     if batch.caught_up and not self.caught_up.is_set():
@@ -244,8 +252,11 @@ class Ledger:
         *,
         content_type: str = codec.JSON,
         message_id: str | None = None,
+        watched: str | None = None,
     ) -> int:
         """Store an event if its own subject has had none since `seq`, and wait until it is read.
+
+        With `watched`, which may have wildcards, none of those subjects may have had one.
 
         Raises:
             Conflict: It has had one.
@@ -255,7 +266,7 @@ class Ledger:
             subject,
             codec.encode(event, content_type),
             headers=self._headers(content_type, message_id),
-            expect=(subject, seq),
+            expect=(watched or subject, seq),
         )
         await self.wait(revision)
         now = self.projection.galleries.get(there.head.id)
@@ -416,16 +427,34 @@ class Ledger:
                 self._taken.get(one.cause, behind).append(one)
         if behind:
             self._clearing.put(behind)
+            # An entry that is enrolled anew, as somebody else. New ones contradict nobody.
+            for gallery in {one.gallery for one in behind if one.entry is not None}:
+                there = self.projection.galleries.get(gallery)
+                if there is not None and there.has_pointless():
+                    self._pointless.add(gallery)
+                    self._has_pointless.set()
+
+    async def _withdraw_behind(self) -> None:
+        """Withdraw rejections that became pointless behind an answer, until cancelled."""
+        while True:
+            await self._has_pointless.wait()
+            self._has_pointless.clear()
+            while self._pointless:
+                there = self.projection.galleries.get(self._pointless.pop())
+                if there is not None:
+                    await self.withdraw_orphans(there)
 
     async def _clear_away(self) -> None:
         """Clear what deletions that were cut short have left."""
         projection = self.projection
         left = projection.left_behind
         if self._left:
-            for gallery, person in {(one.gallery, one.person) for one in self._left}:
+            for gallery, removal in {(one.gallery, one.removal) for one in self._left}:
                 there = projection.galleries.get(gallery)
-                if there is not None and person is not None:
-                    await self._history.forget(gallery, there.moves.names_of(person))
+                if there is None or removal is None:
+                    continue
+                if (removed := there.moves.moved_at(removal)) is not None:
+                    await self._history.forget(gallery, there.moves.trail(removed, removal))
             log.info("entries.left_behind", events=len(self._left))
             self._clearing.put(self._left)
             self._left = []

@@ -63,7 +63,7 @@ class Dead:
         gallery: Where.
         seq: Its sequence.
         entry: The entry that it was; None for a rejection.
-        person: Who was removed with it; None if it was something else that took it away.
+        removal: The event that removed whom it is about; None if it was taken away otherwise.
         image: The image that it names.
         cause: The message id of the event that took it away.
     """
@@ -71,7 +71,7 @@ class Dead:
     gallery: str
     seq: int
     entry: str | None = None
-    person: str | None = None
+    removal: int | None = None
     image: str | None = None
     cause: str | None = None
 
@@ -272,15 +272,11 @@ class Projection:
             raise
         gone, rejections = there.move(event.id)
         self._count_out(gone)
-        self._bury(
-            stored,
-            gallery,
-            [
-                *((one.seq, one.id, one.image) for one in gone),
-                *((one.seq, None, None) for one in rejections),
-            ],
-            person=event.id,
-        )
+        # By `since`, not by this event: what a replay comes to here may have followed another
+        # name's moves to somebody who was removed long ago.
+        by = stored.headers.get(MESSAGE_ID)
+        self._dead += [Dead(gallery, one.seq, one.id, one.since, one.image, by) for one in gone]
+        self._dead += [Dead(gallery, one.seq, None, one.since, None, by) for one in rejections]
 
     def _drop(self, gallery: str, seq: int) -> None:
         there = self.galleries.pop(gallery)
@@ -323,14 +319,10 @@ class Projection:
             self._bury(stored, gallery, [(one.seq, None, None) for one in said])
 
     def _bury(
-        self,
-        cause: Stored,
-        gallery: str,
-        events: Iterable[tuple[int, str | None, str | None]],
-        person: str | None = None,
+        self, cause: Stored, gallery: str, events: Iterable[tuple[int, str | None, str | None]]
     ) -> None:
         by = cause.headers.get(MESSAGE_ID)
-        self._dead += [Dead(gallery, seq, entry, person, image, by) for seq, entry, image in events]
+        self._dead += [Dead(gallery, seq, entry, None, image, by) for seq, entry, image in events]
 
     def _bury_entries(self, cause: Stored, gallery: str, gone: Iterable[Kept]) -> None:
         self._bury(cause, gallery, [(one.seq, one.id, one.image) for one in gone])
