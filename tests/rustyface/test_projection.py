@@ -409,6 +409,19 @@ def test_settings_that_cannot_be_read_are_the_usual_ones(log: Log):
     assert held(log.replayed(1), revisions=False) == held(log.live, revisions=False)
 
 
+def test_a_gallery_that_was_made_with_settings_that_cannot_be_read_has_the_usual_ones():
+    made = Log()
+    head = m.GalleryHead(id="g", at=m.now(), embedder="t", dimensions=2, imported="i1")
+    said = codec.plain(head) | {"settings": {"threshold": 0.7, "quality": {"sharpness_min": 1e31}}}
+    made.append(GALLERY_HEAD, said)
+    made.entry("e1", [1, 0])
+    for one in (made.live, made.replayed(1)):
+        there = one.galleries["g"]
+        assert there.settings == m.DatasetSettings()
+        assert codec.plain(there.head) == codec.plain(head)
+        assert list(there.entries) == ["e1"]
+
+
 def test_an_entry_of_before_there_were_persons_is_read_as_it_was(log: Log):
     old = {"id": "e1", "at": m.now(), "embedding": np.array([3, 4], "<f4").tobytes()}
     log.append(GALLERY_ENTRY, old, codec.MSGPACK, entry="e1")

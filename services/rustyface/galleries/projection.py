@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 import msgspec
 import numpy as np
@@ -157,7 +157,7 @@ class Projection:
             self._count_out(before.entries.values())
         self.heads[gallery] = stored.seq
         self.unreadable[gallery] = stored.seq
-        head = _event(stored, m.GalleryHead)
+        head = _head(stored)
         if head.id != gallery or not 1 <= head.dimensions <= DIMENSIONS_MAX:
             raise InvalidRequest(
                 f"it is about {head.id!r} with {head.dimensions} dimensions, expected are "
@@ -397,6 +397,25 @@ def _event(stored: Stored, kind: type[E]) -> E:
         raise InvalidRequest("its time is beyond the year 9999") from None
     at = utc(event.at)
     return event if at is event.at else msgspec.structs.replace(event, at=at)
+
+
+class _HeadAlone(m.GalleryHead, frozen=True):
+    settings: Any = None
+
+
+def _head(stored: Stored) -> m.GalleryHead:
+    """Read a gallery's own event; raises as `_event` does.
+
+    Settings that cannot be read are the usual ones, as in an event of their own: what may be set
+    can become less, and nobody loses faces by that.
+    """
+    try:
+        return _event(stored, m.GalleryHead)
+    except InvalidRequest as error:
+        if error.field is None or error.field.partition(".")[0] != "settings":
+            raise
+        log.warning("event.unreadable", subject=stored.subject, cause=error.message)
+    return msgspec.structs.replace(_event(stored, _HeadAlone), settings=None)
 
 
 def utc(at: datetime) -> datetime:
