@@ -23,7 +23,7 @@ from bus.subjects import (
 
 # A key of the observed bucket leaves when it was not written again for this long.
 OBSERVED_TTL_S: Final = 30
-# A body outlives its request by nothing but accident: the longest takes 300 s to come in, and 300 s
+# A body outlives its request by nothing but accident: the longest takes 540 s to come in, and 300 s
 # to be answered.
 BODY_AGE_S: Final = 900
 # What of the log stream's limits can be set, and what one of them is to the broker.
@@ -95,12 +95,13 @@ def declared(root: str) -> list[dict[str, Any]]:
         ],
         "storage": "file",
         # The last one counts. Those before it are there until whoever wrote it has erased them:
-        # what the broker itself displaces it leaves in its files, a face as well.
-        "max_msgs_per_subject": 8,
+        # what the broker itself displaces it leaves in its files, a face as well. So many an entry
+        # may have while erasing is behind, and so many tombstones at last.
+        "max_msgs_per_subject": 64,
         "max_bytes": 2_048 * MIB,
         "discard": "new",
         "allow_direct": True,
-        # Many entries are stored as one: see `Stream.append_all`.
+        # Many entries are stored as one: see `Stream.append_batch`.
         "allow_atomic": True,
     }
     changes = {

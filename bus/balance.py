@@ -7,6 +7,10 @@ it had, times the requests that it would have: so a slow one is sent as much as 
 soon as the others. Smoothed latency times load is Finagle's "peak EWMA"; dividing each sample by
 its load keeps a slot that was flooded once from being shunned, and one that was idle from being
 flooded.
+
+What may be asked twice finds out by copies how fast slow and unknown ones are, and has one more
+asked when an answer is late (`bus.hedging`): within a budget that is earned by answers, as gRPC's
+retry throttling is.
 """
 
 import math
@@ -16,6 +20,8 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final, Literal
+
+import msgspec
 
 # Of subjects, the least recently used leaves; of the slots of a subject, no more are learned.
 SUBJECTS_MAX: Final = 4_096
@@ -29,12 +35,41 @@ PROBE_S: Final = 1.0
 BUSY_S: Final = 0.1
 # One in so many requests goes by the group, to find slots that are not known.
 EXPLORE: Final = 256
+# An answer is late when it takes so many times as long as expected; sooner is the machine's noise.
+LATE: Final = 3.0
+LATE_MIN_S: Final = 0.003
+# What answers earn for asking one more: a share of one each, and what may be saved up.
+EARNED: Final = 0.02
+SAVED_MAX: Final = 32.0
+# Of so many requests the usual size of a body is a mean.
+USUAL: Final = 64
+# In place of a slot: whoever the broker picks.
+GROUP: Final = ""
+# After so many answers of one slot to what the group was asked, there is no other: the broker picks
+# at random.
+ALONE: Final = 32
 # How long a subject is left to the group once somebody without a slot has answered.
 FOREIGN_S: Final = 60.0
 
 # What became of a request: answered; refused, or failed, by who did get it; refused because it
 # had too much to do; no answer, or nobody there who serves this; given up by the caller.
 Outcome = Literal["answered", "failed", "busy", "gone", "dropped"]
+
+
+class Choice(msgspec.Struct, frozen=True, gc=False):
+    """Whom to ask.
+
+    Attributes:
+        slot: Who is asked.
+        copy: Who is sent a copy whose answer nobody waits for; `GROUP`, or None: nobody.
+        late_s: How long the answer may take until one `more` is asked; None: none is.
+        weight: How many usual requests this one is, by its size; at least one.
+    """
+
+    slot: str
+    copy: str | None = None
+    late_s: float | None = None
+    weight: float = 1.0
 
 
 # It becomes part of a subject.
@@ -52,6 +87,7 @@ class _Slot:
         progress_at: When it last answered, or was idle.
         sent_at: When it was last sent one.
         busy_until: Until when it is passed over.
+        idempotent: Whether it says that it may be asked the same twice.
     """
 
     each_s: float
@@ -60,6 +96,7 @@ class _Slot:
     progress_at: float = 0.0
     sent_at: float = 0.0
     busy_until: float = 0.0
+    idempotent: bool = False
 
     def sent(self, now: float) -> None:
         """Take note of one more request."""
@@ -77,14 +114,44 @@ class _Slot:
 
 @dataclass(slots=True)
 class _Subject:
+    """What is known of a subject.
+
+    Attributes:
+        slots: Who answers it.
+        idempotent: Whether all of them say that they may be asked the same twice.
+        saved: How many more usual requests may be sent for late answers.
+        usual_bytes: What the body of one has; None: not known.
+        answers: How many came since a slot was learned.
+        foreign_until: Until when no slots are learned.
+    """
+
     slots: dict[str, _Slot] = field(default_factory=dict)
+    idempotent: bool = False
+    saved: float = SAVED_MAX
+    usual_bytes: float | None = None
+    answers: int = 0
     foreign_until: float = 0.0
+
+    def agree(self) -> None:
+        """Take note of what all slots say."""
+        self.idempotent = all(slot.idempotent for slot in self.slots.values())
+
+    def weight(self, size: int) -> float:
+        """Return how many usual requests one of so many bytes is, and learn from it."""
+        usual = self.usual_bytes
+        if size == usual:
+            return 1.0
+        if usual is None:
+            usual = size
+        self.usual_bytes = usual + (size - usual) / USUAL
+        return size / usual if 0 < usual < size else 1.0
 
 
 class Balance:
     """Chooses between the instances that answer a subject.
 
-    Every `choose` is followed by one `ended`.
+    Every `choose` is followed by one `ended`, and so is each that is sent besides: to the slot of
+    a `Choice.copy`, or of `more`.
 
     Args:
         subjects_max: How many subjects are remembered.
@@ -103,44 +170,101 @@ class Balance:
         found = self._subjects.get(subject)
         return frozenset(found.slots) if found else frozenset()
 
-    def choose(self, subject: str, now: float, *, again: bool = False) -> str | None:
-        """Return the slot to ask, or None: the group.
+    def alone(self, subject: str, slot: str | None) -> bool:
+        """Return whether a slot is the only one that answers a subject, as far as can be known."""
+        found = self._subjects.get(subject)
+        return found is not None and found.answers >= ALONE and found.slots.keys() == {slot}
+
+    def choose(
+        self, subject: str, now: float, size: int | None = None, *, again: bool = False
+    ) -> Choice | None:
+        """Return whom to ask, or None: the group.
 
         Args:
             subject: What is asked.
             now: Seconds of any clock that only goes forward.
+            size: Bytes of its body, if it could be sent twice.
             again: Whether somebody has been asked already, and had too much to do.
         """
         found = self._subjects.get(subject)
         if found is None:
             return None
         self._subjects.move_to_end(subject)
-        if not again and (len(found.slots) < 2 or self._draw() * EXPLORE < 1):
-            return None
+        copied = size is not None and found.idempotent and not again
+        explores = False
+        if not again:
+            if len(found.slots) < 2:
+                return None
+            explores = self._draw() * EXPLORE < 1
+            if explores and not copied:
+                return None
         open_ = {name: slot for name, slot in found.slots.items() if slot.busy_until <= now}
         if not open_:
             return None
-        name = self._best(open_, now)
-        open_[name].sent(now)
-        return name
+        weight = found.weight(size) if copied and size is not None else None
+        choice = self._best(open_, now, weight)
+        open_[choice.slot].sent(now)
+        if explores:
+            return Choice(choice.slot, GROUP, choice.late_s, choice.weight)
+        if choice.copy is not None:
+            open_[choice.copy].sent(now)
+        return choice
 
-    def _best(self, open_: dict[str, _Slot], now: float) -> str:
+    def _best(self, open_: dict[str, _Slot], now: float, weight: float | None) -> Choice:
         expected = {name: slot.expected_s(now) for name, slot in open_.items()}
         best_s = min(expected.values())
         limit_s = max(BAND * best_s, best_s + FINE_S)
-        choice, fewest, ties = "", math.inf, 0
+        choice, copy, fewest, ties = "", None, math.inf, 0
         for name, slot in open_.items():
             if expected[name] > limit_s:
                 # It may have become faster. One at a time: what hangs holds no second one up.
                 if not slot.in_flight and now - slot.sent_at >= PROBE_S:
-                    return name
+                    if weight is None:
+                        return Choice(name)
+                    copy = name
             elif slot.in_flight < fewest:
                 choice, fewest, ties = name, slot.in_flight, 1
             elif slot.in_flight == fewest:
                 ties += 1
                 if self._draw() * ties < 1:
                     choice = name
-        return choice
+        if weight is None:
+            return Choice(choice)
+        # What is larger may take longer.
+        late_s = max(LATE_MIN_S, LATE * expected[choice] * weight)
+        return Choice(choice, copy, late_s, weight)
+
+    def more(
+        self, subject: str, asked: str, waited_s: float, now: float, weight: float = 1.0
+    ) -> str | None:
+        """Return who is asked as well because an answer is late; None: nobody.
+
+        That is whoever is likely to be done before as much time has passed once more. Where all
+        are late, nobody is.
+
+        Args:
+            subject: What was asked.
+            asked: Who was.
+            waited_s: Since when.
+            now: As in `choose`.
+            weight: As in `Choice`: what is larger costs more.
+        """
+        found = self._subjects.get(subject)
+        if found is None or found.saved < weight or not found.idempotent:
+            return None
+        others = [
+            (slot.expected_s(now), name)
+            for name, slot in found.slots.items()
+            if name != asked and slot.busy_until <= now
+        ]
+        if not others:
+            return None
+        expected_s, name = min(others)
+        if BAND * expected_s > waited_s:
+            return None
+        found.saved -= weight
+        found.slots[name].sent(now)
+        return name
 
     def ended(
         self,
@@ -148,19 +272,20 @@ class Balance:
         asked: str | None,
         outcome: Outcome,
         now: float,
-        *,
         by: str | None = None,
         took_s: float = 0.0,
+        idempotent: bool = False,
     ) -> None:
         """Take note of what became of a request.
 
         Args:
             subject: What was asked.
-            asked: The slot that was chosen; None: the group.
+            asked: The slot that was chosen; None or `GROUP`: the group.
             outcome: What became of it.
             now: As in `choose`.
             by: The slot that the answer names.
             took_s: How long the answer took.
+            idempotent: Whether it says that the same may be asked twice.
         """
         found = self._subjects.get(subject)
         slot = found.slots.get(asked) if found and asked else None
@@ -170,15 +295,17 @@ class Balance:
             if outcome != "dropped":
                 slot.progress_at = now
         if outcome == "gone":
-            if found and asked:
-                found.slots.pop(asked, None)
+            if found and asked and found.slots.pop(asked, None):
+                found.agree()
         elif outcome == "busy":
             if found and by in found.slots:
                 found.slots[by].busy_until = now + BUSY_S
         elif outcome == "answered":
-            self._learn(subject, by, took_s / max(1, load), now)
+            self._learn(subject, by, took_s / max(1, load), now, idempotent)
 
-    def _learn(self, subject: str, by: str | None, each_s: float, now: float) -> None:
+    def _learn(
+        self, subject: str, by: str | None, each_s: float, now: float, idempotent: bool
+    ) -> None:
         found = self._subjects.get(subject)
         if found is None:
             if by is None or not _SLOT.fullmatch(by):
@@ -186,6 +313,9 @@ class Balance:
             found = self._subjects[subject] = _Subject()
             if len(self._subjects) > self._max:
                 self._subjects.popitem(last=False)
+        found.answers += 1
+        if found.saved < SAVED_MAX:
+            found.saved += EARNED
         if by is None:
             # Somebody who cannot be asked by slot would get next to nothing otherwise.
             found.slots.clear()
@@ -194,5 +324,12 @@ class Balance:
             weight = math.exp(-max(0.0, now - slot.measured_at) / MEMORY_S)
             slot.each_s = weight * slot.each_s + (1 - weight) * each_s
             slot.measured_at = now
+            if slot.idempotent != idempotent:
+                slot.idempotent = idempotent
+                found.agree()
         elif now >= found.foreign_until and len(found.slots) < SLOTS_MAX and _SLOT.fullmatch(by):
-            found.slots[by] = _Slot(each_s, now, progress_at=now, sent_at=now)
+            found.slots[by] = _Slot(
+                each_s, now, progress_at=now, sent_at=now, idempotent=idempotent
+            )
+            found.answers = 0
+            found.agree()

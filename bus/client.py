@@ -8,35 +8,24 @@ from typing import Final, TypeVar
 from nats.aio.client import Client as Nats
 
 from bus import codec
+from bus.answers import ERROR, ERROR_CODE, IDEMPOTENT, INSTANCE, NOT_SERVED, SLOT, Answer
 from bus.bodies import Bodies, Reference
 from bus.connection import Connection, connected
 from bus.errors import BusError
 from bus.followed import Followed, Received
+from bus.hedging import ask
 from bus.messages import Message
-from bus.relay import (
-    ERROR,
-    ERROR_CODE,
-    INSTANCE,
-    NOT_SERVED,
-    SLOT,
-    TIMEOUT_MS,
-    Answer,
-    Asked,
-    Asker,
-    Done,
-    new_traceparent,
-    settle,
-    trace,
-)
-from bus.settings import body_max_bytes
+from bus.relay import TIMEOUT_MS, Asked, Asker, Done, new_traceparent, settle, trace
+from bus.settings import bodies_share_bytes, body_max_bytes
 from bus.state import Store
 from bus.streams import Stream
 from bus.subjects import DEFAULT_ROOT, Endpoint, Feed, token
 from bus.wire import TRACEPARENT
 
 __all__ = [
-    "ERROR", "ERROR_CODE", "INSTANCE", "NOT_SERVED", "SLOT", "TIMEOUT_MS", "TRACEPARENT", "Answer",
-    "Asked", "Client", "Followed", "Received", "Reference", "connect", "new_traceparent", "trace",
+    "ERROR", "ERROR_CODE", "IDEMPOTENT", "INSTANCE", "NOT_SERVED", "SLOT", "TIMEOUT_MS",
+    "TRACEPARENT", "Answer", "Asked", "Client", "Followed", "Received", "Reference", "connect",
+    "new_traceparent", "trace",
 ]  # fmt: skip
 
 # How long bodies that are put aside may take to go, at the end.
@@ -53,16 +42,19 @@ class Client(Connection):
         nc: nats-py's client, connected.
         root: The first token of every subject.
         body_max_bytes: How large the body of a request may be.
+        bodies_share_bytes: How many bytes of large bodies may be put aside at a time.
 
     Attributes:
         store: Buckets and streams.
         bodies: Where bodies of requests go that are too large for one message.
     """
 
-    def __init__(self, nc: Nats, root: str, body_max_bytes: int) -> None:
+    def __init__(self, nc: Nats, root: str, body_max_bytes: int, bodies_share_bytes: int) -> None:
         super().__init__(nc, root)
         self.store = Store(nc, root)
-        self.bodies = Bodies(Stream(nc, f"OBJ_{root}-bodies"), f"{root}-bodies", body_max_bytes)
+        self.bodies = Bodies(
+            Stream(nc, f"OBJ_{root}-bodies"), f"{root}-bodies", body_max_bytes, bodies_share_bytes
+        )
         self._asker = Asker(self, self._wire, self._replies, self.bodies)
 
     @property
@@ -174,7 +166,7 @@ class Client(Connection):
 
         It may be called before this returns. What is returned can be cancelled.
         """
-        return self._asker.ask(subject, body, headers or {}, timeout_s, done)
+        return ask(self._asker, subject, body, headers or {}, timeout_s, done)
 
     async def publish(
         self, feed: Feed[Req], payload: Req, content_type: str = codec.JSON, **tokens: str | int
@@ -207,8 +199,8 @@ class Client(Connection):
     async def _leave(self) -> None:
         """Ask nothing more; what was put aside for requests goes first."""
         self._asker.close()
-        if self._nc.is_connected:
-            await self._asker.closed(LEAVE_S)
+        # A broker that is away takes nothing out.
+        await self._asker.closed(LEAVE_S if self._nc.is_connected else 0.0)
 
 
 @asynccontextmanager
@@ -226,10 +218,10 @@ async def connect(
     Raises:
         Unavailable: No broker answers there, it refuses us, or it has no JetStream.
     """
-    max_bytes = body_max_bytes()
+    max_bytes, share_bytes = body_max_bytes(), bodies_share_bytes()
 
     def made(nc: Nats) -> Client:
-        return Client(nc, root, max_bytes)
+        return Client(nc, root, max_bytes, share_bytes)
 
     async with connected(url, name=name, patience_s=patience_s, made=made) as client:
         try:

@@ -32,11 +32,29 @@ class StoreFullError(Internal):
 
 
 class Outgoing(NamedTuple):
-    """A message that is to be stored."""
+    """A message that is to be stored.
+
+    Attributes:
+        subject: Its subject.
+        body: Its body.
+        headers: Further headers.
+        expect: A subject and the sequence that its last message must have then, 0 for none.
+    """
 
     subject: str
     body: bytes
     headers: Mapping[str, str] = {}
+    expect: tuple[str, int] | None = None
+
+    def sent_with(self) -> dict[str, str]:
+        """Return all its headers."""
+        if self.expect is None:
+            return dict(self.headers)
+        expected, seq = self.expect
+        headers = {**self.headers, "Nats-Expected-Last-Subject-Sequence": str(seq)}
+        if expected != self.subject:
+            headers["Nats-Expected-Last-Subject-Sequence-Subject"] = expected
+        return headers
 
 
 async def ask_jetstream(
@@ -108,6 +126,7 @@ async def store_batch(nc: Nats, messages: Sequence[Outgoing]) -> int | None:
         these messages already. Nothing was stored then.
 
     Raises:
+        Conflict: A subject's last message is another one than a message expects.
         BusError: As `ask_jetstream`; after `Unavailable` all may be stored, or nothing.
     """
     loop = asyncio.get_running_loop()
@@ -140,8 +159,12 @@ async def _committed(nc: Nats, messages: Sequence[Outgoing]) -> dict[str, Any]:
         raise Unavailable("the broker cannot be reached just now")
     batch = secrets.token_hex(8)
     *before, last = [
-        (subject, body, {**headers, "Nats-Batch-Id": batch, "Nats-Batch-Sequence": str(number)})
-        for number, (subject, body, headers) in enumerate(messages, 1)
+        (
+            one.subject,
+            one.body,
+            {**one.sent_with(), "Nats-Batch-Id": batch, "Nats-Batch-Sequence": str(number)},
+        )
+        for number, one in enumerate(messages, 1)
     ]
     try:
         for subject, body, headers in before:

@@ -128,7 +128,9 @@ _REQUESTS: Final = """\
 Each is answered by one member of its queue group, picked by the broker. The command asks with an \
 example as it stands. One particular instance of a plugin is asked with \
 `{root}.inst.<plugin>.<slot>.call.` in place of `{root}.call.`; whoever may publish to the latter \
-(gateway, operator) needs the former as well, and every instance hears its own.
+(gateway, operator) needs the former as well, and every instance hears its own. What is \
+*idempotent* may be answered twice for one request, [by two instances]\
+(worker-protocol.md#to-be-asked-twice).
 
 A body over the broker's `max_payload` goes by reference: put it into the object store \
 `{root}-bodies`, ask with three headers that say which object it is, and delete it when the answer \
@@ -222,7 +224,7 @@ def _endpoint_row(endpoint: _AnyEndpoint, root: str, kinds: "_Kinds") -> tuple[s
     return (
         f"`{subject}`", endpoint.queue, ", ".join(endpoint.asked_by),
         f"{kinds.link(endpoint.request)} -> {kinds.link(endpoint.reply)}",
-        endpoint.description, f"`{command}`",
+        _described(endpoint), f"`{command}`",
     )  # fmt: skip
 
 
@@ -232,8 +234,12 @@ def _raw_row(endpoint: RawEndpoint, root: str) -> tuple[str, ...]:
     command = ".".join([asked, *(f"<{key}>" for key in endpoint.keys[:1])])
     return (
         f"`{subject}`", endpoint.queue, ", ".join(endpoint.asked_by),
-        endpoint.description, f"`nats req {command} '{endpoint.example}'`",
+        _described(endpoint), f"`nats req {command} '{endpoint.example}'`",
     )  # fmt: skip
+
+
+def _described(endpoint: _AnyEndpoint | RawEndpoint) -> str:
+    return endpoint.description + (" *Idempotent.*" if endpoint.idempotent else "")
 
 
 def _feed_row(

@@ -14,36 +14,27 @@ from contextvars import ContextVar
 from functools import partial
 from typing import Any, Final
 
-import msgspec
 import structlog
 
-from bus import codec
+from bus.answers import ERROR_CODE, IDEMPOTENT, NOT_SERVED, SLOT, Answer, error_in
 from bus.balance import Balance, Outcome
-from bus.bodies import IN_ITS_PLACE, Bodies, Reference
+from bus.bodies import IN_ITS_PLACE, REFERENCE, RETRY_AFTER_S, Bodies, Reference
 from bus.connection import Connection
 from bus.errors import (
     BusError,
+    Conflict,
     DeadlineExceeded,
-    ErrorBody,
     Internal,
     InvalidRequest,
     NobodyListens,
     Overloaded,
     Unavailable,
-    error_from,
-    error_from_number,
+    Unprocessable,
 )
+from bus.late import Late
 from bus.wire import TRACEPARENT, Incoming, Replies, Wire
 
-ERROR: Final = "Nats-Service-Error"
-ERROR_CODE: Final = "Nats-Service-Error-Code"
 TIMEOUT_MS: Final = "Bkg-Timeout-Ms"
-# On an answer: the process that gave it.
-INSTANCE: Final = "Bkg-Instance"
-# Beside it: the plugin and slot that can be asked for the same, `<plugin>.<slot>`.
-SLOT: Final = "Bkg-Slot"
-# On a refusal: this instance does not serve that, or no longer; whoever does may be asked.
-NOT_SERVED: Final = "Bkg-Not-Served"
 # The broker ends a connection that sends a longer control line than 4 KiB; the inbox stands there
 # beside the subject.
 SUBJECT_MAX_CHARS: Final = 3_072
@@ -54,19 +45,12 @@ log = structlog.get_logger("bus.relay")
 trace: ContextVar[str | None] = ContextVar("trace", default=None)
 
 
-class Answer(msgspec.Struct, frozen=True):
-    """A reply whose body was not decoded."""
-
-    body: bytes
-    headers: Mapping[str, str]
-
-
 # Called once with what became of a request; must not raise.
 Done = Callable[[Answer | BusError], None]
 
 
 class Asker:
-    """Asks, and knows who answers what how fast.
+    """What requests are sent with, and who answers what how fast.
 
     Args:
         connection: Where to.
@@ -83,36 +67,12 @@ class Asker:
         self.replies = replies
         self.bodies = bodies
         self.balance = Balance()
+        self.late = Late()
         self.calls = f"{connection.root}.call."
         self.instances = f"{connection.root}.inst."
         self.loop = asyncio.get_running_loop()
         # What could not be done at once.
         self.working: set[asyncio.Task[None]] = set()
-        # Bodies of requests that are over, on their way out.
-        self.deleting: set[asyncio.Task[None]] = set()
-
-    def ask(
-        self,
-        subject: str,
-        body: bytes | Reference,
-        headers: Mapping[str, str],
-        timeout_s: float,
-        done: Done,
-    ) -> "Asked":
-        """Ask whoever answers a subject, and have `done` called when that is over.
-
-        That may be before this returns.
-
-        Args:
-            subject: What is asked.
-            body: The question; or where it is, to be deleted when this is over.
-            headers: Its headers, without those that say how long there is time.
-            timeout_s: How long the answer may take.
-            done: Takes the answer, or why there is none.
-        """
-        asked = Asked(self, subject, body, headers, timeout_s, done)
-        asked.begin()
-        return asked
 
     def to(self, subject: str, slot: str | None) -> str:
         """Return where one slot hears what a subject means; the subject itself without one."""
@@ -120,24 +80,20 @@ class Asker:
             return subject
         return f"{self.instances}{slot}.call.{subject[len(self.calls) :]}"
 
-    def delete(self, reference: Reference) -> None:
-        """Delete a body that nobody needs any more."""
-        deleting = self.loop.create_task(self.bodies.delete(reference.name))
-        self.deleting.add(deleting)
-        deleting.add_done_callback(self.deleting.discard)
-
     def close(self) -> None:
         """Do nothing more, but delete what is put aside: `closed` waits for that."""
+        self.late.close()
         self.replies.close()
         for working in self.working:
             working.cancel()
 
     async def closed(self, timeout_s: float) -> None:
         """Wait until nothing is put aside any more; what takes longer is left to its age."""
-        if ending := self.working | self.deleting:
-            await asyncio.wait(ending, timeout=timeout_s)
-        for left in self.deleting:
-            left.cancel()
+        deadline = self.loop.time() + timeout_s
+        # They were cancelled, and have bodies taken out that had not got a name yet.
+        if self.working:
+            await asyncio.wait(self.working, timeout=timeout_s)
+        await self.bodies.gone(max(0.0, deadline - self.loop.time()))
 
 
 class Asked:
@@ -151,11 +107,12 @@ class Asked:
         deadline: Until when the answer may come, in the event loop's time.
         inbox: Where it comes to; empty while nothing is sent.
         over: Whether nobody waits for an answer any more.
+        slot: Who is asked; None: whoever the broker picks.
     """
 
     __slots__ = (
         "_again", "_aside", "_asker", "_balanced", "_body", "_done", "_headers", "_sent_at",
-        "_slot", "_subject", "_timeout_s", "_working", "deadline", "inbox", "over",
+        "_subject", "_timeout_s", "_working", "deadline", "inbox", "over", "slot",
     )  # fmt: skip
 
     def __init__(
@@ -180,7 +137,7 @@ class Asked:
         self._done = done
         self._balanced = subject.startswith(asker.calls)
         self._again = False
-        self._slot: str | None = None
+        self.slot: str | None = None
         self._sent_at = 0.0
         self._working: asyncio.Task[None] | None = None
         self.deadline = asker.loop.time() + timeout_s
@@ -197,8 +154,6 @@ class Asked:
                 )
             )
             return
-        if self._balanced:
-            self._slot = self._asker.balance.choose(self._subject, time.perf_counter())
         if len(self._body) > self._asker.connection.max_payload:
             self._work(self._put_aside)
         else:
@@ -212,7 +167,7 @@ class Asked:
         self._withdraw()
         self._tell("dropped")
         if self._aside:
-            self._asker.delete(self._aside)
+            self._asker.bodies.let_go(self._aside)
 
     # --- What became of it ------------------------------------------------------------------------
 
@@ -222,20 +177,24 @@ class Asked:
         found = message.headers
         by = found.get(SLOT)
         if ERROR_CODE in found:
-            error = _error_in(message.data, found)
+            error = self._as_ours(error_in(message.data, found))
             if NOT_SERVED in found:
                 self._nobody(error.message)
             elif isinstance(error, Overloaded) and not self._again:
                 self._tell("busy", by)
-                self._again = True
-                self._ask_another()
+                if self._balanced and self._asker.balance.alone(self._subject, by):
+                    # It would be asked again just when it has too much to do.
+                    self._end(error)
+                else:
+                    self._again = True
+                    self._ask_another()
             else:
                 self._tell("busy" if isinstance(error, Overloaded) else "failed", by)
                 self._end(error)
         elif not message.data and found.get("Status") == "503":
             self._nobody(f"nobody answers {self._subject} just now")
         else:
-            self._tell("answered", by)
+            self._tell("answered", by, IDEMPOTENT in found)
             self._end(Answer(message.data, found))
 
     def ended(self, error: TimeoutError | Unavailable) -> None:
@@ -248,34 +207,46 @@ class Asked:
         self._tell("gone")
         self._end(DeadlineExceeded(f"{self._subject} gave no answer within {self._timeout_s:g} s"))
 
+    def _as_ours(self, error: BusError) -> BusError:
+        """Return an error as whoever asked may read it: what became of our body is not theirs."""
+        lost = isinstance(error, Conflict | Unprocessable) and error.field in REFERENCE
+        if self._aside is None or not lost:
+            return error
+        return Unavailable(
+            f"the broker has lost the body of {self._aside.size:,} bytes, which {self._subject} "
+            f"was asked with ({error.message}); ask again",
+            retry_after_s=RETRY_AFTER_S,
+        )
+
     def _nobody(self, said: str) -> None:
         """Ask the group where a slot does not serve it any more."""
         self._tell("gone")
-        if self._slot is None:
+        if self.slot is None:
             self._end(NobodyListens(said, retry_after_s=2))
         else:
-            self._slot = None
+            self.slot = None
             self._send()
 
     def _ask_another(self) -> None:
         if self._balanced:
             now = time.perf_counter()
-            self._slot = self._asker.balance.choose(self._subject, now, again=True)
+            choice = self._asker.balance.choose(self._subject, now, again=True)
+            self.slot = choice.slot if choice else None
         self._send()
 
-    def _tell(self, outcome: Outcome, by: str | None = None) -> None:
+    def _tell(self, outcome: Outcome, by: str | None = None, idempotent: bool = False) -> None:
         """Let the balance know what became of it."""
         if self._balanced:
             now = time.perf_counter()
             self._asker.balance.ended(
-                self._subject, self._slot, outcome, now, by=by, took_s=now - self._sent_at
+                self._subject, self.slot, outcome, now, by, now - self._sent_at, idempotent
             )
 
     def _end(self, outcome: Answer | BusError) -> None:
         if not self.over:
             self.over = True
             if self._aside:
-                self._asker.delete(self._aside)
+                self._asker.bodies.let_go(self._aside)
             self._done(outcome)
 
     def _withdraw(self) -> None:
@@ -299,10 +270,11 @@ class Asked:
         if self._sent_at or self._aside:
             left_s = max(0.001, self.deadline - asker.loop.time())
         self._sent_at = time.perf_counter()
+        if TRACEPARENT not in self._headers:
+            made = trace.get() or new_traceparent()
+            self._headers = {**self._headers, TRACEPARENT: made}
         headers = {TIMEOUT_MS: str(int(left_s * 1000)), **self._headers}
-        if TRACEPARENT not in headers:
-            headers[TRACEPARENT] = trace.get() or new_traceparent()
-        to = asker.to(self._subject, self._slot)
+        to = self._subject if self.slot is None else asker.to(self._subject, self.slot)
         inbox = asker.replies.inbox(asker.replies.reserve(1))
         try:
             sent = asker.wire.send(to, inbox, self._body, headers)
@@ -332,7 +304,7 @@ class Asked:
         await self._come_online()
         try:
             async with asyncio.timeout_at(self.deadline):
-                reference = await bodies.put(_once(body))
+                reference = await bodies.put(_once(body), len(body))
         except TimeoutError:
             raise DeadlineExceeded(
                 f"{self._subject} was not asked: its body of {len(body):,} bytes was not stored "
@@ -340,7 +312,7 @@ class Asked:
             ) from None
         self._refer(reference)
         if self.over:
-            self._asker.delete(reference)
+            bodies.let_go(reference)
         else:
             self._send()
 
@@ -413,12 +385,3 @@ def settle(reply: "asyncio.Future[Any]") -> Done:
             reply.set_result(outcome)
 
     return done
-
-
-def _error_in(body: bytes, headers: Mapping[str, str]) -> BusError:
-    try:
-        return error_from(codec.decode(body, ErrorBody))
-    except InvalidRequest:
-        number = headers[ERROR_CODE]
-        said = headers.get(ERROR) or "the service gave no reason"
-        return error_from_number(int(number) if number.isdigit() else 500, said)

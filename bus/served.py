@@ -3,7 +3,7 @@
 import asyncio
 import json
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final
 
 from bus import codec
@@ -21,6 +21,9 @@ class Served:
         subject: Where it is asked.
         take: Takes a request, a `bus.serving.Call`; must not wait. What it raises fails it.
         handler: For requests that do not come over the bus; None if there can be none.
+
+    Attributes:
+        said: Headers that its answers have beside their own.
     """
 
     def __init__(
@@ -34,6 +37,7 @@ class Served:
         self.subject = subject
         self.take = take
         self.handler = handler
+        self.said: Mapping[str, str] = {}
         self.calls = Calls()
         self.requests = 0
         self.errors = 0

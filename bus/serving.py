@@ -19,6 +19,7 @@ from bus.bodies import BODY, REFERENCE, reference_in
 from bus.client import (
     ERROR,
     ERROR_CODE,
+    IDEMPOTENT,
     NOT_SERVED,
     TIMEOUT_MS,
     TRACEPARENT,
@@ -92,6 +93,7 @@ class Call:
         """Answer the caller; return what it is told instead, where the answer is too large."""
         if self._over:
             return None
+        headers = {**headers, **self._served.said}
         try:
             sent = self._asked.reply_now(self._message, body, headers)
         except BusError as error:
@@ -216,7 +218,8 @@ class Serving:
         return 0.0
 
     def add(self, served: Served) -> None:
-        """Count what is served with what was counted for the same capability before."""
+        """Take what is served; it is counted with the same capability as before."""
+        served.said = {**self.who, IDEMPOTENT: "1"} if served.endpoint.idempotent else self.who
         served.calls = self.calls.setdefault(served.endpoint.capability, served.calls)
 
     def take(self, served: Served, message: Incoming) -> None:
@@ -327,7 +330,7 @@ class Serving:
         Raises:
             TooLarge: It is over the broker's limit.
         """
-        return self.client.answer_now(message.reply, body, {**headers, **self.who})
+        return self.client.answer_now(message.reply, body, headers)
 
     def reply_later(
         self,
@@ -341,7 +344,7 @@ class Serving:
         async def post() -> None:
             # The broker is away: the caller's own time-out tells it.
             with contextlib.suppress(BusError):
-                await self.client.answer(message.reply, body, {**headers, **self.who})
+                await self.client.answer(message.reply, body, headers)
 
         def posted(task: asyncio.Task[None]) -> None:
             self._posting.discard(task)
@@ -366,6 +369,7 @@ class Serving:
             ERROR: " ".join(error.message.split())[:500],
             ERROR_CODE: str(error.number),
             **(more or {}),
+            **self.who,
         }
         body = codec.encode(body_of(error))
         try:

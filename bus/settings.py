@@ -16,6 +16,9 @@ ARTEFACTS_MAX_BYTES = "BKG_ARTEFACTS_MAX_BYTES"
 # How many bytes the body of a request may have that is too large for one message.
 BODY_MAX_BYTES = "BKG_BODY_MAX_BYTES"
 BODY_MAX_BYTES_DEFAULT = 64 * 1024 * 1024
+# How many bytes of such bodies one process may have in their store at a time.
+BODIES_SHARE_BYTES = "BKG_BODIES_SHARE_BYTES"
+BODIES_SHARE_BYTES_DEFAULT = 512 * 1024 * 1024
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -119,6 +122,17 @@ def body_max_bytes() -> int:
     """
     # A larger one would outlast what is kept of it, and leave the store no room for others.
     return _between(BODY_MAX_BYTES, 8 * 1024 * 1024, 128 * 1024 * 1024) or BODY_MAX_BYTES_DEFAULT
+
+
+def bodies_share_bytes() -> int:
+    """Return how many bytes this process may have in the store of large bodies at a time.
+
+    Raises:
+        InvalidRequest: `BKG_BODIES_SHARE_BYTES` is none; says what is allowed.
+    """
+    # Less than the largest body would never be enough, and more than that the store does not hold.
+    least, most = body_max_bytes(), 1024 * 1024 * 1024
+    return _between(BODIES_SHARE_BYTES, least, most) or BODIES_SHARE_BYTES_DEFAULT
 
 
 def default_data_dir() -> Path:

@@ -9,7 +9,7 @@ import contextlib
 import json
 import secrets
 from base64 import b64decode
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
@@ -17,7 +17,7 @@ from typing import Any, Final
 from nats.aio.client import Client as Nats
 
 from bus.consumers import NS, Batch, Stored, consumer
-from bus.errors import BusError, Internal, Unavailable
+from bus.errors import BusError, Conflict, Internal, Unavailable
 from bus.jetstream import Outgoing, StoreFullError, ask_jetstream, refusal, store_batch
 from bus.tasks import heed_cancellation
 
@@ -34,7 +34,7 @@ MIB: Final = 1024 * 1024
 _NO_SUCH_SEQUENCE: Final = 10043
 _DELETION_FAILED: Final = 10057
 _NOT_THERE: Final = {"no message found", "stream store EOF", "deleted message"}
-# The broker takes up to 1,000 messages as one batch.
+# Of what is stored as one batch; the broker takes up to 1,000 messages.
 AS_ONE_MAX: Final = 250
 AS_ONE_MAX_BYTES: Final = 4 * MIB
 # A broker on the same host acknowledges some thousand appends a second, once enough wait for it.
@@ -95,70 +95,58 @@ class Stream:
             Conflict: That subject has had another message since.
             Unavailable: The broker stored nothing within the time.
         """
-        sent = {MESSAGE_ID: secrets.token_hex(12), **(headers or {})}
-        if expect is not None:
-            sent |= _expecting(expect, subject)
-        reply = await ask_jetstream(self._nc, subject, body, sent)
-        return int(reply["seq"])
+        return await self._append(Outgoing(subject, body, headers or {}, expect))
 
-    async def append_all(
-        self, messages: Sequence[Outgoing], *, expect: tuple[str, int] | None = None
-    ) -> int:
-        """Store messages, in their order, and return the sequence of the last one; 0 for none.
+    async def append_batch(self, messages: Sequence[Outgoing]) -> int | None:
+        """Store messages in their order, all or none, and return the sequence of the last one.
 
-        They go in batches, each of which costs four fsyncs and is stored whole or not at all,
-        whoever is killed meanwhile. Where the broker cannot take one so, its messages are stored
-        one by one: the stream is an older one, or a power cut has left a part of it there.
+        Costs four fsyncs, and is whole whoever is killed meanwhile. What each message expects is
+        looked at when all are stored, not before; of several of one subject only the first may
+        expect something of that.
 
         Args:
-            messages: Which.
-            expect: As for `append`, for all of them; none of them may be of that subject.
+            messages: Which: some `AS_ONE_MAX` at most, of not many more bytes than
+                `AS_ONE_MAX_BYTES`. With ids, if `append_each` is to know them again.
+
+        Returns:
+            None where they have to be stored one by one, since the broker cannot take them so: the
+            stream is an older one, or has some of them already, by their ids: an answer was lost,
+            or a power cut has left a part. Nothing was stored now.
 
         Raises:
-            Conflict: That subject has had another message; the batches before that are stored.
-            StoreFullError: There is no room for a batch; those before it are stored.
-            Unavailable: The broker did not answer within the time; some may be stored.
+            Conflict: A subject has had another message than one expects; nothing is stored.
+            StoreFullError: There is no room for all; nothing is stored.
+            Unavailable: The broker did not answer within the time; all may be stored, or nothing.
         """
-        seq = 0
-        for part in _in_batches(messages):
-            sent = [
-                one._replace(headers={MESSAGE_ID: secrets.token_hex(12), **one.headers})
-                for one in part
-            ]
-            # One alone costs one fsync.
-            stored = await self._append_batch(sent, expect) if len(sent) > 1 else None
-            seq = stored or await self._append_each(sent, expect)
-        return seq
-
-    async def _append_batch(
-        self, messages: Sequence[Outgoing], expect: tuple[str, int] | None
-    ) -> int | None:
-        # Asked first: a broker before 2.12 would take the messages as they come, whatever the last
+        # Asked first: a broker before 2.12 would take the messages as they come, whatever a later
         # one expects.
         if not self._takes_batches:
             info = await ask_jetstream(self._nc, f"$JS.API.STREAM.INFO.{self.name}", b"")
             self._takes_batches = bool(info["config"].get("allow_atomic"))
         if not self._takes_batches:
             return None
-        if expect is not None:
-            # Looked at when the batch is stored, and so for all of it.
-            *before, last = messages
-            headers = {**last.headers, **_expecting(expect, last.subject)}
-            messages = [*before, last._replace(headers=headers)]
-        return await store_batch(self._nc, messages)
+        return await store_batch(self._nc, [_identified(one) for one in messages])
 
-    async def _append_each(
-        self, messages: Sequence[Outgoing], expect: tuple[str, int] | None
-    ) -> int:
-        """Store messages many at a time; ends when each one of them was stored or refused."""
-        left, seqs, failed = iter(messages), list[int](), list[BusError]()
+    async def append_each(self, messages: Sequence[Outgoing]) -> list[int | None]:
+        """Store messages by themselves, many at a time, in any order; return their sequences.
+
+        None stands for one whose subject has had another message than it expects: that may be
+        itself, if an answer was lost.
+
+        Raises:
+            BusError: One could not be stored, others may be; each was answered or given up.
+        """
+        seqs: list[int | None] = [None] * len(messages)
+        left, failed = iter(enumerate(messages)), list[BusError]()
 
         async def work() -> None:
-            for subject, body, headers in left:
+            for i, one in left:
                 if failed:
                     return
                 try:
-                    seqs.append(await self.append(subject, body, headers=headers, expect=expect))
+                    seqs[i] = await self._append(one)
+                except Conflict:
+                    continue
                 except BusError as error:
                     failed.append(error)
 
@@ -167,7 +155,12 @@ class Stream:
                 tasks.create_task(work())
         if failed:
             raise failed[0]
-        return max(seqs)
+        return seqs
+
+    async def _append(self, message: Outgoing) -> int:
+        headers = _identified(message).sent_with()
+        reply = await ask_jetstream(self._nc, message.subject, message.body, headers)
+        return int(reply["seq"])
 
     async def append_once(
         self, subject: str, body: bytes, headers: Mapping[str, str], timeout_s: float
@@ -357,15 +350,6 @@ class Stream:
                 await asyncio.sleep(0)
 
 
-def _expecting(expect: tuple[str, int], subject: str) -> dict[str, str]:
-    """Return the headers by which a message expects a subject's last sequence."""
-    expected, seq = expect
-    headers = {"Nats-Expected-Last-Subject-Sequence": str(seq)}
-    if expected != subject:
-        headers["Nats-Expected-Last-Subject-Sequence-Subject"] = expected
-    return headers
-
-
 def _says_gone(error: Mapping[str, Any]) -> bool:
     """Tell whether a deletion failed because there is nothing to delete."""
     code = error.get("err_code")
@@ -374,16 +358,11 @@ def _says_gone(error: Mapping[str, Any]) -> bool:
     )
 
 
-def _in_batches(messages: Sequence[Outgoing]) -> Iterator[list[Outgoing]]:
-    part, size = list[Outgoing](), 0
-    for one in messages:
-        size += len(one.body)
-        if part and (len(part) == AS_ONE_MAX or size > AS_ONE_MAX_BYTES):
-            yield part
-            part, size = [], len(one.body)
-        part.append(one)
-    if part:
-        yield part
+def _identified(message: Outgoing) -> Outgoing:
+    """Return a message with an id, so that it is stored once, however often it is sent."""
+    if MESSAGE_ID in message.headers:
+        return message
+    return message._replace(headers={MESSAGE_ID: secrets.token_hex(12), **message.headers})
 
 
 def nanoseconds(moment: datetime | None) -> int | None:

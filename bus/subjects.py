@@ -36,6 +36,8 @@ class Endpoint(Generic[Req, Rep]):
         reply: What is answered.
         keys: Fields of the request that end the subject, so that the broker routes by them.
         description: One sentence, shown by `nats service info`.
+        idempotent: Whether the same request may be answered twice, by one instance or by two, and
+            nobody can tell; see `bus.balance`.
         asked_by: Roles that ask; who answers is the queue group.
     """
 
@@ -46,6 +48,7 @@ class Endpoint(Generic[Req, Rep]):
     description: str
     keys: tuple[str, ...] = ()
     asked_by: tuple[Role, ...] = ("gateway", "operator")
+    idempotent: bool = False
 
     def subject(self, root: str, *values: str) -> str:
         """Return the subject for the given values of `keys`."""
@@ -83,6 +86,7 @@ class RawEndpoint:
         keys: Names of the tokens that may end the subject, so that the broker routes by them.
         example: A body, to copy.
         asked_by: Roles that ask; who answers is the queue group.
+        idempotent: As for `Endpoint`.
     """
 
     capability: str
@@ -91,6 +95,7 @@ class RawEndpoint:
     keys: tuple[str, ...] = ()
     example: str = ""
     asked_by: tuple[Role, ...] = ("gateway", "operator")
+    idempotent: bool = False
 
     def subject(self, root: str, *values: str) -> str:
         """Return the subject for the values of `keys`; the last ones may be left out."""
@@ -216,6 +221,7 @@ MODEL_RUN = Endpoint(
     m.ModelOutput,
     "Run rows through a model.",
     keys=("id",),
+    idempotent=True,
 )
 MODEL_LOAD = Endpoint(
     "candle.model.load", CANDLE, m.LoadModel, m.LoadedModel, "Serve a file as a model."
@@ -286,28 +292,38 @@ JOB_RETRY = Endpoint(
     "Take up a job that failed or was cancelled, from where it was.",
 )
 CANDLE_STATS = Endpoint(
-    "candle.stats", CANDLE, m.Empty, m.CandleStats, "The models that this instance serves."
-)
+    "candle.stats", CANDLE, m.Empty, m.CandleStats, "The models that this instance serves.",
+    idempotent=True,
+)  # fmt: skip
 
+# Not idempotent: asked twice it enrols twice, unless the entry has a name.
 FACES_ENCODE = Endpoint(
     "faces.encode", RUSTYFACE, m.EncodeFace, m.EncodedFace, "Embed a face, and enrol it."
 )
 FACES_DETECT = Endpoint(
-    "faces.detect", RUSTYFACE, m.DetectFaces, m.DetectedFaces, "Find the faces of an image."
-)
+    "faces.detect", RUSTYFACE, m.DetectFaces, m.DetectedFaces, "Find the faces of an image.",
+    idempotent=True,
+)  # fmt: skip
 FACES_VERIFY = Endpoint(
     "faces.verify",
     RUSTYFACE,
     m.VerifyFaces,
     m.VerifiedFaces,
     "Say whether two faces are one person.",
+    idempotent=True,
 )
 FACES_SHEET = Endpoint(
-    "faces.sheet", RUSTYFACE, m.DrawSheet, m.Sheet, "Draw a contact sheet of a dataset or a search."
+    "faces.sheet",
+    RUSTYFACE,
+    m.DrawSheet,
+    m.Sheet,
+    "Draw a contact sheet of a dataset or a search.",
+    idempotent=True,
 )
 FACES_SEARCH = Endpoint(
-    "faces.search", RUSTYFACE, m.SearchFaces, m.FaceMatches, "Find the nearest enrolled faces."
-)
+    "faces.search", RUSTYFACE, m.SearchFaces, m.FaceMatches, "Find the nearest enrolled faces.",
+    idempotent=True,
+)  # fmt: skip
 DATASET_MANAGE = Endpoint(
     "dataset.manage", RUSTYFACE, m.ManageDataset, m.DatasetList, "List and change datasets."
 )
@@ -352,6 +368,7 @@ MODEL_INFER = RawEndpoint(
     CANDLE,
     "Run tensors through a model: Open Inference Protocol bodies, JSON or binary.",
     keys=("model", "version"),
+    idempotent=True,
     example='{"inputs":[{"name":"x","datatype":"FP32","shape":[1,3],"data":[1,2,3]}]}',
 )
 

@@ -10,7 +10,7 @@ REPOSITORY = Path(__file__).parents[1]
 WINGS = ("cli", "supervisor", "candle", "rustyface", "gateway")
 # From the ground up; a room may use those below it.
 FLOORS = (
-    {"errors", "messages", "balance"},
+    {"errors", "messages", "balance", "late"},
     {
         "codec",
         "job_rules",
@@ -22,13 +22,14 @@ FLOORS = (
         "redaction",
         "wire",
     },
-    {"log_search", "statistics", "followed", "jetstream", "connection"},
+    {"answers", "log_search", "statistics", "followed", "jetstream", "connection"},
     {"consumers"},
     {"streams"},
     {"uploads", "assets", "log_stream"},
     {"objects"},
     {"artefacts", "bodies"},
     {"state", "relay"},
+    {"hedging"},
     {"client", "plugins", "models", "broker", "reference"},
     {"logs", "telemetry", "metrics", "probes"},
     {"served", "registration"},

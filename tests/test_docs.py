@@ -9,13 +9,13 @@ import typer
 from bus import codec, instance, registration
 from bus import messages as m
 from bus.assets import BODY_AGE_S, OBSERVED_TTL_S
-from bus.bodies import IN_ITS_PLACE, REFERENCE
+from bus.bodies import CHUNK_MIN_BYTES, IN_ITS_PLACE, REFERENCE
 from bus.errors import _KINDS as KINDS
 from bus.errors import ErrorBody
-from bus.settings import BODY_MAX_BYTES_DEFAULT
+from bus.settings import BODIES_SHARE_BYTES_DEFAULT, BODY_MAX_BYTES_DEFAULT
 from services.cli import up
 from services.cli.faces_parser import faces_app
-from services.gateway import inference
+from services.gateway import inference, patience
 from services.gateway.routes import capabilities
 from services.rustyface import calibration
 from services.supervisor import process, reconcile, replicas
@@ -67,6 +67,8 @@ def test_every_error_stands_in_the_workers_protocol_with_its_number():
         f"up to {reconcile.BACKOFF_MAX_S:g} s; after {reconcile.HEALTHY_S:g} s of running well",
         f"more than {process.LINE_MAX_BYTES:,} bytes",
         f"`BKG_BODY_MAX_BYTES` ({BODY_MAX_BYTES_DEFAULT >> 20} MiB) of whoever asks",
+        f"`BKG_BODIES_SHARE_BYTES` ({BODIES_SHARE_BYTES_DEFAULT >> 20} MiB)",
+        f"less than {CHUNK_MIN_BYTES:,} bytes on average",
         f"goes {BODY_AGE_S // 60} minutes after it was written",
         f"the words `{IN_ITS_PLACE.decode()}`",
         *(f"| `{name}` |" for name in sorted(REFERENCE)),
@@ -86,6 +88,9 @@ def test_the_figures_of_the_workers_protocol_are_those_of_the_code(says):
         f"silent for {reconcile.SILENCE_S:g} s",
         f"{instance.MAX_IN_FLIGHT:,} requests at a time",
         f"waits for {capabilities.RELAYING_MAX} answers",
+        f"nothing comes for {patience.PATIENCE_S:g} s",
+        f"`{patience.RATE_SETTING}` ({patience.RATE_DEFAULT >> 10} KiB) a second",
+        f"`BKG_BODIES_SHARE_BYTES` ({BODIES_SHARE_BYTES_DEFAULT >> 20} MiB)",
         f"killed {reconcile.STOP_GRACE_S:g} s after it was asked",
         f"killed after {reconcile.STARTUP_GRACE_S:g} s without",
         f"after {reconcile.STARTUP_MAX_S:g} s of heartbeats",

@@ -383,7 +383,8 @@ class GalleryRejection(Message, frozen=True):
     """A rejection's event: of a face it was said that it is not a person; or that was withdrawn.
 
     Attributes:
-        id: Its own.
+        id: Its own. `-` is nobody's: a batch of entries ends with it, withdrawn, so that it is
+            refused if the dataset was deleted meanwhile, or the import undone.
         at: When.
         subject: Who it is not, as named then.
         embedding: The face, little-endian float32 values; absent when withdrawn.

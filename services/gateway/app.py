@@ -20,11 +20,11 @@ from bus.plugins import follow_plugins
 from bus.tasks import beside
 from services.gateway import live
 from services.gateway.auth import Access, Gate, is_loopback
-from services.gateway.bodies import hold_back
 from services.gateway.express import Express
 from services.gateway.feeds import Feeds
 from services.gateway.pages import Pages
 from services.gateway.parts import PARTS, Parts
+from services.gateway.patience import RATE, RATE_DEFAULT, RATE_SETTING, hold_back
 from services.gateway.routes import (
     access,
     capabilities,
@@ -168,8 +168,6 @@ ROUTES: Final[tuple[tuple[str, str, Handler, Access], ...]] = (
     ("GET", "/ui/{hash}/{path:.+}", page.file, OPEN),
 )
 
-_TAKE_FILES: Final = {uploads.put, uploads.post, dataset_files.take}
-
 
 @dataclass(frozen=True)
 class Options:
@@ -182,6 +180,8 @@ class Options:
         no_auth: `BKG_NO_AUTH`, whether nothing needs one.
         dashboard_dev: `BKG_DASHBOARD_DEV`, whether the page's files are read anew each time.
         upload_max_bytes: `BKG_UPLOAD_MAX_BYTES`, how many bytes an uploaded model may have.
+        body_min_bytes_per_s: `BKG_BODY_MIN_BYTES_PER_S`, how slowly the body of a request may come;
+            0: as slowly as it likes, if not for ever.
         ready_fd: `BKG_READY_FD`, where the bound port is written once we listen.
     """
 
@@ -191,6 +191,7 @@ class Options:
     no_auth: bool = False
     dashboard_dev: bool = False
     upload_max_bytes: int = 2 * 1024**3
+    body_min_bytes_per_s: int = RATE_DEFAULT
     ready_fd: int | None = None
 
     @classmethod
@@ -207,6 +208,7 @@ class Options:
             no_auth=_switch(env, "BKG_NO_AUTH"),
             dashboard_dev=_switch(env, "BKG_DASHBOARD_DEV"),
             upload_max_bytes=_number(env, "BKG_UPLOAD_MAX_BYTES", cls.upload_max_bytes, 2**50),
+            body_min_bytes_per_s=_number(env, RATE_SETTING, cls.body_min_bytes_per_s, 2**30),
             ready_fd=_number(env, "BKG_READY_FD", 0, 2**20) if env.get("BKG_READY_FD") else None,
         )
         if options.no_auth and not is_loopback(options.host):
@@ -241,24 +243,23 @@ async def gateway(
         feeds = Feeds(client, view)
         incoming = Uploads(client, options.upload_max_bytes)
         parts = Parts(client, instance, view, known, feeds, gate, pages, incoming)
-        app = make_app(parts)
+        app = make_app(parts, options.body_min_bytes_per_s)
         async with beside(feeds.run(), incoming.run()), listening(app, options.host, options.port):
             yield parts
 
 
-def make_app(parts: Parts) -> web.Application:
+def make_app(parts: Parts, body_min_bytes_per_s: int) -> web.Application:
     """Return the application: every route, behind the translation of errors and the gate."""
     app = web.Application()
-    app[PARTS] = parts
+    app[PARTS], app[RATE] = parts, body_min_bytes_per_s
     for method, path, handler, needs in ROUTES:
         streams = handler in {live.socket, live.log_stream}
         guarded = translated(parts.instance, _guarded(parts.gate, needs, handler))
         for one in ("GET", "HEAD") if method == "GET" and not streams else (method,):
-            # Whoever uploads hears of a refusal before the file goes out.
-            waits = hold_back if handler in _TAKE_FILES else None
-            app.router.add_route(one, path, guarded, expect_handler=waits)
+            app.router.add_route(one, path, guarded, expect_handler=hold_back)
     # What is not there is told to everybody.
-    app.router.add_route("*", "/{path:.*}", translated(parts.instance, _nothing_here))
+    nothing = translated(parts.instance, _nothing_here)
+    app.router.add_route("*", "/{path:.*}", nothing, expect_handler=hold_back)
     app.on_response_prepare.append(dress)
     app.on_shutdown.append(_close_connections)
     return app

@@ -3,48 +3,49 @@
 What is too large for one message of the bus is put aside as it comes (`bus.bodies`).
 """
 
-import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import Final, TypeVar
 
 import aiohttp
-from aiohttp import BodyPartReader, hdrs, web
+from aiohttp import BodyPartReader, web
 from aiohttp.http_exceptions import HttpProcessingError
 
 from bus.bodies import too_large
 from bus.client import Client, Reference
-from bus.errors import DeadlineExceeded, InvalidRequest, TooLarge
+from bus.errors import InvalidRequest, TooLarge
+from services.gateway.patience import Patience, for_body, for_file
 from services.gateway.room import Room
-from services.gateway.translate import BODY_PATIENCE_S, cut_off, read_body
+from services.gateway.translate import cut_off, read_body
 from services.gateway.uploads import CutOff
 
-# A caller that sends nothing more for this long has gone.
-STALL_S: Final = 60.0
 BLOCK_BYTES: Final = 64 * 1024
 PARTS_MAX: Final = 100
-# A body that somebody waits on has `BODY_PATIENCE_S` for each so many bytes begun.
-PATIENCE_BYTES: Final = 16 * 1024**2
 
 T = TypeVar("T")
 
 
-async def hold_back(_request: web.Request) -> None:
-    """Send no `100 Continue` yet: who may not, or has too much, shall hear it before sending."""
-
-
-async def body_for_bus(request: web.Request, client: Client, room: Room) -> bytes | Reference:
+async def body_for_bus(
+    request: web.Request, client: Client, room: Room, timeout_s: float
+) -> bytes | Reference:
     """Return a request's body as it can be asked with.
 
     What is too large for one message is put aside as it comes; whoever gets its reference asks
     with it at once. No more than one message's worth is held here.
 
+    Args:
+        request: The request.
+        client: Puts it aside.
+        room: For it.
+        timeout_s: How long its caller waits for anything but itself.
+
     Raises:
         TooLarge: There is more than can be asked with; said before the rest is read.
         Overloaded: There is no room for it.
-        NoSpace: The store is full just now.
+        Unavailable: There is none in the store, for what comes through here or for anybody.
         InvalidRequest: It is cut off, or not encoded as it says.
-        DeadlineExceeded: It did not come in time.
+        TooSlow: It did not come in time.
+        DeadlineExceeded: It was not stored in time.
     """
     most = client.max_payload
     if _is_here(request, most):
@@ -56,13 +57,13 @@ async def body_for_bus(request: web.Request, client: Client, room: Room) -> byte
     room.hold(min(announced, most))
     blocks = _blocks_in_time(request)
     if announced > most:
-        return await _put_aside(client, room, b"", blocks)
+        return await _put_aside(client, room, b"", blocks, announced, timeout_s)
     held = bytearray()
     async for block in blocks:
         held += block
         room.hold_at_least(min(len(held), most))
         if len(held) > most:
-            return await _put_aside(client, room, held, blocks)
+            return await _put_aside(client, room, held, blocks, len(held), timeout_s)
     return bytes(held)
 
 
@@ -90,14 +91,14 @@ def check_length(request: web.Request, max_bytes: int) -> None:
 
 
 async def blocks_of(request: web.Request) -> AsyncIterator[bytes]:
-    """Give the blocks of a request's body as they come.
+    """Give the blocks of a file that is a request's body as they come.
 
     Raises:
         CutOff: It is cut off.
-        DeadlineExceeded: Nothing came for `STALL_S`.
+        TooSlow: Nothing came for too long.
     """
-    await _welcome(request)
-    while block := await _in_time(request.content.readany()):
+    patience = await for_file(request)
+    while block := await _in_time(request.content.readany(), patience):
         yield block
 
 
@@ -122,19 +123,22 @@ async def begun(
     return first, all_of_them()
 
 
-async def parts_of(request: web.Request) -> AsyncGenerator[BodyPartReader]:
+async def parts_of(request: web.Request, patience: Patience) -> AsyncGenerator[BodyPartReader]:
     """Give the parts of a form as they come; each is read before the next is asked for.
+
+    Args:
+        request: The form.
+        patience: With whoever sends it; the one for its parts, too.
 
     Raises:
         InvalidRequest: It is no form, has another form inside, or more than `PARTS_MAX` parts.
-        CutOff, DeadlineExceeded: As `blocks_of`.
+        CutOff, TooSlow: As `blocks_of`.
     """
-    await _welcome(request)
     with _as_a_form():
         form = await request.multipart()
     for _ in range(PARTS_MAX):
         with _as_a_form():
-            part = await _in_time(form.next())
+            part = await _in_time(form.next(), patience)
         if part is None:
             return
         if not isinstance(part, BodyPartReader):
@@ -143,20 +147,24 @@ async def parts_of(request: web.Request) -> AsyncGenerator[BodyPartReader]:
     raise InvalidRequest(f"the form has more than {PARTS_MAX} parts")
 
 
-async def chunks_of(part: BodyPartReader) -> AsyncIterator[bytes]:
+async def chunks_of(part: BodyPartReader, patience: Patience) -> AsyncIterator[bytes]:
     """Give the blocks of a form's part as they come; raises as `parts_of` does."""
     with _as_a_form():
-        while block := await _in_time(part.read_chunk(BLOCK_BYTES)):
+        while block := await _in_time(part.read_chunk(BLOCK_BYTES), patience):
             yield block
 
 
 async def whole_part(
-    part: BodyPartReader, max_bytes: int, grown: Callable[[int], None] = lambda _size: None
+    part: BodyPartReader,
+    patience: Patience,
+    max_bytes: int,
+    grown: Callable[[int], None] = lambda _size: None,
 ) -> bytes:
     """Return all of a form's part.
 
     Args:
         part: The part.
+        patience: With whoever sends it.
         max_bytes: How many bytes it may have.
         grown: Is told how many have come; may refuse.
 
@@ -165,7 +173,7 @@ async def whole_part(
         BusError: As `parts_of`.
     """
     raw = bytearray()
-    async for block in chunks_of(part):
+    async for block in chunks_of(part, patience):
         raw += block
         if len(raw) > max_bytes:
             raise TooLarge(
@@ -183,26 +191,21 @@ def _is_here(request: web.Request, most: int) -> bool:
 
 async def _blocks_in_time(request: web.Request) -> AsyncIterator[bytes]:
     """Give the blocks of a body that somebody waits on."""
-    began, came = asyncio.get_running_loop().time(), 0
-    while True:
-        patience_s = BODY_PATIENCE_S * (1 + came // PATIENCE_BYTES)
-        try:
-            async with asyncio.timeout_at(began + patience_s):
-                block = await request.content.readany()
-        except (web.RequestPayloadError, web.PayloadAccessError) as error:
-            raise cut_off(request, error) from None
-        except TimeoutError:
-            raise DeadlineExceeded(
-                f"of the body {came:,} bytes came within {patience_s:g} s, and not the rest"
-            ) from None
-        if not block:
-            return
-        came += len(block)
-        yield block
+    patience = await for_body(request)
+    try:
+        while block := await patience.wait(request.content.readany()):
+            yield block
+    except (web.RequestPayloadError, web.PayloadAccessError) as error:
+        raise cut_off(request, error) from None
 
 
 async def _put_aside(
-    client: Client, room: Room, held: bytes | bytearray, blocks: AsyncIterator[bytes]
+    client: Client,
+    room: Room,
+    held: bytes | bytearray,
+    blocks: AsyncIterator[bytes],
+    announced: int,
+    timeout_s: float,
 ) -> Reference:
     """Put aside what came of a body, and all that comes."""
 
@@ -214,7 +217,7 @@ async def _put_aside(
         async for block in blocks:
             yield block
 
-    reference = await client.bodies.put(all_of_it())
+    reference = await client.bodies.put(all_of_it(), announced, timeout_s)
     room.hold(0)
     return reference
 
@@ -228,21 +231,10 @@ def _as_a_form() -> Iterator[None]:
         raise InvalidRequest(f"the body is not a form as Content-Type says: {error}") from None
 
 
-async def _welcome(request: web.Request) -> None:
-    """Send the `100 Continue` that `hold_back` held back."""
-    if request.headers.get(hdrs.EXPECT, "").lower() == "100-continue":
-        await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        # The answer has not begun yet; aiohttp does the same.
-        request.writer.output_size = 0
-
-
-async def _in_time(reading: Awaitable[T]) -> T:
-    """Return what comes next of the body, in time."""
+async def _in_time(reading: Awaitable[T], patience: Patience) -> T:
+    """Return what comes next of a file or a form."""
     try:
-        async with asyncio.timeout(STALL_S):
-            return await reading
-    except TimeoutError:
-        raise DeadlineExceeded(f"nothing more of the file came for {STALL_S:g} s") from None
+        return await patience.wait(reading)
     except (
         web.RequestPayloadError,
         web.PayloadAccessError,

@@ -24,8 +24,8 @@ from services.gateway.inference import (
     too_many,
 )
 from services.gateway.parts import Parts
+from services.gateway.patience import PATIENCE_S
 from services.gateway.translate import (
-    BODY_PATIENCE_S,
     OUTCOME,
     TIMEOUT_DEFAULT_S,
     TRACED,
@@ -114,7 +114,7 @@ class Express(web.RequestHandler):
             self._pass(data)
         elif size > len(data):
             self._to_gather = size
-            self._gathering = self._loop.call_later(BODY_PATIENCE_S, self._gather_no_more)
+            self._gathering = self._loop.call_later(PATIENCE_S, self._gather_no_more)
             self._gather(data)
         else:
             self._take_later(data[size:])

@@ -14,6 +14,7 @@ from aiohttp import BodyPartReader, hdrs, web
 from bus import codec
 from bus.errors import InvalidRequest
 from services.gateway.bodies import check_length, parts_of, whole_body, whole_part
+from services.gateway.patience import for_body
 from services.gateway.repository import switch
 from services.gateway.room import Room
 from services.gateway.translate import asked
@@ -142,11 +143,12 @@ async def _in_form(
     def grown(size: int) -> None:
         room.hold_at_least(max_bytes - left + size)
 
-    async for part in parts_of(request):
+    patience = await for_body(request)
+    async for part in parts_of(request, patience):
         name = part.name or ""
         _check_name(name, allowed)
         if name in images and _is_file(part, name):
-            raw = await whole_part(part, left, grown)
+            raw = await whole_part(part, patience, left, grown)
             yield name, raw if name == IMAGE else {IMAGE: raw}
         elif part.filename is not None:
             raise InvalidRequest(
@@ -154,7 +156,7 @@ async def _in_form(
                 field=name[:40],
             )
         else:
-            raw = await whole_part(part, min(left, FIELD_MAX_BYTES), grown)
+            raw = await whole_part(part, patience, min(left, FIELD_MAX_BYTES), grown)
             yield name, _value_of(name, raw.decode(errors="replace"))
         left -= len(raw)
 

@@ -4,7 +4,6 @@ Every error leaves as `application/problem+json` (RFC 9457). Its `detail` is the
 `BusError`; what nobody expected says nothing but that the log has the cause.
 """
 
-import asyncio
 import math
 import random
 import re
@@ -19,8 +18,9 @@ from aiohttp.typedefs import Handler
 
 from bus import codec
 from bus.client import Answer, new_traceparent, trace
-from bus.errors import NEVER, BusError, DeadlineExceeded, InvalidRequest, TooLarge
+from bus.errors import NEVER, BusError, InvalidRequest, TooLarge
 from bus.instance import Instance
+from services.gateway.patience import TooSlow, for_body
 from services.gateway.written import ID_GIVEN, REQUEST_ID, protect
 
 PROBLEM: Final = "application/problem+json"
@@ -32,7 +32,6 @@ PREFER: Final = "Prefer"
 RESPOND_ASYNC: Final = "respond-async"
 # Bodies that are no capability's payload: a configuration, a key.
 BODY_MAX_BYTES: Final = 1024 * 1024
-BODY_PATIENCE_S: Final = 60.0
 
 # What became of a request that was asked before aiohttp got to see it (`services.gateway.express`):
 # an `Answer` or a `BusError`; and the trace it was asked with.
@@ -128,7 +127,7 @@ async def read_body(request: web.Request, max_bytes: int) -> bytes:
     Raises:
         TooLarge: There is more; said before the rest is read.
         InvalidRequest: It is cut off, or not encoded as it says.
-        DeadlineExceeded: It did not come within `BODY_PATIENCE_S`.
+        TooSlow: It did not come in time.
     """
     content = request.content
     if content.is_eof() and content.exception() is None:
@@ -140,17 +139,14 @@ async def read_body(request: web.Request, max_bytes: int) -> bytes:
         return whole
     if (announced := request.content_length or 0) > max_bytes:
         raise TooLarge(f"the body has {announced:,} bytes, allowed are {max_bytes:,}")
-    body = bytearray()
+    body, patience = bytearray(), await for_body(request)
     try:
-        async with asyncio.timeout(BODY_PATIENCE_S):
-            async for chunk in request.content.iter_any():
-                body += chunk
-                if len(body) > max_bytes:
-                    raise TooLarge(f"the body has more than the {max_bytes:,} bytes allowed")
+        while block := await patience.wait(content.readany()):
+            body += block
+            if len(body) > max_bytes:
+                raise TooLarge(f"the body has more than the {max_bytes:,} bytes allowed")
     except (web.RequestPayloadError, web.PayloadAccessError) as error:
         raise cut_off(request, error) from None
-    except TimeoutError:
-        raise DeadlineExceeded(f"the body did not come within {BODY_PATIENCE_S:g} s") from None
     return bytes(body)
 
 
@@ -286,6 +282,9 @@ def translated(instance: Instance, handler: Handler) -> Handler:
             response = await handler(request)
         except BusError as error:
             response = refused = problem_of(error, kserve=_is_kserve(request))
+            if isinstance(error, TooSlow):
+                # RFC 9110, 15.5.9: nobody waits for the rest.
+                refused.force_close()
             if isinstance(error, TooLarge) and hdrs.CONTENT_ENCODING in request.headers:
                 await _answer_and_hang_up(request, refused)
         except web.HTTPException as error:

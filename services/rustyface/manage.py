@@ -314,8 +314,9 @@ def _unerased(removed: Removed) -> dict[str, Any]:
     left = removed.unerased
     if left is None:
         return {}
+    count = f"{left.left:,}" if left.left else "an unknown number"
     said = (
-        f"gone for every question, but not erased from the broker's files yet: {left.left:,} of "
+        f"gone for every question, but not erased from the broker's files yet: {count} of "
         "the deleted faces and images"
     )
     if left.cause is None:

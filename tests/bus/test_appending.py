@@ -20,7 +20,7 @@ from bus.subjects import GALLERY_ENTRY, GALLERY_HEAD
 from bus.tasks import beside
 from bus.testing import until
 
-COUNT = 700
+COUNT = streams.AS_ONE_MAX
 
 
 @pytest.fixture
@@ -69,73 +69,79 @@ def wholes(messages: list[streams.Stored]) -> list[int]:
     return [len(batch) for batch in found.values()]
 
 
-async def test_many_messages_are_stored_in_their_order_as_few_batches(client, outgoing):
+async def test_many_messages_are_stored_in_their_order_as_one(client, outgoing):
     sent = outgoing(COUNT)
-    last = await client.store.galleries.append_all(sent)
+    last = await client.store.galleries.append_batch(sent)
     found = await stored(client.store.galleries, client.root)
     assert [one.subject for one in found] == [one.subject for one in sent]
     assert found[-1].seq == last == COUNT
-    assert wholes(found) == [250, 250, 200]
-    assert await client.store.galleries.append_all([]) == 0
+    assert wholes(found) == [COUNT]
 
 
-async def test_large_messages_make_smaller_batches(client, outgoing):
-    body = b"x" * (streams.AS_ONE_MAX_BYTES // 3)
-    sent = [one._replace(body=body) for one in outgoing(7)]
-    await client.store.galleries.append_all(sent)
-    assert wholes(await stored(client.store.galleries, client.root)) == [3, 3]
-
-
-async def test_where_another_subject_has_moved_on_nothing_of_a_batch_is_stored(client, outgoing):
+@pytest.mark.parametrize("at", [0, 1, 2])
+async def test_where_one_expects_what_is_not_so_any_more_nothing_of_a_batch_is_stored(
+    client, outgoing, at
+):
     stream = client.store.galleries
     head = GALLERY_HEAD.subject(client.root, gallery="g")
     first = await stream.append(head, b"1")
-    await stream.append_all(outgoing(3), expect=(head, first))
+
+    def expecting(name: str) -> list[Outgoing]:
+        sent = outgoing(3, name)
+        sent[at] = sent[at]._replace(expect=(head, first))
+        return sent
+
+    assert await stream.append_batch(expecting("e")) == first + 3
     await stream.append(head, b"2")
     before = await stream.last_seq()
     with pytest.raises(Conflict):
-        await stream.append_all(outgoing(3, "f"), expect=(head, first))
+        await stream.append_batch(expecting("f"))
     assert await stream.last_seq() == before
+
+
+async def test_each_message_of_a_batch_may_expect_something_of_its_own(client, outgoing):
+    stream = client.store.galleries
+    head, other = (GALLERY_HEAD.subject(client.root, gallery=name) for name in "gh")
+    expected = [(head, await stream.append(head, b"1")), (other, 0)]
+    sent = [one._replace(expect=(one.subject, 0)) for one in outgoing(3)]
+    # Several of one subject, if none of them expects something of that.
+    fence = outgoing(1, "fence")[0].subject
+    fences = [Outgoing(fence, b"", {MESSAGE_ID: str(i)}, one) for i, one in enumerate(expected)]
+    assert await stream.append_batch([*sent, *fences]) == 6
+    with pytest.raises(Conflict):
+        await stream.append_batch([sent[2]._replace(headers={}), *outgoing(3, "f")])
 
 
 async def test_what_has_no_room_is_kept_out_as_a_whole(configured, outgoing):
     stream = await configured(max_bytes=50_000)
     sent = [one._replace(body=b"x" * 10_000) for one in outgoing(10)]
     with pytest.raises(StoreFullError):
-        await stream.append_all(sent)
+        await stream.append_batch(sent)
     assert await stream.last_seq() == 0
 
 
-async def test_a_stream_that_takes_no_batches_gets_its_messages_one_by_one(
-    client, configured, outgoing
-):
+async def test_a_stream_that_takes_no_batches_is_given_none(configured, outgoing):
     stream = await configured(allow_atomic=False)
-    sent = outgoing(COUNT)
-    last = await stream.append_all(sent)
-    found = await stored(stream, client.root)
-    assert {one.subject for one in found} == {one.subject for one in sent}
-    assert (last, len(found), wholes(found)) == (COUNT, COUNT, [])
+    assert await stream.append_batch(outgoing(2)) is None
+    assert await stream.last_seq() == 0
 
 
 async def test_a_stream_from_before_takes_batches_once_it_was_declared(
     client, configured, outgoing
 ):
     stream = await configured(allow_atomic=False)
-    await stream.append_all(outgoing(2))
+    assert await stream.append_batch(outgoing(2)) is None
     await client.store.declare()
-    await stream.append_all(outgoing(2, "f"))
+    assert await stream.append_batch(outgoing(2)) == 2
     assert wholes(await stored(stream, client.root)) == [2]
 
 
-async def test_a_stream_that_takes_batches_no_more_gets_its_messages_one_by_one(
-    client, configured, outgoing
-):
+async def test_a_stream_that_takes_batches_no_more_is_found_out(client, configured, outgoing):
     stream = client.store.galleries
-    await stream.append_all(outgoing(2))
+    assert await stream.append_batch(outgoing(2)) == 2
     await configured(allow_atomic=False)
-    await stream.append_all(outgoing(2, "f"))
-    found = await stored(stream, client.root)
-    assert (len(found), wholes(found)) == (2, [])
+    assert await stream.append_batch(outgoing(2, "f")) is None
+    assert await stream.last_seq() == 0
 
 
 @pytest.mark.parametrize("there", [range(COUNT), range(COUNT // 3), [COUNT - 1]])
@@ -144,10 +150,34 @@ async def test_what_is_stored_already_is_stored_once(client, outgoing, there):
     stream = client.store.galleries
     for i in there:
         await stream.append(sent[i].subject, sent[i].body, headers=sent[i].headers)
-    last = await stream.append_all(sent)
+    assert await stream.append_batch(sent) is None
+    seqs = await stream.append_each(sent)
     found = await stored(stream, client.root)
     assert sorted(one.subject for one in found) == sorted(one.subject for one in sent)
-    assert last <= COUNT
+    assert {one.subject: one.seq for one in found} == {
+        one.subject: seq for one, seq in zip(sent, seqs, strict=True)
+    }
+
+
+async def test_of_messages_one_by_one_those_are_left_out_that_somebody_is_ahead_of(
+    client, outgoing
+):
+    stream = client.store.galleries
+    sent = [one._replace(expect=(one.subject, 0)) for one in outgoing(COUNT)]
+    ahead = await stream.append(sent[7].subject, b"theirs")
+    seqs = await stream.append_each(sent)
+    assert [i for i, seq in enumerate(seqs) if seq is None] == [7]
+    [found] = [one async for one in stream.read(sent[7].subject)]
+    assert (found.seq, found.body) == (ahead, b"theirs")
+
+
+async def test_of_messages_one_by_one_none_is_tried_after_one_that_cannot_be_stored(
+    configured, outgoing
+):
+    stream = await configured(max_bytes=50_000)
+    with pytest.raises(StoreFullError):
+        await stream.append_each([one._replace(body=b"x" * 10_000) for one in outgoing(10)])
+    assert 0 < await stream.last_seq() < 10
 
 
 async def test_a_lost_answer_doubles_nothing(client, outgoing, monkeypatch):
@@ -161,8 +191,10 @@ async def test_a_lost_answer_doubles_nothing(client, outgoing, monkeypatch):
         return reply
 
     monkeypatch.setattr(client._nc, "request", losing)
-    assert await client.store.galleries.append_all(outgoing(100)) == 100
+    sent = outgoing(100)
+    assert await client.store.galleries.append_batch(sent) is None
     assert lost == [100]
+    assert await client.store.galleries.append_each(sent) == list(range(1, 101))
     assert len(await stored(client.store.galleries, client.root)) == 100
 
 
@@ -176,29 +208,16 @@ async def test_a_batch_of_which_a_part_was_lost_is_sent_again(client, outgoing, 
         await publish(subject, body, headers=headers, **more)
 
     monkeypatch.setattr(client._nc, "publish", losing)
-    assert await client.store.galleries.append_all(outgoing(100)) == 100
+    assert await client.store.galleries.append_batch(outgoing(100)) == 100
     assert lost
     assert wholes(await stored(client.store.galleries, client.root)) == [100]
 
 
 async def test_more_at_once_than_the_broker_holds_open_are_all_stored(client, outgoing):
     stream = client.store.galleries
-    await asyncio.gather(*(stream.append_all(outgoing(20, f"{i}-")) for i in range(120)))
+    await asyncio.gather(*(stream.append_batch(outgoing(20, f"{i}-")) for i in range(120)))
     found = await stored(stream, client.root)
     assert len({one.subject for one in found}) == len(found) == 120 * 20
-
-
-async def test_a_cancelled_caller_leaves_whole_batches(client, outgoing):
-    stream = client.store.galleries
-    appending = asyncio.create_task(stream.append_all(outgoing(5_000)))
-    await until(stream.last_seq)
-    appending.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await appending
-    await stream.append(GALLERY_HEAD.subject(client.root, gallery="g"), b"")
-    found = await stored(stream, client.root)
-    assert set(wholes(found)) == {250}
-    assert len(found) < 5_000
 
 
 async def test_a_broker_killed_again_and_again_has_what_it_acknowledged_and_no_half_batch(tmp_path):
@@ -217,7 +236,9 @@ async def test_a_broker_killed_again_and_again_has_what_it_acknowledged_and_no_h
                 subjects = (f"r.gallery.g.entry.{number}-{i}" for i in range(100))
                 sent = [Outgoing(subject, os.urandom(500)) for subject in subjects]
                 with contextlib.suppress(BusError):
-                    acknowledged[number] = await stream.append_all(sent)
+                    # None: it is stored, and its answer was lost.
+                    if seq := await stream.append_batch(sent):
+                        acknowledged[number] = seq
 
         async with beside(*(keep_appending() for _ in range(3))):
             for _ in range(2):

@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 from collections import Counter
 
-import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,11 +12,12 @@ from nats.aio.msg import Msg
 from bus import balance, serving
 from bus import messages as m
 from bus.balance import Balance
-from bus.client import NOT_SERVED, SLOT, Answer, Client
+from bus.client import NOT_SERVED, SLOT, Client
 from bus.errors import NobodyListens, Overloaded
-from bus.instance import RawCall, join
+from bus.instance import join
 from bus.subjects import CANDLE_STATS, MODEL_INFER
 from bus.testing import until
+from tests.bus.pairs import Two, two
 
 A, B, C = "candle.0", "candle.1", "candle.2"
 
@@ -36,6 +36,12 @@ def balanced(now: float = 0.0, **latencies_ms: float) -> Balance:
     return made
 
 
+def asks(made: Balance, now: float, subject: str = "s", *, again: bool = False) -> str | None:
+    """Return the slot that is asked; None: the group."""
+    choice = made.choose(subject, now, again=again)
+    return choice and choice.slot
+
+
 def test_with_one_known_instance_the_broker_picks():
     assert Balance().choose("s", 0) is None
     assert balanced(_0=1).choose("s", 0) is None
@@ -43,9 +49,9 @@ def test_with_one_known_instance_the_broker_picks():
 
 def test_of_equal_instances_the_one_with_the_fewest_requests_is_asked():
     both = balanced(_0=10, _1=15)
-    assert Counter(both.choose("s", 0.001) for _ in range(10)) == {A: 5, B: 5}
+    assert Counter(asks(both, 0.001) for _ in range(10)) == {A: 5, B: 5}
     both.ended("s", B, "answered", 0.002, by=B, took_s=0.015)
-    assert both.choose("s", 0.002) == B
+    assert asks(both, 0.002) == B
 
 
 def test_equals_are_drawn_at_random():
@@ -53,23 +59,23 @@ def test_equals_are_drawn_at_random():
     for draw in (0.1, 0.9):
         both = balanced(_0=10, _1=10)
         both._draw = lambda value=draw: value
-        drawn.add(both.choose("s", 0))
+        drawn.add(asks(both, 0))
     assert drawn == {A, B}
 
 
 def test_a_slow_instance_gets_one_probe_a_second_and_no_second_one_while_that_lasts():
     both = balanced(_0=1, _1=50)
-    asked = [both.choose("s", 0.5) for _ in range(3)]
+    asked = [asks(both, 0.5) for _ in range(3)]
     assert asked == [A, A, A]
     for _ in asked:
         both.ended("s", A, "answered", 0.501, by=A, took_s=0.001)
-    assert both.choose("s", 1.1) == B
-    assert both.choose("s", 2.2) == A
+    assert asks(both, 1.1) == B
+    assert asks(both, 2.2) == A
     both.ended("s", B, "answered", 2.3, by=B, took_s=0.05)
     both.ended("s", A, "answered", 2.3, by=A, took_s=0.001)
-    assert both.choose("s", 2.3) == B
+    assert asks(both, 2.3) == B
     both.ended("s", B, "answered", 2.35, by=B, took_s=0.05)
-    assert both.choose("s", 2.4) == A
+    assert asks(both, 2.4) == A
 
 
 def test_an_instance_that_has_become_fast_is_found_by_its_probes():
@@ -77,46 +83,57 @@ def test_an_instance_that_has_become_fast_is_found_by_its_probes():
     now = 0.0
     for _ in range(8):
         now += 1.1
-        slot = both.choose("s", now)
+        slot = asks(both, now)
         both.ended("s", slot, "answered", now, by=slot, took_s=0.01)
-        slot = both.choose("s", now)
+        slot = asks(both, now)
         both.ended("s", slot, "answered", now, by=slot, took_s=0.01)
-    assert {both.choose("s", now), both.choose("s", now)} == {A, B}
+    assert {asks(both, now), asks(both, now)} == {A, B}
 
 
 def test_an_instance_that_hangs_gets_no_more_once_its_answer_is_late():
     both = balanced(_0=5, _1=5)
-    assert {both.choose("s", 0.0), both.choose("s", 0.0)} == {A, B}
+    assert {asks(both, 0.0), asks(both, 0.0)} == {A, B}
     both.ended("s", A, "answered", 0.005, by=A, took_s=0.005)
     for i in range(1, 200):
-        assert both.choose("s", i / 10) == A
+        assert asks(both, i / 10) == A
         both.ended("s", A, "answered", i / 10 + 0.005, by=A, took_s=0.005)
 
 
 def test_differences_below_a_millisecond_count_for_nothing():
     both = balanced(_0=0.2, _1=0.9)
-    assert {both.choose("s", 0), both.choose("s", 0)} == {A, B}
+    assert {asks(both, 0), asks(both, 0)} == {A, B}
 
 
 def test_a_busy_instance_is_passed_over_for_a_while():
     both = balanced(_0=1, _1=1)
-    assert both.choose("s", 0) == A
+    assert asks(both, 0) == A
     both.ended("s", A, "busy", 0, by=A)
-    assert both.choose("s", 0.05, again=True) == B
-    assert both.choose("s", 0.05) == B
+    assert asks(both, 0.05, again=True) == B
+    assert asks(both, 0.05) == B
     both.ended("s", B, "busy", 0.05, by=B)
-    assert both.choose("s", 0.06) is None
-    assert both.choose("s", 0.11) == A
+    assert asks(both, 0.06) is None
+    assert asks(both, 0.11) == A
 
 
 def test_one_that_is_known_alone_is_asked_when_another_was_busy():
     one = balanced(_0=1)
-    assert one.choose("s", 0, again=True) == A
+    assert asks(one, 0, again=True) == A
+
+
+def test_one_that_alone_has_answered_the_group_often_is_alone():
+    made = Balance()
+    for answers in range(1, balance.ALONE + 2):
+        made.ended("s", None, "answered", 0, by=A, took_s=0.001)
+        assert made.alone("s", A) == (answers > balance.ALONE)
+    assert not made.alone("s", B)
+    assert not made.alone("another", A)
+    made.ended("s", None, "answered", 0, by=B, took_s=0.001)
+    assert not made.alone("s", A)
 
 
 def test_an_instance_that_is_gone_is_forgotten():
     three = balanced(_0=1, _1=1, _2=1)
-    assert three.choose("s", 0) == A
+    assert asks(three, 0) == A
     three.ended("s", A, "gone", 0)
     assert three.known("s") == {B, C}
 
@@ -124,7 +141,7 @@ def test_an_instance_that_is_gone_is_forgotten():
 def test_one_request_in_many_looks_for_others():
     both = balanced(_0=1, _1=1)
     both._draw = lambda: 0.9 / balance.EXPLORE
-    assert both.choose("s", 0) is None
+    assert asks(both, 0) is None
 
 
 def test_a_subject_that_somebody_without_a_slot_answers_is_left_to_the_broker():
@@ -132,11 +149,11 @@ def test_a_subject_that_somebody_without_a_slot_answers_is_left_to_the_broker():
     both.ended("s", None, "answered", 1, by=None, took_s=0.001)
     for slot in (A, B):
         both.ended("s", None, "answered", 2, by=slot, took_s=0.001)
-    assert both.choose("s", 2) is None
+    assert asks(both, 2) is None
     later = 1 + balance.FOREIGN_S
     for slot in (A, B):
         both.ended("s", None, "answered", later, by=slot, took_s=0.001)
-    assert both.choose("s", later) in {A, B}
+    assert asks(both, later) in {A, B}
 
 
 @pytest.mark.parametrize("name", ["", "x", "a.>", "a.*", "a b.1", "A.1", "a.1.2", "a.-1"])
@@ -178,7 +195,7 @@ def test_whatever_happens_only_known_slots_are_asked_and_requests_are_counted(st
     for subject, outcome, by, took_s, passed_s, end in steps:
         now += passed_s
         known = made.known(subject)
-        slot = made.choose(subject, now, again=outcome == "busy")
+        slot = asks(made, now, subject, again=outcome == "busy")
         assert slot is None or slot in known
         if slot:
             assert made._subjects[subject].slots[slot].busy_until <= now
@@ -203,7 +220,7 @@ def test_of_those_that_are_about_as_fast_the_one_with_the_fewest_requests_is_ask
         best_s = min(expected.values())
         limit_s = max(balance.BAND * best_s, best_s + balance.FINE_S)
         inside = {n: slots[n].in_flight for n, one_s in expected.items() if one_s <= limit_s}
-        chosen = made.choose("s", 0)
+        chosen = asks(made, 0)
         assert chosen in inside
         assert inside[chosen] == min(inside.values())
 
@@ -225,7 +242,7 @@ def test_a_slow_instance_is_sent_what_it_can_answer_as_soon_as_the_fast_one(fact
             made.ended("s", slot, "answered", now, by=slot, took_s=now - sent)
             if i > callers + 300:
                 slowest_s = max(slowest_s, now - sent)
-        slot = made.choose("s", now)
+        slot = asks(made, now)
         assert slot is not None
         free_at[slot] = max(now, free_at[slot]) + service_s[slot]
         flying.append((free_at[slot], slot, now))
@@ -234,53 +251,6 @@ def test_a_slow_instance_is_sent_what_it_can_answer_as_soon_as_the_fast_one(fact
 
 
 # --- Over the bus ---------------------------------------------------------------------------------
-
-
-class Two:
-    """Two instances that serve the same, each of which can be held."""
-
-    def __init__(self, client: Client) -> None:
-        self.subject = MODEL_INFER.subject(client.root, "m")
-        self.counts: Counter[int] = Counter()
-        self.go_on = [asyncio.Event(), asyncio.Event()]
-        self._client = client
-        for event in self.go_on:
-            event.set()
-
-    def handler(self, number: int):
-        async def handle(_call: RawCall) -> Answer:
-            self.counts[number] += 1
-            await self.go_on[number].wait()
-            return Answer(b"%d" % number, {})
-
-        return handle
-
-    async def ask(self, count: int = 1) -> None:
-        for _ in range(count):
-            await self._client.relay(self.subject, b"", timeout_s=60)
-
-    async def known(self) -> None:
-        """Have the caller know both."""
-        async with asyncio.timeout(60):
-            while len(self._client._asker.balance.known(self.subject)) < 2:
-                await self.ask()
-
-
-@contextlib.asynccontextmanager
-async def two(client, connected, settings):
-    made = Two(client)
-    first, second = await connected(), await connected()
-    other = msgspec.structs.replace(settings, slot=1)
-    async with (
-        join(first, settings, plugin="candle", description="a test") as a,
-        join(second, other, plugin="candle", description="a test") as b,
-        a.serving_raw(MODEL_INFER, made.handler(0), "m"),
-        contextlib.AsyncExitStack() as leaving,
-    ):
-        await leaving.enter_async_context(b.serving_raw(MODEL_INFER, made.handler(1), "m"))
-        made.leave = leaving.aclose
-        made.instances = [a, b]
-        yield made
 
 
 async def test_requests_go_round_an_instance_that_is_held(client, connected, settings):
@@ -326,8 +296,9 @@ async def test_an_instance_that_is_gone_costs_no_request(client, connected, sett
         join(client, settings, plugin="candle", description="a test") as a,
         a.serving_raw(MODEL_INFER, made.handler(0), "m"),
     ):
-        await made.ask(30)
-        assert client._asker.balance.known(made.subject) == {"candle.0"}
+        async with asyncio.timeout(60):
+            while client._asker.balance.known(made.subject) != {"candle.0"}:
+                await made.ask()
 
 
 async def test_a_busy_instance_is_not_seen_where_there_is_another(
@@ -368,6 +339,27 @@ async def test_whoever_finds_one_instance_busy_is_answered_by_the_other(
         busy = made.instances[0]._asked.served[made.subject]
         assert busy.errors > 5
         assert busy.last_error.startswith("overloaded")
+        made.go_on[0].set()
+        await held
+
+
+async def test_a_lone_instance_that_is_busy_is_not_asked_again(client, settings, monkeypatch):
+    made = Two(client, MODEL_INFER)
+    async with (
+        join(client, settings, plugin="candle", description="a test") as a,
+        a.serving_raw(MODEL_INFER, made.handler(0), "m"),
+    ):
+        while not client._asker.balance.alone(made.subject, "candle.0"):
+            await made.ask()
+        monkeypatch.setattr(serving, "MAX_IN_FLIGHT", 1)
+        made.counts.clear()
+        made.go_on[0].clear()
+        held = asyncio.create_task(made.ask())
+        await until(lambda: made.counts[0] == 1)
+        for _ in range(3):
+            with pytest.raises(Overloaded):
+                await made.ask()
+        assert a._asked.served[made.subject].errors == 3
         made.go_on[0].set()
         await held
 

@@ -3,102 +3,31 @@
 import asyncio
 import contextlib
 import hashlib
-import json
+import os
 import signal
 import subprocess
 import sys
 
 import pytest
 
-from bus import codec, serving
+from bus import codec
 from bus import messages as m
 from bus.assets import BODY_AGE_S
-from bus.bodies import BODY, BODY_BYTES, BODY_SHA256, Reference
-from bus.client import TIMEOUT_MS, Answer, connect, trace
+from bus.bodies import BODY, BODY_BYTES, BODY_SHA256
+from bus.broker import running_broker
+from bus.client import TIMEOUT_MS, Answer, connect
 from bus.errors import (
     BusError,
-    Conflict,
     DeadlineExceeded,
     InvalidRequest,
     NobodyListens,
     NotFound,
-    Overloaded,
-    TooLarge,
-    Unprocessable,
 )
 from bus.instance import RawCall, join
-from bus.settings import body_max_bytes
-from bus.streams import NS, ask_jetstream
+from bus.streams import NS
 from bus.subjects import FACES_DETECT, MODEL_INFER
-from bus.testing import until
-
-LARGE = bytes(range(250)) * 80_000
-SHA256 = hashlib.sha256(LARGE).hexdigest()
-
-
-class Worker:
-    """Answers with the digest of what it is asked, when it may.
-
-    Attributes:
-        calls: What it was asked.
-        go_on: It answers as long as that is set.
-        cancelled: How many of its callers went.
-    """
-
-    def __init__(self) -> None:
-        self.calls: list[RawCall] = []
-        self.go_on = asyncio.Event()
-        self.go_on.set()
-        self.cancelled = 0
-
-    async def answer(self, call: RawCall) -> Answer:
-        self.calls.append(call)
-        self.trace = trace.get()
-        try:
-            await self.go_on.wait()
-        except asyncio.CancelledError:
-            self.cancelled += 1
-            raise
-        return Answer(hashlib.sha256(call.body).hexdigest().encode(), {})
-
-
-@pytest.fixture
-async def worker(connected, settings):
-    one = Worker()
-    async with (
-        join(await connected(), settings, plugin="candle", description="a test") as one.instance,
-        one.instance.serving_raw(MODEL_INFER, one.answer, "m"),
-    ):
-        yield one
-
-
-@pytest.fixture
-def subject(client):
-    return MODEL_INFER.subject(client.root, "m")
-
-
-async def stored(client):
-    """Return what is in the store, chunks and names, by subject."""
-    return (await client.bodies._stream.occupied("$O.>")).subjects
-
-
-def nothing_left(client):
-    async def is_empty():
-        return not await stored(client)
-
-    return until(is_empty)
-
-
-async def configured(client, **changes):
-    """Change the store's configuration; return it as it was before."""
-    stream = f"OBJ_{client.root}-bodies"
-    before = (await ask_jetstream(client._nc, f"$JS.API.STREAM.INFO.{stream}", b""))["config"]
-    if changes:
-        await ask_jetstream(
-            client._nc, f"$JS.API.STREAM.UPDATE.{stream}", json.dumps(before | changes).encode()
-        )
-    return before
-
+from bus.testing import declared, until
+from tests.bus.large_bodies import LARGE, SHA256, configured, nothing_left, stored
 
 # --- It arrives -----------------------------------------------------------------------------------
 
@@ -307,149 +236,58 @@ async def test_what_a_killed_asker_leaves_goes_by_its_age(broker, client, worker
     worker.go_on.set()
 
 
-# --- It is not what was said ----------------------------------------------------------------------
-
-
 @pytest.fixture
-async def put(client):
-    async def blocks():
-        yield LARGE
-
-    return await client.bodies.put(blocks())
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "field", "says"),
-    [
-        ({"name": "gone"}, Conflict, BODY, "'gone' is not in .*-bodies, or no longer: put it"),
-        ({"size": 19_999_999}, Unprocessable, BODY_BYTES, "has 20,000,000 bytes"),
-        ({"size": 20_000_001}, Unprocessable, BODY_BYTES, "says 20,000,001"),
-        ({"sha256": "0" * 64}, Unprocessable, BODY_SHA256, f"{SHA256}, but .* says 0000"),
-        ({"sha256": "0" * 63}, InvalidRequest, BODY_SHA256, "SHA-256 in hex"),
-        ({"size": "many"}, InvalidRequest, BODY_BYTES, "how many bytes the body has"),
-        ({"size": 70_000_000}, TooLarge, None, "allowed are 67,108,864; BKG_BODY_MAX_BYTES"),
-    ],
-)
-async def test_a_reference_to_another_body_is_refused_in_words(
-    client, worker, subject, put, change, error, field, says
-):
-    headers = put._replace(**change).headers
-    with pytest.raises(error, match=says) as raised:
-        await client.relay(subject, b"", headers=headers)
-    assert raised.value.field == field
-    assert not worker.calls
-    assert worker.instance._asked._held_bytes == 0
-    # The short way goes on.
-    await client.relay(subject, b"short")
-
-
-async def test_a_header_that_is_missing_is_named(client, worker, subject, put):
-    for name in (BODY_BYTES, BODY_SHA256):
-        headers = {key: one for key, one in put.headers.items() if key != name}
-        with pytest.raises(InvalidRequest, match=name):
-            await client.relay(subject, b"", headers=headers)
-
-
-async def test_a_body_of_which_a_chunk_is_missing_is_refused(client, worker, subject, put):
-    [chunks] = [name for name in await stored(client) if ".C." in name]
-    chunk = await client.bodies._stream.at_or_after(1, chunks)
-    await client.bodies._stream.remove(chunk.seq)
-    with pytest.raises(Unprocessable, match="put it there whole"):
-        await client.relay(subject, put)
-    await nothing_left(client)
-
-
-# --- Limits ---------------------------------------------------------------------------------------
-
-
-async def test_a_body_over_the_limit_is_refused_before_anything_is_stored(client, subject):
-    assert client.body_max_bytes == 64 * 1024**2
-    with pytest.raises(
-        TooLarge, match=r"80,000,000 bytes, allowed are 67,108,864; BKG_BODY_MAX_BYTES changes"
+async def standing(tmp_path, root):
+    """A client of a broker that stands still, and what has it go on."""
+    async with (
+        running_broker(tmp_path, sync_interval="2m") as broker,
+        declared(broker.url, root) as client,
     ):
-        await client.relay(subject, LARGE * 4)
+        os.kill(broker.pid, signal.SIGSTOP)
+        try:
+            yield client, lambda: os.kill(broker.pid, signal.SIGCONT)
+        finally:
+            os.kill(broker.pid, signal.SIGCONT)
+
+
+async def test_a_caller_hears_in_time_that_a_broker_stands_still_and_its_body_goes_later(standing):
+    client, go_on = standing
+    began = asyncio.get_running_loop().time()
+    with pytest.raises(DeadlineExceeded, match="was not stored within 1 s"):
+        await client.relay(f"{client.root}.call.x", LARGE, timeout_s=1)
+    assert asyncio.get_running_loop().time() - began < 5
+    assert client.bodies._leaving
+    go_on()
+    await until(lambda: not client.bodies._leaving)
     assert not await stored(client)
 
 
-async def test_a_body_that_turns_out_too_large_on_its_way_leaves_nothing(client):
+async def test_a_body_that_comes_in_pieces_is_stored_in_time_or_not_at_all(standing):
+    client, go_on = standing
+
     async def blocks():
         while True:
-            yield LARGE
+            await asyncio.sleep(0.1)
+            yield LARGE[:2_000_000]
 
-    with pytest.raises(TooLarge, match=r"80,000,000 bytes or more"):
-        await client.bodies.put(blocks())
-    await nothing_left(client)
-
-
-def test_the_limit_is_a_setting(monkeypatch):
-    monkeypatch.setenv("BKG_BODY_MAX_BYTES", "100000000")
-    assert body_max_bytes() == 100_000_000
-    monkeypatch.setenv("BKG_BODY_MAX_BYTES", "1k")
-    with pytest.raises(InvalidRequest, match="from 8,388,608 to 134,217,728"):
-        body_max_bytes()
+    began = asyncio.get_running_loop().time()
+    # What the sender takes is the sender's: a second is full when the store took it.
+    with pytest.raises(DeadlineExceeded, match="bytes or more was not stored within 1 s"):
+        await client.bodies.put(blocks(), within_s=1)
+    assert 1.2 < asyncio.get_running_loop().time() - began < 5
+    go_on()
+    await until(lambda: not client.bodies._leaving)
+    assert not await stored(client)
 
 
-async def test_an_instance_holds_no_more_than_some_of_the_largest(
-    client, worker, subject, monkeypatch
+async def test_a_client_that_closes_before_a_broker_that_stands_still_leaves_no_task(
+    standing, root
 ):
-    monkeypatch.setattr(serving, "BODIES_MAX", 1)
-    worker.go_on.clear()
-    asked = [asyncio.create_task(client.relay(subject, LARGE, timeout_s=60)) for _ in range(3)]
-    await until(lambda: len(worker.calls) == 3)
-    held = worker.instance._asked
-    assert held._held_bytes == 60_000_000
-    with pytest.raises(
-        Overloaded, match=r"on 60,000,000 bytes of large bodies already, 67,108,864 are"
-    ):
-        await client.relay(subject, LARGE)
-    worker.go_on.set()
-    await asyncio.gather(*asked)
-    assert held._held_bytes == 0
-    await client.relay(subject, LARGE)
-    await nothing_left(client)
-
-
-async def test_a_full_store_is_told_and_leaves_nothing(client, subject):
-    await configured(client, max_bytes=5_000_000)
-    with pytest.raises(BusError, match="the store of large bodies, .*-bodies, was full") as raised:
-        await client.relay(subject, LARGE)
-    assert raised.value.code == "no-space"
-    await nothing_left(client)
-
-
-# --- While it is fetched --------------------------------------------------------------------------
-
-
-@pytest.fixture
-def hanging(worker, monkeypatch):
-    """Lets no body arrive at the worker."""
-    begun: list[Reference] = []
-
-    async def fetch(reference):
-        begun.append(reference)
-        await asyncio.Event().wait()
-
-    monkeypatch.setattr(worker.instance._client.bodies, "fetch", fetch)
-    return begun
-
-
-async def test_a_body_that_does_not_come_in_time_is_told(client, worker, subject, hanging):
-    outcome = asyncio.create_task(client._nc.request(
-        subject, b"", timeout=20,
-        headers={BODY: "x", BODY_BYTES: "1000", BODY_SHA256: SHA256, TIMEOUT_MS: "200"},
-    ))  # fmt: skip
-    told = codec.decode((await outcome).data, dict)
-    assert told["code"] == "deadline-exceeded"
-    assert "the body of 1,000 bytes did not come" in told["message"]
-    assert worker.instance.in_flight == worker.instance._asked._held_bytes == 0
-
-
-async def test_a_caller_that_goes_while_it_is_fetched_stops_that(client, worker, subject, hanging):
-    asked = asyncio.create_task(client.relay(subject, LARGE, timeout_s=60))
-    await until(lambda: hanging)
-    assert worker.instance.in_flight == 1
-    asked.cancel()
-    await until(lambda: worker.instance.in_flight == 0)
-    assert worker.instance._asked._held_bytes == 0
-    assert not worker.calls
-    await nothing_left(client)
+    client, _ = standing
+    before = asyncio.all_tasks()
+    with pytest.raises(DeadlineExceeded):
+        await client.relay(f"{root}.call.x", LARGE, timeout_s=0.2)
+    assert client.bodies._leaving
+    async with asyncio.timeout(6):
+        await client._leave()
+    assert asyncio.all_tasks() <= before

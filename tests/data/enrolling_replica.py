@@ -1,7 +1,7 @@
 """A replica in a process of its own: stores what it is told to, and prints what was acknowledged.
 
 `python -m tests.data.enrolling_replica enrol|import URL ROOT COUNT EACH`: EACH is how many callers
-there are, or how many entries an import stores at a time.
+there are, or how many entries an import stores at a time. `delete URL ROOT` deletes the dataset.
 """
 
 import asyncio
@@ -54,6 +54,13 @@ async def import_(url, root, count, size) -> None:
             print(first, outcome.revision, flush=True)  # noqa: T201
 
 
+async def delete(url, root) -> None:
+    """Delete the dataset."""
+    async with replica(url, root) as galleries:
+        print((await galleries.delete("g")).revision, flush=True)  # noqa: T201
+
+
 if __name__ == "__main__":
-    what, url, root, count, each = sys.argv[1:]
-    asyncio.run({"enrol": enrol, "import": import_}[what](url, root, int(count), int(each)))
+    what, url, root, *numbers = sys.argv[1:]
+    does = {"enrol": enrol, "import": import_, "delete": delete}[what]
+    asyncio.run(does(url, root, *map(int, numbers)))

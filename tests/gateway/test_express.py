@@ -260,7 +260,7 @@ async def test_a_body_that_comes_in_pieces_is_put_together(gate, model, connecti
 async def test_a_body_that_stops_coming_is_given_to_aiohttp(
     gate, model, connection, long_way, monkeypatch
 ):
-    monkeypatch.setattr(express, "BODY_PATIENCE_S", 0.05)
+    monkeypatch.setattr(express, "PATIENCE_S", 0.05)
     whole = request()
     connection.writer.write(whole[:-1])
     await until(lambda: long_way)

@@ -180,6 +180,22 @@ async def test_an_enrolment_with_an_idempotency_key_is_done_once(people):
     await nothing_left(people)
 
 
+async def test_the_fields_of_a_form_are_counted_as_its_files_are(faces, monkeypatch):
+    """None of them says how long it is; all stand here until the form is whole."""
+    monkeypatch.setattr(routes, "RELAYING_MAX_BYTES", 100_000)
+
+    async def fields():
+        for name in ("image_base64", "entry_id", "subject"):
+            yield f'--x\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n'.encode()
+            yield b"1" * 45_000 + b"\r\n"
+        yield b"--x--\r\n"
+
+    kind = {"Content-Type": "multipart/form-data; boundary=x"}
+    async with faces.http.post(ENCODE, data=fields(), headers=kind) as response:
+        assert response.status == 429, await response.text()
+    await nothing_left(faces)
+
+
 # --- Tensors --------------------------------------------------------------------------------------
 
 
@@ -218,6 +234,29 @@ async def test_rows_as_json_go_the_same_way(gate, wide):
     assert len(json.dumps(body)) > gate.parts.client.max_payload
     told = await gate.post("/api/capabilities/candle.model.run", body)
     assert told["outputs"] == [[1.25 * COLUMNS]] * 80
+    await nothing_left(gate)
+
+
+async def test_a_body_that_the_broker_lost_can_be_sent_again(gate, wide, large, monkeypatch):
+    body, headers = infer_body(large)
+    bodies = gate.parts.client.bodies
+    put = bodies.put
+
+    async def lost(blocks, size, within_s):
+        reference = await put(blocks, size, within_s)
+        await bodies.delete(reference.name)
+        return reference
+
+    with monkeypatch.context() as patched:
+        patched.setattr(bodies, "put", lost)
+        data = io.BytesIO(body)
+        async with gate.http.post(INFER, data=data, headers=headers) as response:
+            told = await response.json(content_type=None)
+            assert (response.status, response.headers["Retry-After"]) == (503, "1"), told
+            assert "has lost the body" in told["detail"]
+            assert "field" not in told
+    told = await infer(gate, body, headers)
+    assert told["outputs"][0]["data"] == large.sum(axis=1).tolist()
     await nothing_left(gate)
 
 

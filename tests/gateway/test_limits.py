@@ -1,7 +1,10 @@
 """How much one message holds: what the broker says, and every side knows it."""
 
+import asyncio
 import gzip
 import io
+import os
+import signal
 from contextlib import AsyncExitStack
 
 import pytest_asyncio
@@ -22,7 +25,7 @@ INFER = "/v2/models/m/infer"
 
 @pytest_asyncio.fixture
 async def small(tmp_path, settings, pages, monkeypatch):
-    """A gateway on a broker of another size; gives it, and what reached the model behind it."""
+    """A gateway on a broker of another size; gives what reached the model, and the broker, too."""
     configuration = broker._configuration
     monkeypatch.setattr(
         broker,
@@ -49,11 +52,11 @@ async def small(tmp_path, settings, pages, monkeypatch):
             gateway(client, here, Options(port=0, no_auth=True), "key", Pages(pages))
         )
         http = await enter(ClientSession(f"http://127.0.0.1:{parts.port}"))
-        yield client, http, reached
+        yield client, http, reached, own.pid
 
 
 async def test_what_no_message_of_this_broker_holds_goes_by_reference(small):
-    client, http, reached = small
+    client, http, reached, _ = small
     limit = client.max_payload
     assert BROKER_TAKES - 65_536 < limit < BROKER_TAKES
     put, delete = [], client.bodies.delete
@@ -81,3 +84,26 @@ async def test_what_no_message_of_this_broker_holds_goes_by_reference(small):
         assert f"{limit:,}" in await response.text()
     await until(lambda: len(put) == 2)
     assert reached == [limit, limit + 1, limit + 1]
+
+
+async def test_a_caller_hears_in_time_that_a_broker_stands_still_while_its_body_comes(small):
+    client, http, reached, broker = small
+
+    async def blocks():
+        yield bytes(3_000_000)
+        await until(lambda: client.bodies._ours)
+        os.kill(broker, signal.SIGSTOP)
+        for _ in range(100):
+            yield bytes(500_000)
+
+    began = asyncio.get_running_loop().time()
+    try:
+        async with http.post(f"{INFER}?timeout=1", data=blocks()) as response:
+            told = await response.json(content_type=None)
+            assert response.status == 504, told
+            assert "was not stored within 1 s" in told["detail"]
+        assert asyncio.get_running_loop().time() - began < 10
+    finally:
+        os.kill(broker, signal.SIGCONT)
+    await until(lambda: not client.bodies._ours)
+    assert not reached

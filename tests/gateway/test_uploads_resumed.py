@@ -4,7 +4,7 @@ import asyncio
 
 from bus.messages import UnfinishedUpload, now
 from bus.testing import until
-from services.gateway import bodies
+from services.gateway import patience
 from services.gateway import uploads as uploads_module
 from tests.gateway.uploading import (
     LINEAR,
@@ -176,13 +176,13 @@ async def test_what_broke_off_is_dropped_after_its_time(into, client):
 
 
 async def test_a_sender_that_falls_silent_is_told_so_and_may_go_on_later(into, monkeypatch):
-    monkeypatch.setattr(bodies, "STALL_S", 0.5)
+    monkeypatch.setattr(patience, "STALL_S", 0.5)
 
     async def blocks():
         yield blob(1_000)
         await asyncio.sleep(30)
 
-    told, _ = await put(into, blocks(), 504)
+    told, _ = await put(into, blocks(), 408)
     assert "nothing more of the file came" in told["detail"]
     assert await offset_of(into) == 1_000
 

@@ -38,7 +38,8 @@ def test_what_is_promised_for_a_rate_keeps_it(rate: float):
     if cosine is None:
         assert rate < rate_min("sface")
     else:
-        assert false_match_rate("sface", cosine) <= rate * 1.0001
+        # What is told has three digits.
+        assert false_match_rate("sface", cosine) <= rate * 1.0051
 
 
 def test_nothing_is_claimed_beyond_what_was_measured():

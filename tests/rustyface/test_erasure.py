@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import os
 import signal
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import pytest
@@ -19,43 +19,23 @@ from bus.subjects import GALLERY_ENTRY, gallery_events
 from bus.tasks import beside
 from bus.testing import until
 from services.rustyface.galleries import clearing
-from services.rustyface.galleries.galleries import Galleries, NewEntry
+from services.rustyface.galleries.galleries import NewEntry
 from services.rustyface.galleries.projection import LITTLE_ENDIAN, Dead
 from services.rustyface.photos.kept import KeptImages
+from tests.rustyface.remains import FACE, OTHER, declared, reading, remains
 
-D = 16
 # Three chunks of the object store; nothing in it repeats.
 PHOTO = np.random.default_rng(7).bytes(300 * 1024)
-# Of length 1 already, so that a moved entry and a rejection have the very same bytes.
-FACE = np.eye(D, dtype=np.float32)[3] * np.float32(0.6) - np.eye(D, dtype=np.float32)[7] * 0.8
-OTHER = np.eye(D, dtype=np.float32)[5]
 
 
 def face(name: str, **more) -> NewEntry:
     return NewEntry(id=name, vector=FACE, **more)
 
 
-@contextlib.asynccontextmanager
-async def reading(client):
-    galleries = Galleries(client.store.galleries, client.root, "test", D)
-    following = asyncio.create_task(galleries.run())
-    try:
-        await until(lambda: galleries.caught_up.is_set() or following.done())
-        yield galleries
-    finally:
-        following.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await following
-
-
 @pytest.fixture
 async def client(tmp_path):
     """Over a broker whose files lie in ``tmp_path``."""
-    async with (
-        running_broker(tmp_path) as broker,
-        connect(broker.url, name="test", root="r") as one,
-    ):
-        await one.store.declare()
+    async with running_broker(tmp_path) as broker, declared(broker.url) as one:
         yield one
 
 
@@ -69,25 +49,14 @@ async def galleries(client):
 @pytest.fixture
 def copies(tmp_path):
     """Counts the face in all files of the broker."""
-
-    def count() -> int:
-        needle = FACE.astype(LITTLE_ENDIAN).tobytes()
-        files = [path for path in Path(tmp_path).rglob("*") if path.is_file()]
-        return sum(path.read_bytes().count(needle) for path in files)
-
-    return count
+    return partial(remains, tmp_path)
 
 
 @pytest.fixture
 def pieces(tmp_path):
     """Counts in all files of the broker the pieces of the photo, one for each of its chunks."""
     needles = [PHOTO[at : at + 64] for at in (1_000, 140 * 1024, 290 * 1024)]
-
-    def count() -> int:
-        contents = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
-        return sum(content.count(needle) for content in contents for needle in needles)
-
-    return count
+    return lambda: sum(remains(tmp_path, needle) for needle in needles)
 
 
 @pytest.fixture
@@ -198,6 +167,25 @@ async def test_a_deleted_face_is_in_no_file_when_the_answer_comes(galleries, cop
 @pytest.mark.parametrize("replacement", [replaced, replaced_in_one_batch])
 async def test_a_replaced_face_is_in_no_file_soon_after(galleries, copies, replacement):
     await replacement(galleries)
+    await until(lambda: copies() == 0)
+
+
+async def test_a_face_that_is_replaced_faster_than_erased_is_in_no_file_once_that_has_caught_up(
+    galleries, copies, monkeypatch
+):
+    """What the broker displaces nobody can erase any more."""
+    remove, free = Stream.remove, asyncio.Event()
+
+    async def held(self, seq, *, erase=False):
+        await free.wait()
+        await remove(self, seq, erase=erase)
+
+    monkeypatch.setattr(Stream, "remove", held)
+    for _ in range(30):
+        await galleries.enrol("g", face("a"))
+    await galleries.wait(await galleries.enrol("g", NewEntry(id="a", vector=OTHER)))
+    assert copies() == 30
+    free.set()
     await until(lambda: copies() == 0)
 
 

@@ -132,14 +132,16 @@ async def test_clearing_a_deleted_gallery_spares_the_one_that_took_its_name(
     async with replica(client) as first, replica(await connected()) as second:
         await first.create("g")
         await enrol(first, "g", "old", EAST, None)
-        purge = first._ledger._stream.purge
+        read = first._ledger._stream.read
 
-        async def late(subject, *, keep_from=None):
+        async def late(subject, *, after):
+            monkeypatch.undo()
             await second.create("g")
             await enrol(second, "g", "new", EAST, None)
-            await purge(subject, keep_from=keep_from)
+            async for stored in read(subject, after=after):
+                yield stored
 
-        monkeypatch.setattr(first._ledger._stream, "purge", late)
+        monkeypatch.setattr(first._ledger._stream, "read", late)
         await first.delete("g")
         assert await stored(client) == [
             GALLERY_ENTRY.subject(client.root, gallery="g", entry="new")

@@ -258,6 +258,23 @@ async def test_a_face_that_is_moved_does_not_come_into_a_gallery_that_took_the_n
         assert await vectors_of(client) == []
 
 
+async def test_what_is_enrolled_over_such_a_face_in_the_new_gallery_stays(people, monkeypatch):
+    append = Ledger.append_after
+
+    async def late(self, *args: object, **kwargs):
+        monkeypatch.undo()
+        await people.delete("g")
+        await people.create("g")
+        revision = await append(self, args[0], args[1], 0, *args[3:], **kwargs)
+        await people.enrol("g", new("a0", NORTH, subject="eve"))
+        return revision
+
+    monkeypatch.setattr(Ledger, "append_after", late)
+    with pytest.raises(NotFound, match="'g' was deleted at this moment"):
+        await people.move_entry("g", "a0", "bob")
+    assert await persons(people) == {"eve": ["a0"]}
+
+
 async def test_by_person_there_is_one_result_each_and_nobody_s_entries_stand_alone(people):
     await people.enrol_many("g", [new("x"), new("y", NEARLY_EAST)], existing="fail")
     matches = await found(people, group_by="subject")

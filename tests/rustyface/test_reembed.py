@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import threading
 
 import cv2
@@ -179,3 +180,60 @@ async def test_what_somebody_has_put_into_the_new_dataset_stays_theirs(client, o
     shown = told(today, "new")
     assert shown["own"] == shown["ann0"] == ("me", None)
     assert shown.keys() == {*told(old, "old"), "own"}
+
+
+async def test_what_somebody_puts_there_in_the_moment_of_storing_stays_theirs(
+    client, old, today, images, monkeypatch
+):
+    pixels, append, numbers = Pixels(), today._stream.append_batch, itertools.count(1)
+    mine = NewEntry(id="ann0", vector=np.ones(1024, np.float32), subject="me")
+
+    async def late(messages):
+        match next(numbers):
+            case 1:
+                await today.enrol("new", mine)
+                fresh = NewEntry(id="ann1", vector=EAST, subject="ann", image=images[8])
+                await old.enrol("old", fresh)
+            case 3:
+                # That one is about to be stored again, with its new photo.
+                await today.enrol("new", dataclasses.replace(mine, id="ann1"))
+        return await append(messages)
+
+    monkeypatch.setattr(today._stream, "append_batch", late)
+    pixels.let_go.set()
+    async with embedding(client, today, pixels) as carried:
+        await carried
+    await today.wait(await today.newest())
+    shown = told(today, "new")
+    assert shown.pop("ann0") == shown.pop("ann1") == ("me", None)
+    assert len(shown) == 6
+    assert next(numbers) > 3
+
+
+async def test_what_somebody_enrols_as_the_old_one_s_entry_is_taken_out_stays_theirs(
+    client, old, today, monkeypatch
+):
+    pixels, store, append = Pixels(), today._stream.append_batch, today._ledger.append_entry
+    mine = NewEntry(id="bob3", vector=np.ones(1024, np.float32), subject="me")
+    removed: list[str] = []
+
+    async def and_remove(messages):
+        seq = await store(messages)
+        if not removed:
+            removed.append("bob3")
+            await old.remove("old", "bob3")
+        return seq
+
+    async def late(there, entry, *args: object, **more):
+        if entry.embedding is None:
+            monkeypatch.undo()
+            await today.enrol("new", mine)
+        return await append(there, entry, *args, **more)
+
+    monkeypatch.setattr(today._stream, "append_batch", and_remove)
+    monkeypatch.setattr(today._ledger, "append_entry", late)
+    pixels.let_go.set()
+    async with embedding(client, today, pixels) as carried:
+        await carried
+    await today.wait(await today.newest())
+    assert told(today, "new")["bob3"] == ("me", None)

@@ -127,6 +127,13 @@ def test_what_is_no_picture_is_refused():
         without_metadata(b"hello")
 
 
+def test_a_chunk_that_says_it_is_shorter_than_it_is_leaves_a_picture_all_the_same():
+    data = bytearray(files(6)["WebP"])
+    at = data.index(b"VP8L") + 4
+    data[at : at + 4] = bytes(4)
+    assert decode(without_metadata(bytes(data))).shape == decode(data).shape
+
+
 @given(st.sampled_from(list(files(6).values())), st.data())
 @settings(max_examples=300)
 def test_whatever_can_be_decoded_can_be_kept_however_damaged(file: bytes, choose: st.DataObject):

@@ -32,8 +32,8 @@ async def invoke(request: web.Request) -> web.Response:
     """Ask a capability: the body goes to a worker as it is, its answer comes back as it is.
 
     400 no capability's name, or a payload that does not fit; 403 it is a command for the admin
-    routes; 404 nobody knows it, or its model is not loaded; 413 too large; 429 and 503 try again
-    after `Retry-After`; 504 no answer within `?timeout=` seconds.
+    routes; 404 nobody knows it, or its model is not loaded; 408 the body comes too slowly; 413
+    too large; 429 and 503 try again after `Retry-After`; 504 no answer within `?timeout=` seconds.
     """
     at = request.app[PARTS]
     name = _capability(request)
@@ -48,7 +48,7 @@ async def invoke(request: web.Request) -> web.Response:
             subject = endpoint.subject_of_body(at.client.root, body, kind)
         else:
             subject = _subject(at, name)
-            body = await body_for_bus(request, at.client, room)
+            body = await body_for_bus(request, at.client, room, timeout_s)
         try:
             relayed = await at.client.relay(subject, body, headers=headers, timeout_s=timeout_s)
         except NobodyListens:

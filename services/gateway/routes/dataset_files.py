@@ -16,6 +16,7 @@ from bus.uploads import Upload
 from services.gateway import contents
 from services.gateway.bodies import begun, blocks_of, chunks_of, parts_of, whole_part
 from services.gateway.parts import PARTS, Parts
+from services.gateway.patience import for_file
 from services.gateway.routes.datasets import manage
 from services.gateway.routes.jobs import idempotency_key
 from services.gateway.stored import stored
@@ -41,8 +42,8 @@ async def take(request: web.Request) -> web.Response:
     field `sha256`. What the file is called `file_name` says, the form, or `Content-Disposition`. A
     dataset that is not there is made, set as the file says unless they are to be kept. 202 with
     `Location`: the job that reads it; the same `Idempotency-Key` again gives the same job. 400 a
-    value that there cannot be; 413; 422 another digest; 429 too many jobs or uploads; 503 no
-    rustyface; 504 nothing came for a minute; 507 no room.
+    value that there cannot be; 408 nothing came for a minute; 413; 422 another digest; 429 too many
+    jobs or uploads; 503 no rustyface; 507 no room.
     """
     at = request.app[PARTS]
     told = told_by(request.headers, request.content_length)
@@ -167,20 +168,21 @@ async def _form_read(
     said: dict[str, str] = {}
     file_name: dict[str, str] = {}
     has_file = False
-    async with contextlib.aclosing(parts_of(request)) as parts:
+    patience = await for_file(request)
+    async with contextlib.aclosing(parts_of(request, patience)) as parts:
         async for part in parts:
             name = part.name or ""
             if part.filename is None and name != "file":
                 if name in said or name in before:
                     raise InvalidRequest(f"{name} is given twice; give it once", field=name)
-                raw = await whole_part(part, FIELD_MAX_BYTES)
+                raw = await whole_part(part, patience, FIELD_MAX_BYTES)
                 said[name] = raw.decode(errors="replace").strip()
             elif has_file:
                 raise InvalidRequest("the form has two files; send one at a time", field="file")
             else:
                 has_file = True
                 file_name = _file_name(part.filename)
-                _, blocks = await begun(chunks_of(part))
+                _, blocks = await begun(chunks_of(part, patience))
                 await take_blocks(upload, blocks, max_bytes=most)
     if not has_file:
         raise InvalidRequest("the form has no file; send it as the part `file`", field="file")

@@ -65,8 +65,9 @@ async def encode(request: web.Request) -> web.Response:
     """Embed the largest face of an image, and enrol it unless `persist` is off.
 
     The same `Idempotency-Key` with the same request enrols it once. 400 a field that does not fit;
-    404 no such dataset; 413 too large; 422 no image, no face, or one that the dataset does not
-    take, and why; 429 and 503 try again after `Retry-After`; 504 no answer in time.
+    404 no such dataset; 408 the body comes too slowly; 413 too large; 422 no image, no face, or one
+    that the dataset does not take, and why; 429 and 503 try again after `Retry-After`; 504 no
+    answer in time.
     """
     key = idempotency_key(request)
     with _room_for(request) as room:

@@ -139,8 +139,9 @@ async def unload(request: web.Request) -> web.Response:
 async def infer(request: web.Request) -> web.Response:
     """Run tensors through a model.
 
-    400 the body does not fit; 404 no such model, or not loaded; 413 too large; 422 the model fails
-    on it; 429 and 503 try again after `Retry-After`; 504 no answer within `?timeout=` seconds.
+    400 the body does not fit; 404 no such model, or not loaded; 408 the body comes too slowly; 413
+    too large; 422 the model fails on it; 429 and 503 try again after `Retry-After`; 504 no answer
+    within `?timeout=` seconds.
     """
     at = request.app[PARTS]
     model, version = _named(request)
@@ -177,7 +178,7 @@ async def _relayed(request: web.Request, at: Parts, subject: str) -> Answer:
             field=hdrs.CONTENT_ENCODING,
         )
     with room_for_one(at) as room:
-        body = await body_for_bus(request, at.client, room)
+        body = await body_for_bus(request, at.client, room, timeout_s)
         return await at.client.relay(subject, body, headers=headers, timeout_s=timeout_s)
 
 

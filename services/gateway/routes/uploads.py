@@ -35,6 +35,7 @@ from bus.subjects import MODEL_ADD
 from bus.uploads import other_digest
 from services.gateway.bodies import begun, blocks_of, chunks_of, parts_of, whole_part
 from services.gateway.parts import PARTS, Parts
+from services.gateway.patience import Patience, for_file
 from services.gateway.repository import label_in, switch
 from services.gateway.routes.jobs import idempotency_key
 from services.gateway.routes.models import SEEN_S, load_now
@@ -69,8 +70,8 @@ async def put(request: web.Request) -> web.Response:
     201, or 200 if this version has these bytes already: the version and its report; a file that
     is not sound is kept as such. 204 with `Upload-Complete: ?0`: the rest is to come. 400 a header
     that cannot be; 404 nothing to resume; 409 this version has other bytes, or is being uploaded,
-    or the rest does not begin there (with `Upload-Offset`); 413; 422 another digest, or with
-    `?load=true` not sound; 503 no candle; 504 nothing came for a minute; 507 no room.
+    or the rest does not begin there (with `Upload-Offset`); 408 nothing came for a minute;
+    413; 422 another digest, or with `?load=true` not sound; 503 no candle; 507 no room.
     """
     at = request.app[PARTS]
     told = told_by(request.headers, request.content_length)
@@ -302,14 +303,15 @@ async def _form_read(
     """
     given: dict[str, Any] = {}
     file_name: str | None = None
-    async with contextlib.aclosing(parts_of(request)) as parts:
+    patience = await for_file(request)
+    async with contextlib.aclosing(parts_of(request, patience)) as parts:
         async for part in parts:
             if part.filename is None and part.name != "file":
-                await _read_field(part, given)
+                await _read_field(part, patience, given)
             elif file_name is not None:
                 raise InvalidRequest("the form has two files; send one at a time", field="file")
             else:
-                first, blocks = await begun(chunks_of(part))
+                first, blocks = await begun(chunks_of(part, patience))
                 file_name = _with_suffix(part.filename or "model", first)
                 await take(upload, blocks, max_bytes=request.app[PARTS].uploads.max_bytes)
     if file_name is None:
@@ -323,7 +325,7 @@ async def _form_read(
     return _named(asked(AddModel, plain), file_name), sha256
 
 
-async def _read_field(part: BodyPartReader, given: dict[str, Any]) -> None:
+async def _read_field(part: BodyPartReader, patience: Patience, given: dict[str, Any]) -> None:
     name = part.name or ""
     if name not in {"version", "description", "labels", "label", "licence", "sha256"}:
         raise InvalidRequest(
@@ -331,7 +333,7 @@ async def _read_field(part: BodyPartReader, given: dict[str, Any]) -> None:
             "labels, label, licence and sha256",
             field=name[:40],
         )
-    raw = await whole_part(part, FIELD_MAX_BYTES)
+    raw = await whole_part(part, patience, FIELD_MAX_BYTES)
     text = raw.decode(errors="replace").strip()
     if name == "labels":
         try:

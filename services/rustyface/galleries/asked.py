@@ -173,8 +173,8 @@ class Found:
     embedder: str
 
 
-def check_metadata(metadata: Any) -> None:
-    """Refuse metadata that cannot be stored, or be given back.
+def check_metadata(metadata: Any) -> int:
+    """Refuse metadata that cannot be stored, or be given back; return how many bytes they have.
 
     Raises:
         InvalidRequest: There is something in it that neither JSON nor MessagePack can carry.
@@ -193,6 +193,7 @@ def check_metadata(metadata: Any) -> None:
             f"metadata: it has {size:,} bytes, allowed are {METADATA_MAX_BYTES:,}",
             field="metadata",
         )
+    return size
 
 
 def changed(before: m.DatasetSettings, changes: Mapping[str, Any]) -> m.DatasetSettings:

@@ -1,7 +1,8 @@
 """What events have taken away, cleared away: erased from the broker's files, with the images.
 
 A face that nobody may see any more is not merely deleted. What the broker displaces or purges it
-marks as gone and leaves in its files as it is; what it erases it writes over.
+marks as gone and leaves in its files as it is; what it erases it writes over. So nothing of a
+gallery is ever purged: what it has when it ends is looked for in the stream, and erased.
 """
 
 import asyncio
@@ -9,15 +10,14 @@ import contextlib
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Final, NamedTuple
 
 import structlog
 
-from bus.errors import BusError, DeadlineExceeded, Internal, Unavailable
+from bus.errors import BusError, DeadlineExceeded, Unavailable
 from bus.streams import Stream
 from bus.subjects import gallery_events
-from services.rustyface.galleries.projection import Dead
+from services.rustyface.galleries.projection import Dead, as_dead
 
 # What has to be cleared goes on behind an answer that would have to wait longer.
 PATIENT_S: Final = 5.0
@@ -28,6 +28,8 @@ CHORES_MAX: Final = 10_000
 ERASED_AT_ONCE: Final = 16
 # So many, and the next chore has its turn.
 ERASED_IN_TURN: Final = 500
+# What a gallery has left is looked for in parts: it may be a million.
+FOUND_AT_ONCE: Final = 5_000
 # More than so many that nobody waits for, and whoever replaces many entries waits.
 BEHIND_MAX: Final = 5_000
 # Between tries while the broker is away.
@@ -47,7 +49,7 @@ class Unerased(NamedTuple):
     """What is gone for every question, but not from the broker's files (yet).
 
     Attributes:
-        left: How many faces and images.
+        left: How many faces and images, as far as is known.
         cause: Why the broker refuses some of them; None where all only takes a while.
     """
 
@@ -55,11 +57,18 @@ class Unerased(NamedTuple):
     cause: str | None
 
 
-class _Below(NamedTuple):
-    """All that a gallery has below an event."""
+class Ended(NamedTuple):
+    """A gallery of which nothing counts any more below an event, but for its own last one.
+
+    Attributes:
+        gallery: Which.
+        head: The sequence of its own last event, which stays.
+        below: The sequence of the event.
+    """
 
     gallery: str
-    seq: int
+    head: int
+    below: int
 
 
 @dataclass(eq=False)
@@ -68,10 +77,12 @@ class _Chore:
 
     Attributes:
         images: Those that nothing else names.
-        events: With a face.
-        below: Then what is deleted behind them; nothing with a face, so it need not be erased.
+        events: Most of them with a face.
+        ended: What is looked for in the stream once those are done. Others may be about to erase
+            some of it, and be killed before they do.
+        looked: Up to which sequence it was.
         behind: Nobody waits for it.
-        left: How many images and events are not erased yet.
+        left: How many images and faces are not erased yet, as far as is known.
         refused: What the broker refuses.
         cause: Why.
         again: How much of it is tried again, because it was refused before.
@@ -81,10 +92,11 @@ class _Chore:
 
     images: deque[str] = field(default_factory=deque)
     events: deque[Dead] = field(default_factory=deque)
-    below: deque[_Below] = field(default_factory=deque)
+    ended: Ended | None = None
+    looked: int = 0
     behind: bool = False
     left: int = 0
-    refused: list[str | Dead | _Below] = field(default_factory=list)
+    refused: list[str | Dead | Ended] = field(default_factory=list)
     cause: str | None = None
     again: int = 0
     pause_s: float = 0.0
@@ -92,7 +104,7 @@ class _Chore:
 
     def is_over(self) -> bool:
         """Tell whether each part of it was tried."""
-        return not (self.images or self.events or self.below)
+        return not (self.images or self.events or self.ended)
 
     def begin_again(self) -> None:
         """Have what was refused to be done once more."""
@@ -100,12 +112,18 @@ class _Chore:
         self.again = len(refused)
         self.images.extend(one for one in refused if isinstance(one, str))
         self.events.extend(one for one in refused if isinstance(one, Dead))
-        self.below.extend(one for one in refused if isinstance(one, _Below))
+        self.ended = next((one for one in refused if isinstance(one, Ended)), None)
 
-    def keeps(self, gallery: str) -> bool:
-        """Tell whether there is an event of a gallery that is not erased."""
+    def faces_of(self, ended: Ended, after: int) -> int:
+        """Count the faces of a gallery that are not erased yet, between two sequences."""
         there = (*self.events, *self.refused)
-        return any(isinstance(one, Dead) and one.gallery == gallery for one in there)
+        return sum(
+            isinstance(one, Dead)
+            and one.face
+            and one.gallery == ended.gallery
+            and after < one.seq < ended.below
+            for one in there
+        )
 
 
 class Clearing:
@@ -138,6 +156,8 @@ class Clearing:
         self._drop_image = drop_image
         # Bounded where something is put in, so that the rest of a chore always finds its place.
         self._chores: asyncio.Queue[_Chore] = asyncio.Queue()
+        # Those that are not over.
+        self._open: set[_Chore] = set()
         # Those of which the broker refuses something, and when they have their turn again.
         self._stuck: dict[_Chore, asyncio.TimerHandle] = {}
         # Images that may be out of sight already: whether they are deleted has to be decided.
@@ -170,9 +190,9 @@ class Clearing:
             for timer in self._stuck.values():
                 timer.cancel()
 
-    def put(self, dead: Sequence[Dead], *, below: tuple[str, int] | None = None) -> None:
+    def put(self, dead: Sequence[Dead], *, ended: Ended | None = None) -> None:
         """Have something cleared behind the answer; see `clear`."""
-        self._put(self._chore(dead, below, behind=True))
+        self._put(self._chore(dead, ended, behind=True))
 
     async def keeps_up(self) -> None:
         """Wait until not much is left of what nobody waits for.
@@ -182,37 +202,39 @@ class Clearing:
         """
         await self._keeps_up.wait()
 
-    async def clear(
-        self, dead: Sequence[Dead], *, below: tuple[str, int] | None = None
-    ) -> Unerased | None:
+    async def clear(self, dead: Sequence[Dead], *, ended: Ended | None = None) -> Unerased | None:
         """Erase what was taken away, and its images; wait for it, but not long.
 
         What is not erased by then is erased behind the answer, as soon as it can be.
 
         Args:
             dead: What an event has taken away.
-            below: A gallery of which nothing stays below an event: all else of it is deleted too.
+            ended: A gallery that has ended: all else that the stream has of it is erased too.
 
         Returns:
-            What is not erased yet; None if all is.
+            What is not erased yet; None if all is. Of what another replica is about to erase of a
+            gallery that has ended, it is what was found so far.
         """
-        chore = self._chore(dead, below)
+        chore = self._chore(dead, ended)
         self._put(chore)
         await soon(chore.done.wait())
-        return Unerased(chore.left, chore.cause) if chore.left else None
+        left = chore.left
+        if chore.ended is not None:
+            others = (self._open | self._stuck.keys()) - {chore}
+            left += sum(one.faces_of(chore.ended, chore.looked) for one in others)
+        unseen = any(isinstance(one, Ended) for one in chore.refused)
+        return Unerased(left, chore.cause) if left or unseen else None
 
     async def done(self) -> None:
         """Wait until nothing is left to be cleared away but what the broker refuses."""
         await self._chores.join()
 
-    def _chore(
-        self, dead: Sequence[Dead], below: tuple[str, int] | None, *, behind: bool = False
-    ) -> _Chore:
+    def _chore(self, dead: Sequence[Dead], ended: Ended | None, *, behind: bool = False) -> _Chore:
         images = {one.image for one in dead if one.image} if self._drop_image else set()
         return _Chore(
             images=deque(images),
             events=deque(dead),
-            below=deque() if below is None else deque([_Below(*below)]),
+            ended=ended,
             behind=behind,
             left=len(images) + len(dead),
         )
@@ -220,6 +242,7 @@ class Clearing:
     def _put(self, chore: _Chore) -> None:
         if self._chores.qsize() < CHORES_MAX:
             self._chores.put_nowait(chore)
+            self._open.add(chore)
             if chore.behind:
                 self._count(len(chore.events))
             return
@@ -238,8 +261,40 @@ class Clearing:
         await self._each(chore, chore.images, self._drop)
         if not chore.images:
             await self._each(chore, chore.events, self._erase)
-        if not chore.images and not chore.events:
-            await self._each(chore, chore.below, partial(self._purge, chore))
+        if not chore.images and not chore.events and chore.ended is not None:
+            try:
+                await self._look(chore, chore.ended)
+            except (Unavailable, DeadlineExceeded):
+                raise
+            except BusError as error:
+                chore.refused.append(chore.ended)
+                chore.cause = chore.cause or error.message
+                chore.ended = None
+
+    async def _look(self, chore: _Chore, ended: Ended) -> None:
+        """Find what the stream still has of a gallery that has ended; the next part of it."""
+        # Of the own list; of what was found itself nothing is looked at again.
+        known = {one.seq for one in chore.refused if isinstance(one, Dead)}
+        found, looked = list[Dead](), chore.looked
+        reading = self._stream.read(gallery_events(self._root, ended.gallery), after=chore.looked)
+        async with contextlib.aclosing(reading) as events:  # type: ignore[type-var]
+            async for stored in events:
+                if stored.seq >= ended.below or len(found) == FOUND_AT_ONCE:
+                    break
+                looked = stored.seq
+                if stored.seq != ended.head and stored.seq not in known:
+                    found.append(as_dead(ended.gallery, stored))
+        # Only now: what fails in between has found nothing.
+        chore.looked = looked
+        if not found:
+            chore.ended = None
+            return
+        images = {one.image for one in found if one.image} if self._drop_image else set()
+        chore.images.extend(images)
+        chore.events.extend(found)
+        chore.left += len(images) + sum(one.face for one in found)
+        if chore.behind:
+            self._count(len(found))
 
     async def _each(
         self, chore: _Chore, left: deque[Any], do: Callable[[Any], Awaitable[None]]
@@ -262,7 +317,7 @@ class Clearing:
                     chore.refused.append(one)
                     chore.cause = chore.cause or error.message
                 else:
-                    chore.left -= not isinstance(one, _Below)
+                    chore.left -= isinstance(one, str) or one.face
                 if chore.behind and isinstance(one, Dead):
                     self._count(-1)
 
@@ -283,15 +338,10 @@ class Clearing:
     async def _erase(self, one: Dead) -> None:
         await self._stream.remove(one.seq, erase=True)
 
-    async def _purge(self, chore: _Chore, below: _Below) -> None:
-        # What is deleted can no longer be erased.
-        if any(one.keeps(below.gallery) for one in (chore, *self._stuck)):
-            raise Internal(f"faces of the dataset {below.gallery!r} are not erased")
-        await self._stream.purge(gallery_events(self._root, below.gallery), keep_from=below.seq)
-
     def _end(self, chore: _Chore) -> None:
         """Let go of a chore; if the broker refuses some of it, have that tried again."""
         chore.done.set()
+        self._open.discard(chore)
         self._stuck.pop(chore, None)
         if chore.again > len(chore.refused):
             log.info("galleries.erased_late", parts=chore.again - len(chore.refused))
@@ -304,11 +354,13 @@ class Clearing:
             self._stuck[chore] = loop.call_later(chore.pause_s, self._try_again, chore)
         events = [one for one in chore.refused if isinstance(one, Dead)]
         images = [one for one in chore.refused if isinstance(one, str)]
+        unseen = {one.gallery for one in chore.refused if isinstance(one, Ended)}
         log.error(
             "galleries.not_erased",
-            faces=len(events),
+            faces=sum(one.face for one in events),
             images=len(images),
-            datasets=sorted({one.gallery for one in events})[:NAMED_MAX],
+            others=sum(not one.face for one in events),
+            datasets=sorted(unseen | {one.gallery for one in events})[:NAMED_MAX],
             revisions=sorted(one.seq for one in events)[:NAMED_MAX],
             digests=sorted(images)[:NAMED_MAX],
             # None: when the next worker starts.
@@ -318,6 +370,7 @@ class Clearing:
 
     def _try_again(self, chore: _Chore) -> None:
         chore.begin_again()
+        self._open.add(chore)
         self._chores.put_nowait(chore)
 
     def _count(self, more: int) -> None:

@@ -1,64 +1,139 @@
-"""What enrolling entries comes to: which events, and how they are counted."""
+"""What enrolling entries comes to: which events, in place of which ones, and how they count."""
 
-from collections.abc import Sequence
-from typing import Any, Final
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Final, Literal, NamedTuple
 
 from bus import messages as m
 from bus.errors import Conflict
+from bus.streams import AS_ONE_MAX, AS_ONE_MAX_BYTES
 from services.rustyface.galleries.asked import NewEntry
 from services.rustyface.galleries.gallery import Gallery
 from services.rustyface.galleries.projection import LITTLE_ENDIAN, utc
 
 NAMED_MAX: Final = 5
 
+# What is done with entries that are there already: they stay, whoever brought them; they are
+# replaced; nothing may be there; or they are replaced if the same import has brought them, and stay
+# otherwise.
+Existing = Literal["skip", "replace", "fail", "renew"]
+Counted = Literal["added", "replaced", "skipped"]
 
-class Plan:
-    """How many entries are enrolled.
+
+class Write(NamedTuple):
+    """An entry that is to be stored.
 
     Attributes:
-        events: To be appended.
-        added: How many are not there yet.
-        replaced: How many take another's place.
-        skipped: How many are left as they are.
-
-    Raises:
-        Conflict: Some are there already, and may not be.
+        event: Its event.
+        after: Sequence of the event whose place it takes, 0 for none.
+        counted: As what.
     """
 
-    def __init__(self, there: Gallery, entries: Sequence[NewEntry], existing: str) -> None:
-        self.added = self.replaced = self.skipped = 0
-        taken: dict[str, NewEntry] = {}
-        refused: list[str] = []
+    event: m.GalleryEntry
+    after: int
+    counted: Counted
+
+
+class Plan:
+    """How entries are enrolled, each in place of what a replica knows of its subject.
+
+    Args:
+        there: Where.
+        entries: Which, no id twice.
+        existing: What is done with those that are there.
+        last: Says the sequence of an entry's last event that is not kept here, 0 for none: of
+            what was taken away, and not erased yet.
+
+    Attributes:
+        writes: To be stored.
+        without: How those count that need not be.
+        refused: The ids of those that are there, and may not be.
+    """
+
+    def __init__(
+        self,
+        there: Gallery,
+        entries: Iterable[NewEntry],
+        existing: Existing,
+        last: Callable[[str], int] = lambda _: 0,
+    ) -> None:
+        self.writes: list[Write] = []
+        self.without: Counter[Counted] = Counter()
+        self.refused: list[str] = []
         for entry in entries:
             before = there.entries.get(entry.id)
-            ours = before is not None and entry.imported and before.imported == entry.imported
-            if (before is None or ours) and entry.id not in taken:
-                self.added += 1
-                if before is None or existing == "replace":
-                    taken[entry.id] = entry
+            if before is None:
+                self.writes.append(Write(event_of(entry), last(entry.id), "added"))
+            elif entry.imported and before.imported == entry.imported:
+                if existing in ("replace", "renew"):
+                    self.writes.append(Write(event_of(entry), before.seq, "added"))
+                else:
+                    self.without["added"] += 1
             elif existing == "replace":
-                self.replaced += 1
-                taken[entry.id] = entry
-            elif existing == "skip":
-                self.skipped += 1
+                # Undoing the import leaves it: what it has replaced would not come back.
+                self.writes.append(Write(event_of(entry, imported=None), before.seq, "replaced"))
+            elif existing == "fail":
+                self.refused.append(entry.id)
             else:
-                refused.append(entry.id)
-        if refused:
-            shown = ", ".join(repr(one) for one in refused[:NAMED_MAX])
-            more = f" and {len(refused) - NAMED_MAX:,} more" if len(refused) > NAMED_MAX else ""
-            raise Conflict(
-                f"the dataset {there.head.id!r} has entries {shown}{more} already; existing says "
-                "what is done with them: skip, replace or fail",
-                field="existing",
-            )
-        self.events = [
-            event_of(entry, imported=entry.imported if self._adds(there, entry) else None)
-            for entry in taken.values()
-        ]
+                self.without["skipped"] += 1
 
-    def _adds(self, there: Gallery, entry: NewEntry) -> bool:
-        before = there.entries.get(entry.id)
-        return before is None or before.imported == entry.imported
+
+def distinct(
+    entries: Sequence[NewEntry], existing: Existing
+) -> tuple[dict[str, NewEntry], list[str]]:
+    """Return entries by id, and the ids of those that another one of them leaves no place.
+
+    Of several with one id the last one counts, if they may replace, and the first one otherwise.
+    """
+    found: dict[str, NewEntry] = {}
+    doubled = []
+    for entry in entries:
+        if entry.id in found:
+            doubled.append(entry.id)
+        if entry.id not in found or existing in ("replace", "renew"):
+            found[entry.id] = entry
+    return found, doubled
+
+
+def parts(entries: Iterable[NewEntry], sizes: Mapping[str, int]) -> Iterator[list[NewEntry]]:
+    """Give entries in parts that the broker stores as one.
+
+    Args:
+        entries: Which.
+        sizes: By id, about how many bytes each has.
+    """
+    part, size = list[NewEntry](), 0
+    for one in entries:
+        size += sizes[one.id]
+        if part and (len(part) == AS_ONE_MAX or size > AS_ONE_MAX_BYTES):
+            yield part
+            part, size = [], sizes[one.id]
+        part.append(one)
+    if part:
+        yield part
+
+
+def there_already(there: Gallery, ids: Sequence[str], stored: int = 0) -> Conflict:
+    """Return what is said where entries are there, and may not be.
+
+    Args:
+        there: Where.
+        ids: Which.
+        stored: How many were stored before these came.
+    """
+    shown = ", ".join(repr(one) for one in ids[:NAMED_MAX])
+    more = f" and {len(ids) - NAMED_MAX:,} more" if len(ids) > NAMED_MAX else ""
+    meanwhile = f", stored by others after the first {stored:,} of these entries" if stored else ""
+    return Conflict(
+        f"the dataset {there.head.id!r} has entries {shown}{more} already{meanwhile}; existing "
+        "says what is done with them: skip, replace or fail",
+        field="existing",
+    )
+
+
+def undone(imported: str) -> Conflict:
+    """Return what is said to whoever goes on with an import that was undone."""
+    return Conflict(f"the import {imported!r} was undone", field="imported")
 
 
 def event_of(entry: NewEntry, **changed: Any) -> m.GalleryEntry:

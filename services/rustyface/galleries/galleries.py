@@ -2,14 +2,13 @@
 
 An entry is appended under the condition that its gallery's subject has not had another message
 since: an entry is never accepted into a gallery that was deleted meanwhile. What others may change
-at the same moment (a person's moves, an import) is appended under the condition that its own
-subject has not; whoever comes second looks again, so that nobody's change is lost.
+at the same moment (a person's moves, an import, and what an import brings) is appended under the
+condition that its own subject has not; whoever comes second looks again, so that nobody's change is
+lost.
 """
 
-import contextlib
 from collections.abc import Callable, Sequence
 from datetime import datetime
-from typing import Literal
 
 import msgspec
 import structlog
@@ -31,8 +30,18 @@ from services.rustyface.galleries.asked import (
     Repeated,
     check_metadata,
 )
+from services.rustyface.galleries.clearing import Ended
 from services.rustyface.galleries.cosines import Floats
-from services.rustyface.galleries.enrolment import Plan, event_of
+from services.rustyface.galleries.enrolling import Enrolling
+from services.rustyface.galleries.enrolment import (
+    Existing,
+    Plan,
+    distinct,
+    event_of,
+    parts,
+    there_already,
+    undone,
+)
 from services.rustyface.galleries.gallery import Gallery
 from services.rustyface.galleries.ledger import TRIES
 from services.rustyface.galleries.people import People, contended
@@ -163,11 +172,13 @@ class Galleries(People):
         with self._ledger.taking() as (message_id, dead):
             revision = await self._ledger.append_head(head, there.head_seq, message_id)
             log.info("dataset.deleted", dataset=gallery, revision=revision, by=by)
-            await self.wait(revision)
-            # Killed in between, the next worker that starts does it.
-            await self._ledger.telling.all_told()
-            await self._history.forget(gallery)
-            unerased = await self._ledger.clear(dead, below=(gallery, revision))
+            ended = Ended(gallery, revision, revision)
+            with self._ledger.ending(ended):
+                await self.wait(revision)
+                # Killed in between, the next worker that starts does it.
+                await self._ledger.telling.all_told()
+                await self._history.forget(gallery)
+                unerased = await self._ledger.clear(dead, ended=ended)
         return Removed(sum(one.entry is not None for one in dead), revision, unerased)
 
     # --- Entries ----------------------------------------------------------------------------------
@@ -184,21 +195,15 @@ class Galleries(People):
             TooLarge: The metadata are.
             Conflict: The import that it is from was undone.
         """
+        if entry.imported is not None:
+            # Over what others have enrolled, it is not the import's to be undone.
+            return (await self.enrol_many(gallery, [entry], existing="replace", by=by)).revision
         check_metadata(entry.metadata)
         there = await self._ledger.known(gallery)
         self._check_embedder(there)
-        self._check_import(there, entry.imported)
         action = "replaced" if entry.id in there.entries else "enrolled"
         revision = await self._ledger.append_entry(there, event_of(entry))
-        self._tell(
-            gallery,
-            action,
-            revision,
-            by,
-            entry=entry.id,
-            subject=entry.subject,
-            imported=entry.imported,
-        )
+        self._tell(gallery, action, revision, by, entry=entry.id, subject=entry.subject)
         return revision
 
     async def enrol_many(
@@ -206,72 +211,103 @@ class Galleries(People):
         gallery: str,
         entries: Sequence[NewEntry],
         *,
-        existing: Literal["skip", "replace", "fail"],
+        existing: Existing,
         by: str | None = None,
     ) -> Outcome:
         """Store entries, many at a time; all are acknowledged when this returns.
 
-        An entry that replaces another bears no import: undoing the import leaves it. One that the
-        same import has brought already counts as added, so that an import may be taken up again.
+        What others store meanwhile is dealt with as what was there: see `Enrolling`. An entry that
+        replaces another bears no import: undoing the import leaves it. One that the same import
+        has brought already counts as added, so that an import may be taken up again.
 
         Args:
             gallery: Where.
             entries: Which; of several with one id the last one counts, if they may replace.
-            existing: What is done with those that are there already.
+            existing: What is done with those that are there already: `skip`, `replace` or `fail`;
+                `renew` replaces what the same import has brought, and skips others.
             by: Who asks.
 
         Raises:
             NotFound: There is no such gallery, or it was deleted meanwhile.
             InvalidRequest: A vector or metadata cannot be stored; nothing was then.
-            Conflict: Some are there already and `existing` is `fail`; nothing was stored then. Or
-                the import that they are from was undone.
+            Conflict: Some are there already and `existing` is `fail`: nothing was stored of these
+                entries if they were there at the start. If they came meanwhile, those before them
+                were; the message says how many. Or the import was undone.
         """
         for entry in entries:
             self.check_vector(entry.vector)
-            check_metadata(entry.metadata)
-        if existing == "replace":
+        sizes = {one.id: check_metadata(one.metadata) + one.vector.nbytes for one in entries}
+        if existing in ("replace", "renew"):
             await self._ledger.keeps_up()
         there = await self._ledger.known(gallery)
         self._check_embedder(there)
-        for imported in {entry.imported for entry in entries}:
-            self._check_import(there, imported)
-        plan = Plan(there, entries, existing)
-        revision = there.revision
-        if plan.events:
-            revision = await self._ledger.append_entries(there, plan.events)
-            imports = {entry.imported for entry in entries}
+        fresh, doubled = distinct(entries, existing)
+        if existing == "fail":
+            refused = Plan(there, fresh.values(), existing).refused + doubled
+            if refused:
+                raise there_already(there, refused)
+        imports = {one.imported for one in entries if one.imported is not None}
+        enrolling = Enrolling(self._ledger, self._stream, self._root, there, imports, existing)
+        await enrolling.begin()
+        for part in parts(fresh.values(), sizes):
+            await enrolling.store(part)
+        if enrolling.written:
             self._tell(
                 gallery,
                 "enrolled",
-                revision,
+                enrolling.revision,
                 by,
-                count=len(plan.events),
+                count=enrolling.written,
                 imported=imports.pop() if len(imports) == 1 else None,
             )
-        return Outcome(plan.added, plan.replaced, plan.skipped, revision)
+        enrolling.counts["replaced" if existing == "replace" else "skipped"] += len(doubled)
+        counts = enrolling.counts
+        return Outcome(counts["added"], counts["replaced"], counts["skipped"], enrolling.revision)
 
-    async def remove(self, gallery: str, entry: str, *, by: str | None = None) -> Removed:
+    async def remove(
+        self, gallery: str, entry: str, *, imported: str | None = None, by: str | None = None
+    ) -> Removed:
         """Remove an entry, here and from the stream's files.
+
+        Args:
+            gallery: Where.
+            entry: Which.
+            imported: Only if this import has brought it, and nobody has replaced it since.
+            by: Who asks.
 
         Raises:
             NotFound: There is no such gallery or entry.
         """
-        there = await self._ledger.known(gallery)
-        kept = self._entry(there, entry)
-        were = {(kept.person.name, kept.since)} if kept.person else set()
-        tombstone = m.GalleryEntry(id=entry, at=m.now())
-        with self._ledger.taking() as (message_id, dead):
-            revision = await self._ledger.append_entry(there, tombstone, message_id)
-            await self.wait(revision)
-            # Only in the history of somebody who stays.
-            [subject] = [
-                there.moves.walk(*one, revision)[0]
-                for one in were
-                if there.named(there.moves.walk(*one)[0]) is not None
-            ] or [None]
-            self._tell(gallery, "remove-entry", revision, by, entry=entry, subject=subject)
-            await self._forget_leavers(there, were)
-            return Removed(1, revision, await self._ledger.settle(there, dead))
+        for _ in range(TRIES):
+            there = await self._ledger.known(gallery)
+            kept = self._entry(there, entry)
+            if imported is not None and kept.imported != imported:
+                raise NotFound(
+                    f"the entry {entry!r} of the dataset {gallery!r} is not of import {imported!r}",
+                    field="entry_id",
+                )
+            were = {(kept.person.name, kept.since)} if kept.person else set()
+            with self._ledger.taking() as (message_id, dead):
+                try:
+                    revision = await self._ledger.append_entry(
+                        there,
+                        m.GalleryEntry(id=entry, at=m.now()),
+                        message_id,
+                        since=None if imported is None else kept.seq,
+                    )
+                except Conflict:
+                    continue
+                await self.wait(revision)
+                # Only in the history of somebody who stays.
+                [subject] = [
+                    there.moves.walk(*one, revision)[0]
+                    for one in were
+                    if there.named(there.moves.walk(*one)[0]) is not None
+                ] or [None]
+                self._tell(gallery, "remove-entry", revision, by, entry=entry, subject=subject)
+                await self._forget_leavers(there, were)
+                return Removed(1, revision, await self._ledger.settle(there, dead))
+        raise contended(f"the entry {entry!r}")
 
     async def move_entry(
         self, gallery: str, entry: str, subject: str | None, *, by: str | None = None
@@ -299,26 +335,20 @@ class Galleries(People):
                 imported=kept.imported,
             )
             try:
-                revision = await self._ledger.append_after(
-                    there,
-                    self._ledger.entry_subject(there, entry),
-                    kept.seq,
-                    event,
-                    content_type=codec.MSGPACK,
-                )
+                revision = await self._ledger.append_entry(there, event, since=kept.seq)
             except Conflict:
                 continue
             now = self._galleries.get(gallery)
             if now is not None and now is not there:
                 # The gallery was deleted and made anew: a deleted face must not be in the new one.
-                await self._ledger.append_entry(now, m.GalleryEntry(id=entry, at=m.now()))
+                await self._ledger.bury(now, entry, revision)
                 raise NotFound(
                     f"the dataset {gallery!r} was deleted at this moment", field="dataset"
                 )
             if before is not None and there.moves.walk(before, since, revision)[0] is None:
                 # Whom it showed was removed meanwhile, and all their faces with them. What was
                 # enrolled in its place since is another.
-                await self._bury(there, entry, revision)
+                await self._ledger.bury(there, entry, revision)
                 raise NotFound(
                     f"{before!r}, whom the entry {entry!r} showed, was removed at this moment",
                     field="entry_id",
@@ -374,10 +404,10 @@ class Galleries(People):
             if dry_run or record.state == "undone":
                 return Removed(len(brought), there.revision)
             people = {(one.person.name, one.since) for one in brought if one.person}
-            undone = msgspec.structs.replace(record, state="undone")
+            ended = msgspec.structs.replace(record, state="undone")
             with self._ledger.taking() as (message_id, dead):
                 try:
-                    revision = await self._append_import(there, record, undone, message_id)
+                    revision = await self._append_import(there, record, ended, message_id)
                 except Conflict:
                     continue
                 await self._forget_leavers(there, people)
@@ -417,23 +447,7 @@ class Galleries(People):
             there, subject, expected, record, message_id=message_id
         )
 
-    async def _bury(self, there: Gallery, entry: str, seq: int) -> None:
-        """Remove an entry that still is as one event has left it."""
-        tombstone = m.GalleryEntry(id=entry, at=m.now())
-        subject = self._ledger.entry_subject(there, entry)
-        with self._ledger.taking() as (message_id, dead):
-            with contextlib.suppress(Conflict):
-                await self._ledger.append_after(
-                    there,
-                    subject,
-                    seq,
-                    tombstone,
-                    content_type=codec.MSGPACK,
-                    message_id=message_id,
-                )
-            await self._ledger.settle(there, dead)
-
     def _check_import(self, there: Gallery, imported: str | None) -> None:
         record = there.imports.get(imported) if imported is not None else None
         if record is not None and record.state == "undone":
-            raise Conflict(f"the import {record.id!r} was undone", field="imported")
+            raise undone(record.id)

@@ -39,9 +39,10 @@ from bus.subjects import (
 )
 from bus.tasks import beside
 from services.rustyface.galleries.asking import Asking
-from services.rustyface.galleries.clearing import Clearing, DropImage, Unerased, soon
+from services.rustyface.galleries.clearing import Clearing, DropImage, Ended, Unerased, soon
 from services.rustyface.galleries.gallery import Gallery
 from services.rustyface.galleries.history import History, Telling
+from services.rustyface.galleries.pointless import Pointless
 from services.rustyface.galleries.projection import MESSAGE_ID, Dead, Projection, addressed
 
 WAIT_S: Final = 5.0
@@ -93,9 +94,7 @@ class Ledger:
         self._numbers = itertools.count()
         # By message id, what those have taken away for whose answer somebody waits.
         self._taken: dict[str, list[Dead]] = {}
-        # Galleries with rejections that became pointless by what nobody waits for.
-        self._pointless: set[str] = set()
-        self._has_pointless = asyncio.Event()
+        self._pointless = Pointless(self.projection.galleries, self.withdraw_orphans)
         self.telling = Telling(history, self.projection, self._read_all)
 
     async def run(self) -> None:
@@ -109,7 +108,7 @@ class Ledger:
                 self._end_when_replaced(),
                 self._clearing.run(),
                 self.telling.run(),
-                self._withdraw_behind(),
+                self._pointless.run(),
             ):
                 async for batch in self._stream.follow(gallery_events(self._root)):
                     self._sort(self.projection.apply(batch.messages))
@@ -241,7 +240,7 @@ class Ledger:
                 expect=(head, there.head_seq),
             )
         except Conflict:
-            raise _deleted(there) from None
+            raise deleted(there) from None
 
     async def append_after(
         self,
@@ -274,7 +273,7 @@ class Ledger:
         # has come into one that was made anew meanwhile everybody has read, and it does.
         if now is None or revision < now.head_seq:
             await self.clear([Dead(there.head.id, revision)])
-            raise _deleted(there)
+            raise deleted(there)
         return revision
 
     async def append_head(
@@ -290,36 +289,37 @@ class Ledger:
         )
 
     async def append_entry(
-        self, there: Gallery, entry: m.GalleryEntry, message_id: str | None = None
+        self,
+        there: Gallery,
+        entry: m.GalleryEntry,
+        message_id: str | None = None,
+        *,
+        since: int | None = None,
     ) -> int:
-        """Store an entry's event; raises as `append` does."""
-        return await self.append(
-            there,
-            self.entry_subject(there, entry.id),
-            entry,
-            content_type=codec.MSGPACK,
-            message_id=message_id,
+        """Store an entry's event as `append` does; with `since`, as `append_after` does."""
+        subject, kind = self.entry_subject(there, entry.id), codec.MSGPACK
+        if since is None:
+            return await self.append(
+                there, subject, entry, content_type=kind, message_id=message_id
+            )
+        return await self.append_after(
+            there, subject, since, entry, content_type=kind, message_id=message_id
         )
 
-    async def append_entries(self, there: Gallery, entries: Sequence[m.GalleryEntry]) -> int:
-        """Store many entries' events, in their order; return the revision of the last one.
+    def outgoing(
+        self, subject: str, event: m.Message, content_type: str, expect: tuple[str, int]
+    ) -> Outgoing:
+        """Return an event that is to be stored under a condition, with an id of its own."""
+        headers = self._headers(content_type, None)
+        return Outgoing(subject, codec.encode(event, content_type), headers, expect)
 
-        What is stored when this fails is the first of them: see `Stream.append_all`. It raises as
-        `append` does.
-        """
-        head = GALLERY_HEAD.subject(self._root, gallery=there.head.id)
-        messages = [
-            Outgoing(
-                self.entry_subject(there, entry.id),
-                codec.encode(entry, codec.MSGPACK),
-                self._headers(codec.MSGPACK, None),
-            )
-            for entry in entries
-        ]
-        try:
-            return await self._stream.append_all(messages, expect=(head, there.head_seq))
-        except Conflict:
-            raise _deleted(there) from None
+    async def bury(self, there: Gallery, entry: str, seq: int) -> None:
+        """Remove an entry that still is as one event has left it."""
+        with self.taking() as (message_id, dead):
+            with contextlib.suppress(Conflict):
+                tombstone = m.GalleryEntry(id=entry, at=m.now())
+                await self.append_entry(there, tombstone, message_id, since=seq)
+            await self.settle(there, dead)
 
     def entry_subject(self, there: Gallery, entry: str) -> str:
         """Return the subject of an entry's events."""
@@ -344,11 +344,18 @@ class Ledger:
         finally:
             del self._taken[message_id]
 
-    async def clear(
-        self, dead: Sequence[Dead], *, below: tuple[str, int] | None = None
-    ) -> Unerased | None:
+    @contextlib.contextmanager
+    def ending(self, ended: Ended) -> Iterator[None]:
+        """Have a gallery that has ended cleared if what is done inside fails or is cancelled."""
+        try:
+            yield
+        except BaseException:
+            self._clearing.put([], ended=ended)
+            raise
+
+    async def clear(self, dead: Sequence[Dead], *, ended: Ended | None = None) -> Unerased | None:
         """Erase what was taken away, and its images; see `Clearing.clear`."""
-        return await self._clearing.clear(dead, below=below)
+        return await self._clearing.clear(dead, ended=ended)
 
     async def keeps_up(self) -> None:
         """Wait until erasing keeps up with replacing; see `Clearing.keeps_up`."""
@@ -427,43 +434,36 @@ class Ledger:
                 self._taken.get(one.cause, behind).append(one)
         if behind:
             self._clearing.put(behind)
-            # An entry that is enrolled anew, as somebody else. New ones contradict nobody.
-            for gallery in {one.gallery for one in behind if one.entry is not None}:
-                there = self.projection.galleries.get(gallery)
-                if there is not None and there.has_pointless():
-                    self._pointless.add(gallery)
-                    self._has_pointless.set()
-
-    async def _withdraw_behind(self) -> None:
-        """Withdraw rejections that became pointless behind an answer, until cancelled."""
-        while True:
-            await self._has_pointless.wait()
-            self._has_pointless.clear()
-            while self._pointless:
-                there = self.projection.galleries.get(self._pointless.pop())
-                if there is not None:
-                    await self.withdraw_orphans(there)
+            self._pointless.look(behind)
 
     async def _clear_away(self) -> None:
         """Clear what deletions that were cut short have left."""
         projection = self.projection
-        left = projection.left_behind
-        if self._left:
-            for gallery, removal in {(one.gallery, one.removal) for one in self._left}:
+        ended = projection.left_behind & projection.heads.keys() - projection.unreadable.keys()
+        # What was a gallery's that has ended since is found with all else of that.
+        left = [
+            one
+            for one in self._left
+            if one.gallery not in ended or one.seq > projection.heads[one.gallery]
+        ]
+        self._left = []
+        if left:
+            for gallery, removal in {(one.gallery, one.removal) for one in left}:
                 there = projection.galleries.get(gallery)
-                if there is None or removal is None:
-                    continue
-                if (removed := there.moves.moved_at(removal)) is not None:
-                    await self._history.forget(gallery, there.moves.trail(removed, removal))
-            log.info("entries.left_behind", events=len(self._left))
-            self._clearing.put(self._left)
-            self._left = []
-        for gallery in left.keys() & projection.heads.keys() - projection.unreadable.keys():
+                if there is not None and removal is not None:
+                    await self._history.forget(gallery, there.moves.trail_of(removal))
+            log.info("entries.left_behind", events=len(left))
+            self._clearing.put(left)
+        for gallery in sorted(ended):
+            # Of one that is not there all is over that was read, also what somebody has stored
+            # behind its end and could not take back.
+            head = below = projection.heads[gallery]
             if gallery not in projection.galleries:
+                below = projection.revision + 1
                 await self._history.forget(gallery)
             log.info("dataset.left_behind", dataset=gallery)
-            self._clearing.put(left[gallery], below=(gallery, projection.heads[gallery]))
-        left.clear()
+            self._clearing.put([], ended=Ended(gallery, head, below))
+        projection.left_behind.clear()
         # In this order: an image is dropped once this replica has read what the broker has.
         await self.chores_done()
         for there in list(projection.galleries.values()):
@@ -494,5 +494,6 @@ class Ledger:
         raise Unavailable("the stream of the galleries was replaced; they are read anew")
 
 
-def _deleted(there: Gallery) -> NotFound:
+def deleted(there: Gallery) -> NotFound:
+    """Return what is said to whoever wanted to change a gallery that is gone."""
     return NotFound(f"the dataset {there.head.id!r} was deleted at this moment", field="dataset")

@@ -118,10 +118,12 @@ class Moves:
         earlier = [m.SubjectMove(into=after, seq=seq) for seq, after in self._of.get(name, ())]
         return m.GallerySubject(id=name, at=m.now(), moves=[*earlier, m.SubjectMove(into=into)])
 
-    def moved_at(self, seq: int) -> str | None:
-        """Return the name that an event has moved; None if it moved none."""
-        every = self._of.items()
-        return next((name for name, moves in every if any(at == seq for at, _ in moves)), None)
+    def trail_of(self, removal: int) -> list[Borne]:
+        """Return the trail of whoever an event has removed; of none, if it has moved nobody."""
+        for name, moves in self._of.items():
+            if any(at == removal for at, _ in moves):
+                return self.trail(name, removal)
+        return []
 
     def trail(self, name: str, until: int) -> list[Borne]:
         """Return every name that somebody has borne, and when; of a merged one all of theirs.

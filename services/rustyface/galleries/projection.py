@@ -7,6 +7,7 @@ all moves of that name, an import's whether it was undone. A gallery's own last 
 everything below.
 """
 
+import contextlib
 import hashlib
 from collections import Counter
 from collections.abc import Iterable
@@ -36,6 +37,9 @@ DIMENSIONS_MAX: Final = 16_384
 # the broker hangs up for good.
 TOKEN_MAX: Final = 512
 MESSAGE_ID: Final = "Nats-Msg-Id"
+# No rejection has this id. That it was withdrawn says nothing, to older workers too, and can be
+# stored under a condition: see `Enrolling`.
+FENCE: Final = "-"
 
 _NO_METADATA: Final = (b"", b"\xc0")
 
@@ -54,7 +58,7 @@ log = structlog.get_logger("rustyface.galleries")
 
 @dataclass(frozen=True, slots=True)
 class Dead:
-    """An event with a face that still is in the stream, though another one has taken it away.
+    """An event that still is in the stream, though another one has taken it away.
 
     That one says that the entry was removed, replaced or moved, the rejection withdrawn, the person
     or the whole gallery removed, the import undone.
@@ -66,6 +70,7 @@ class Dead:
         removal: The event that removed whom it is about; None if it was taken away otherwise.
         image: The image that it names.
         cause: The message id of the event that took it away.
+        face: It carries one. The others of a gallery that has ended may say names all the same.
     """
 
     gallery: str
@@ -74,6 +79,7 @@ class Dead:
     removal: int | None = None
     image: str | None = None
     cause: str | None = None
+    face: bool = True
 
 
 class Projection:
@@ -88,8 +94,8 @@ class Projection:
         heads: Sequence of each gallery's own last event, of deleted ones too: a new gallery of
             that name follows it.
         unreadable: Those that cannot be used, because of an event that cannot be read; which.
-        left_behind: Those that are gone, of which there are events in the stream all the same, with
-            those of them that carry a face. Whoever has looked at it clears it.
+        left_behind: Those that are gone, of which there are events in the stream all the same.
+            Whoever has looked at it clears it.
         images: How many entries name an image.
     """
 
@@ -98,7 +104,7 @@ class Projection:
         self.galleries: dict[str, Gallery] = {}
         self.heads: dict[str, int] = {}
         self.unreadable: dict[str, int] = {}
-        self.left_behind: dict[str, list[Dead]] = {}
+        self.left_behind: set[str] = set()
         self.images: Counter[str] = Counter()
         self._threads = threads
         self._dead: list[Dead] = []
@@ -131,14 +137,13 @@ class Projection:
             return
         there = self.galleries.get(gallery)
         if there is None:
-            left = self.left_behind.setdefault(gallery, [])
-            if kind in {"entry", "rejection"}:
-                image = _image_of(stored) if kind == "entry" else None
-                left.append(Dead(gallery, stored.seq, image=image))
+            self.left_behind.add(gallery)
+            return
+        there.revision, there.stored_at = stored.seq, stored.at
+        if kind == "rejection" and address == FENCE:
             return
         if kind != "entry":
             self._settle(gallery)
-        there.revision, there.stored_at = stored.seq, stored.at
         match kind:
             case "entry":
                 self._apply_entry(gallery, there, address, stored)
@@ -166,7 +171,7 @@ class Projection:
         del self.unreadable[gallery]
         if before is not None:
             # Of one whose event cannot be read nothing is: it may be a newer version's.
-            self.left_behind.setdefault(gallery, [])
+            self.left_behind.add(gallery)
             entries, rejections = before.entries.values(), before.rejections.values()
             self._bury_entries(stored, gallery, entries)
             self._bury(stored, gallery, [(one.seq, None, None) for one in rejections])
@@ -378,11 +383,20 @@ def _entry(stored: Stored) -> _Entry:
     )
 
 
-def _image_of(stored: Stored) -> str | None:
-    try:
-        return _entry(stored).image
-    except BusError:
-        return None
+def as_dead(gallery: str, stored: Stored) -> Dead:
+    """Return what is known of an event of a gallery that has ended."""
+    kind = stored.subject.split(".")[3]
+    if kind == "entry":
+        with contextlib.suppress(BusError):
+            entry = _entry(stored)
+            face = entry.embedding is not None
+            return Dead(gallery, stored.seq, entry.id, image=entry.image, face=face)
+    if kind == "rejection":
+        with contextlib.suppress(BusError):
+            face = _event(stored, m.GalleryRejection).embedding is not None
+            return Dead(gallery, stored.seq, face=face)
+    # Of an entry or a rejection that cannot be read nobody knows.
+    return Dead(gallery, stored.seq, face=kind in {"entry", "rejection"})
 
 
 def _event(stored: Stored, kind: type[E]) -> E:

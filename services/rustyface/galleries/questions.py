@@ -47,6 +47,7 @@ class Questions:
         drop_image: DropImage | None = None,
     ) -> None:
         self._root = root
+        self._stream = stream
         self._embedder = embedder
         self._dimensions = dimensions
         self._digest = digest

@@ -2,6 +2,7 @@
 
 import base64
 import binascii
+import contextlib
 import re
 from struct import pack
 from typing import Any, Final
@@ -88,8 +89,9 @@ def without_metadata(
 
     Only what a decoder needs for the pixels is taken over, so what nobody has thought of stays
     behind as well: previews, further pictures, films behind the end. JPEG, PNG and WebP keep
-    their coded pixels and a note which way is up; the others, and animations, are written anew as
-    PNG, upright and without loss, or as JPEG of quality 95 should that be over `max_bytes`.
+    their coded pixels and a note which way is up; the others, animations, and what is so damaged
+    that a decoder would read no more of it then, are written anew as PNG, upright and without loss,
+    or as JPEG of quality 95 should that be over `max_bytes`.
 
     Args:
         data: A file that `decode` can read.
@@ -101,11 +103,15 @@ def without_metadata(
         TooLarge: It has more pixels than allowed.
     """
     kind, header = _checked(data, max_pixels, None)
-    if header.frames or kind not in _STRIPPED:
-        image = decode(data, max_bytes=len(data), max_pixels=max_pixels)
-        made = _encoded(".png", image)
-        return made if len(made) <= max_bytes else _encoded(".jpg", image)
-    return _STRIPPED[kind](data, header)
+    if not header.frames and kind in _STRIPPED:
+        made = _STRIPPED[kind](data, header)
+        # A chunk may say that it is shorter than what a decoder takes of it.
+        with contextlib.suppress(Unprocessable):
+            decode(made, max_bytes=len(made), max_pixels=max_pixels)
+            return made
+    image = decode(data, max_bytes=len(data), max_pixels=max_pixels)
+    made = _encoded(".png", image)
+    return made if len(made) <= max_bytes else _encoded(".jpg", image)
 
 
 def from_base64(

@@ -216,13 +216,9 @@ class Reembed:
                 if entry.id in made:
                     # The face that it had is the old photo's.
                     with contextlib.suppress(NotFound):
-                        await self._galleries.remove(into, entry.id, by=by)
-        enrolled = [*known, *new]
+                        await self._galleries.remove(into, entry.id, imported=imported, by=by)
         # Not over what somebody has put there since it was looked at.
-        if added := [one for one in enrolled if one.id not in made]:
-            await self._galleries.enrol_many(into, added, existing="skip", by=by)
-        if changed := [one for one in enrolled if one.id in made]:
-            await self._galleries.enrol_many(into, changed, existing="replace", by=by)
+        await self._galleries.enrol_many(into, [*known, *new], existing="renew", by=by)
 
     async def _reject_again(
         self, source: str, into: str, imported: str, by: str | None
@@ -281,7 +277,7 @@ class Reembed:
                 if entry.id in there or entry.imported != imported:
                     continue
                 with contextlib.suppress(NotFound):
-                    await self._galleries.remove(into, entry.id, by=by)
+                    await self._galleries.remove(into, entry.id, imported=imported, by=by)
 
 
 def _alike(old: m.EntryInfo, new: m.EntryInfo) -> bool:
