@@ -19,14 +19,15 @@ class QualityBounds(Message, frozen=True, omit_defaults=False):
     Attributes:
         below: What happens to a face that does not: it is refused, taken with a warning, or taken.
         size_min_px: Shorter side of its box.
-        sharpness_min: Variance of the Laplacian of the aligned face.
+        sharpness_min: Variance of the Laplacian of the aligned face. No picture has more than
+            1,040,400: from one pixel to the next it cannot be lighter or darker than by all.
         score_min: The detector's confidence.
         yaw_max: Degrees turned to a side, at most.
     """
 
     below: Quality = "warn"
     size_min_px: Annotated[float, Meta(ge=0, le=10_000)] | None = 32
-    sharpness_min: Annotated[float, Meta(ge=0)] | None = None
+    sharpness_min: Annotated[float, Meta(ge=0, le=1_040_400)] | None = None
     score_min: Annotated[float, Meta(ge=0, le=1)] | None = None
     yaw_max: Annotated[float, Meta(ge=0, le=180)] | None = None
 

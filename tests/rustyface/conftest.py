@@ -21,6 +21,7 @@ from services.rustyface.photos.encoder import FaceEncoder
 from services.rustyface.photos.images import Image
 from services.rustyface.photos.pipeline import Pipeline
 from services.rustyface.settings import RustyfaceSettings
+from tests.rustyface.persons import NORTH, new
 from tests.rustyface.transfers import hurry, starting
 
 Photo = Callable[[str], Image]
@@ -112,6 +113,17 @@ def replica(client) -> Callable[..., AbstractAsyncContextManager[Galleries]]:
                     await reading
 
     return start
+
+
+@pytest.fixture
+async def people(replica):
+    """A gallery with three entries of ann and one of bob."""
+    async with replica() as galleries:
+        await galleries.create("g")
+        entries = [new(f"a{i}", subject="ann") for i in range(3)]
+        entries.append(new("b", NORTH, subject="bob"))
+        await galleries.enrol_many("g", entries, existing="fail")
+        yield galleries
 
 
 @pytest.fixture

@@ -411,7 +411,7 @@ COSINE = st.none() | st.floats(-1, 1)
             m.QualityBounds,
             below=st.sampled_from(["reject", "warn", "off"]),
             size_min_px=st.none() | st.floats(0, 10_000),
-            sharpness_min=st.none() | st.floats(0, 1e300),
+            sharpness_min=st.none() | st.floats(0, 1_040_400),
             score_min=st.none() | st.floats(0, 1),
             yaw_max=st.none() | st.floats(0, 180),
         ),

@@ -7,9 +7,10 @@ import pytest
 
 from bus import codec
 from bus import messages as m
-from bus.subjects import GALLERY_CHANGE
+from bus.subjects import GALLERY_CHANGE, GALLERY_SUBJECT
 from services.rustyface.galleries import history
 from services.rustyface.galleries.galleries import NewEntry
+from services.rustyface.galleries.ledger import Ledger
 
 EAST, NORTH = np.array([1, 0], np.float32), np.array([0, 1], np.float32)
 
@@ -87,6 +88,113 @@ async def test_of_a_removed_person_only_how_many_entries_they_had_is_told(galler
     ]
     bodies = [stored.body async for stored in client.store.changes.read(f"{client.root}.>")]
     assert b"ann" not in b"".join(bodies)
+
+
+async def names_reused(galleries) -> None:
+    """A and ZZ, who both were called C once; and a third C."""
+    await galleries.enrol("g", new("a1", subject="C"))
+    await galleries.move_subjects("g", ["C"], "A", fresh=True)
+    await galleries.enrol("g", new("z1", subject="ZZ"))
+    await galleries.enrol("g", new("z2", subject="C"))
+    await galleries.move_subjects("g", ["C"], "ZZ")
+    await galleries.enrol("g", new("c1", subject="C"))
+    await galleries._ledger.telling.all_told()
+
+
+OF_OTHERS = [
+    ("create", None, None, None),
+    ("enrolled", "C", None, None),
+    ("rename-subject", "C", "A", 1),
+    ("enrolled", "C", None, None),
+]
+
+
+async def test_who_once_bore_a_name_that_a_removed_person_had_keeps_their_history(
+    galleries, client
+):
+    await names_reused(galleries)
+    await galleries.remove_subject("g", "ZZ")
+    assert await told(galleries) == [*OF_OTHERS, ("remove-subject", None, None, 2)]
+    bodies = [stored.body async for stored in client.store.changes.read(f"{client.root}.>")]
+    assert not any(one in b"".join(bodies) for one in (b"ZZ", b"z1", b"z2"))
+
+
+async def test_with_the_last_entry_of_all_names_that_somebody_bore_theirs_alone_is_forgotten(
+    galleries,
+):
+    await names_reused(galleries)
+    for entry in ("z1", "z2"):
+        await galleries.remove("g", entry)
+    gone = [("remove-entry", entry, None, None) for entry in ("z1", "z2")]
+    left = [one for one in await told(galleries) if one not in gone]
+    assert left == OF_OTHERS
+
+
+@pytest.mark.parametrize("moved", ["ZZ", "C"])
+async def test_the_next_worker_forgets_somebody_whose_removal_was_cut_short_and_nobody_else(
+    galleries, replica, client, moved
+):
+    """Whichever of their names has the event by which a replay comes to the removal."""
+    await names_reused(galleries)
+    moves, stream = galleries._galleries["g"].moves, client.store.galleries
+    await stream.append(
+        GALLERY_SUBJECT.subject(client.root, gallery="g", subject="ZZ"),
+        codec.encode(moves.next("ZZ", None)),
+    )
+    await galleries.wait(await galleries.newest())
+    if moved == "C":
+        await galleries.move_subjects("g", ["C"], "D", fresh=True)
+    await galleries._ledger.telling.all_told()
+    async with replica() as other:
+        renamed = [("rename-subject", "C", "D", 1)] if moved == "C" else []
+        assert await told(other) == OF_OTHERS + renamed
+
+
+@pytest.mark.parametrize("change", ["withdraw", "remove", "move_entry"])
+async def test_what_concerns_somebody_who_is_renamed_at_the_same_moment_goes_with_them(
+    galleries, client, monkeypatch, change
+):
+    """It is told under the name that they had by then, though another was looked at."""
+    await galleries.enrol_many(
+        "g", [new("a", subject="ann"), new("b", subject="ann")], existing="fail"
+    )
+    rejection, _ = await galleries.reject("g", "ann", vector=NORTH)
+    name = "append_after" if change == "move_entry" else "append"
+    append = getattr(Ledger, name)
+
+    async def late(self, *args: object, **kwargs):
+        monkeypatch.undo()
+        await galleries.move_subjects("g", ["ann"], "anna", fresh=True)
+        # Somebody else by now.
+        await galleries.enrol("g", new("x", subject="ann"))
+        return await append(self, *args, **kwargs)
+
+    monkeypatch.setattr(Ledger, name, late)
+    asked = {"withdraw": [rejection], "remove": ["a"], "move_entry": ["a", None]}
+    await getattr(galleries, change)("g", *asked[change])
+    action = {
+        "withdraw": "withdraw-rejection",
+        "remove": "remove-entry",
+        "move_entry": "move-entry",
+    }
+    changes, _ = await galleries.history("g", limit=100)
+    [one] = [one for one in changes if one.action == action[change]]
+    assert one.subject == "anna"
+    await galleries.remove_subject("g", "anna")
+    expected = [("create", None), ("enrolled", None), ("enrolled", "ann"), ("remove-subject", None)]
+    assert [one[:2] for one in await told(galleries)] == expected
+
+
+async def test_a_change_that_nobody_can_read_goes_with_whoever_it_may_be_about(galleries, client):
+    await galleries.enrol("g", new("a", subject="ann"))
+    await galleries.move_subjects("g", ["ann"], "anna", fresh=True)
+    await galleries.enrol("g", new("b", subject="ann"))
+    ring = GALLERY_CHANGE.subject(client.root, gallery="g", subject="ann")
+    await client.store.changes.append(ring, b"{no change of anna")
+    await galleries.remove_subject("g", "anna")
+    bodies = [stored.body async for stored in client.store.changes.read(f"{client.root}.>")]
+    assert b"anna" not in b"".join(bodies)
+    assert ("enrolled", "ann", None, None) in await told(galleries)
 
 
 async def test_with_their_last_entry_somebody_s_history_goes_too(galleries):

@@ -1,8 +1,11 @@
 """`dataset.manage`: what each action needs, does, and answers."""
 
+import math
+
 import numpy as np
 import pytest
 
+from bus import codec
 from bus import messages as m
 from bus.errors import BusError, Conflict, InvalidRequest, NotFound, Unavailable
 from services.rustyface.galleries import clearing
@@ -79,6 +82,69 @@ async def test_a_dataset_without_a_name_gets_one(manage):
     answer = await manage("create", dataset=None)
     assert len(answer.dataset.id) == 36
     assert answer.revision == answer.dataset.revision
+
+
+BOUNDED = {
+    "threshold": (-1, 1),
+    "verify_threshold": (-1, 1),
+    "quality.size_min_px": (0, 10_000),
+    "quality.sharpness_min": (0, 1_040_400),
+    "quality.score_min": (0, 1),
+    "quality.yaw_max": (0, 180),
+}
+
+
+def test_every_number_of_the_settings_is_in_that_table():
+    numbers = {
+        f"{place}{name}"
+        for kind, place in ((m.DatasetSettings, ""), (m.QualityBounds, "quality."))
+        for name, field in codec.schema(kind)["$defs"][kind.__name__]["properties"].items()
+        if any(one.get("type") == "number" for one in field.get("anyOf", [field]))
+    }
+    assert numbers == BOUNDED.keys()
+
+
+@pytest.mark.parametrize("how", ["settings", "changes"])
+@pytest.mark.parametrize("name", BOUNDED)
+async def test_a_number_that_no_setting_can_have_is_refused_with_what_it_can(manage, name, how):
+    """Infinity and no number at all too, which only MessagePack brings."""
+    low, high = BOUNDED[name]
+    place, _, last = name.rpartition(".")
+
+    async def ask(value: float) -> m.DatasetSettings:
+        said = {place: {last: value}} if place else {last: value}
+        body = codec.encode({"action": "configure", how: said}, codec.MSGPACK)
+        asked = codec.decode(body, m.ManageDataset, codec.MSGPACK)
+        return (await manage("configure", **{how: getattr(asked, how)})).dataset.settings
+
+    for value in (low, high):
+        told = await ask(value)
+        assert (getattr(told.quality, last) if place else getattr(told, last)) == value
+    for value in (math.inf, math.nan, -math.inf, math.nextafter(high, math.inf), low - 1e-9):
+        with pytest.raises(InvalidRequest) as refused:
+            await ask(value)
+        assert refused.value.field == (f"settings.{name}" if how == "settings" else name)
+        assert f"`float` <= {float(high)}" in refused.value.message or (
+            f"`float` >= {float(low)}" in refused.value.message
+        )
+    assert (await manage("stats")).dataset.settings == told
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, 1.5, -1.5])
+@pytest.mark.parametrize(
+    ("kind", "name", "more"),
+    [
+        (m.SearchFaces, "threshold", {}),
+        (m.VerifyFaces, "threshold", {"a": {}, "b": {}}),
+        (m.VerifyFaces, "false_match_rate", {"a": {}, "b": {}}),
+        (m.DetectFaces, "score_min", {}),
+    ],
+)
+def test_a_threshold_that_no_request_can_have_is_refused(kind, name, more, value):
+    body = codec.encode({**more, name: value}, codec.MSGPACK)
+    with pytest.raises(InvalidRequest, match=f"{name}: Expected `float` [<>]=? -?[01]") as refused:
+        codec.decode(body, kind, codec.MSGPACK)
+    assert refused.value.field == name
 
 
 async def test_a_dataset_is_told_in_full(manage):

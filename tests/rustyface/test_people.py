@@ -19,61 +19,10 @@ from bus.subjects import (
     GALLERY_SUBJECT,
     gallery_events,
 )
-from services.rustyface.galleries.galleries import Galleries, NewEntry, Query
+from services.rustyface.galleries.galleries import Query
 from services.rustyface.galleries.ledger import Ledger
-from services.rustyface.galleries.persons import moved
-
-EAST, NORTH = np.array([1, 0], np.float32), np.array([0, 1], np.float32)
-NEARLY_EAST = np.array([1, 0.1], np.float32)
-
-
-def new(name: str, vector=EAST, **more) -> NewEntry:
-    return NewEntry(id=name, vector=vector, **more)
-
-
-async def persons(*replicas: Galleries) -> dict[str, list[str]]:
-    """Return who has which entries, of which all replicas have to be of one mind."""
-    newest = await replicas[0].newest()
-    told = []
-    for one in replicas:
-        await one.wait(newest)
-        subjects, _, _ = await one.subjects("g", limit=1_000)
-        people = {}
-        for subject in subjects:
-            entries, _, _ = await one.entries("g", limit=1_000, subject=subject.id)
-            people[subject.id] = [entry.id for entry in entries]
-        told.append(people)
-    assert all(one == told[0] for one in told)
-    return told[0]
-
-
-async def vectors_of(client) -> list[str]:
-    """Return the last token of every subject that carries a vector in the stream."""
-    kinds = {"entry": m.GalleryEntry, "rejection": m.GalleryRejection}
-    found = []
-    async for stored in client.store.galleries.read(gallery_events(client.root)):
-        kind, name = stored.subject.split(".")[3:][0], stored.subject.rpartition(".")[2]
-        if kind in kinds:
-            event = codec.decode(stored.body, kinds[kind], stored.headers.get(codec.CONTENT_TYPE))
-            if event.embedding is not None:
-                found.append(name)
-    return sorted(found)
-
-
-async def found(galleries, vector=EAST, **more):
-    query = {"vector": vector, "k": 5, "threshold": 0.0, "revision": None, **more}
-    return (await galleries.search("g", Query(**query))).matches
-
-
-@pytest.fixture
-async def people(replica):
-    """A gallery with three entries of ann and one of bob."""
-    async with replica() as galleries:
-        await galleries.create("g")
-        entries = [new(f"a{i}", subject="ann") for i in range(3)]
-        entries.append(new("b", NORTH, subject="bob"))
-        await galleries.enrol_many("g", entries, existing="fail")
-        yield galleries
+from services.rustyface.galleries.persons import Moves
+from tests.rustyface.persons import EAST, NEARLY_EAST, NORTH, found, new, persons, vectors_of
 
 
 async def test_a_renaming_is_one_event_and_everybody_knows_it(people, replica, connected):
@@ -132,15 +81,15 @@ async def test_of_many_moves_at_the_same_moment_none_is_lost(people, replica, co
 
 
 async def test_of_two_who_move_somebody_at_the_same_moment_the_second_is_told(people, monkeypatch):
-    last = Ledger.last
+    append = Ledger.append_after
 
-    async def late(self, *args: object):
+    async def late(self, *args: object, **kwargs):
         monkeypatch.undo()
         # Between the look and the move, and this replica has read it already.
         await people.move_subjects("g", ["ann"], "anna")
-        return await last(self, *args)
+        return await append(self, *args, **kwargs)
 
-    monkeypatch.setattr(Ledger, "last", late)
+    monkeypatch.setattr(Ledger, "append_after", late)
     with pytest.raises(NotFound, match="nobody called 'ann'"):
         await people.move_subjects("g", ["ann"], "zoe")
     assert "zoe" not in await persons(people)
@@ -171,7 +120,7 @@ async def test_the_next_worker_clears_what_a_removal_that_was_cut_short_has_left
     rejection, _ = await people.reject("g", "ann", vector=NORTH)
     await people.enrol("g", new("a0", subject="ann", image="1" * 64))
     subject = GALLERY_SUBJECT.subject(client.root, gallery="g", subject="ann")
-    await client.store.galleries.append(subject, codec.encode(moved(None, 0, "ann", None)))
+    await client.store.galleries.append(subject, codec.encode(Moves().next("ann", None)))
     assert await vectors_of(client) == sorted(["a0", "a1", "a2", "b", rejection])
     gone = []
 
@@ -324,84 +273,6 @@ async def test_what_is_enrolled_over_such_a_face_in_the_new_gallery_stays(people
     with pytest.raises(NotFound, match="'g' was deleted at this moment"):
         await people.move_entry("g", "a0", "bob")
     assert await persons(people) == {"eve": ["a0"]}
-
-
-async def test_who_was_rejected_for_a_face_is_not_named_for_it_again(people, replica):
-    [best, *_] = await found(people, NEARLY_EAST, group_by="subject")
-    assert (best.subject, best.rejected) == ("ann", False)
-    rejection, revision = await people.reject("g", "ann", vector=NEARLY_EAST)
-    async with replica() as replayed:
-        for one in (people, replayed):
-            for group_by in ("entry", "subject"):
-                told = {
-                    match.subject: match.rejected
-                    for match in await found(one, NEARLY_EAST, group_by=group_by, revision=revision)
-                }
-                assert told == {"ann": True, "bob": False}
-            # She herself still is.
-            assert not (await found(one, EAST, group_by="subject"))[0].rejected
-    await people.withdraw("g", rejection)
-    assert not (await found(people, NEARLY_EAST))[0].rejected
-    with pytest.raises(NotFound, match="has no rejection"):
-        await people.withdraw("g", rejection)
-
-
-async def test_a_rejection_goes_where_the_person_goes(people, replica, client):
-    rejection, _ = await people.reject("g", "ann", vector=NEARLY_EAST)
-    await people.move_subjects("g", ["ann"], "anna")
-    assert (await found(people, NEARLY_EAST))[0].rejected
-    await people.enrol("g", new("x", subject="ann"))
-    subjects, _, _ = await people.subjects("g", limit=10)
-    rejections = {one.id: one.rejections for one in subjects}
-    assert rejections == {"ann": [], "anna": [rejection], "bob": []}
-    await people.remove_subject("g", "anna")
-    assert await vectors_of(client) == ["b", "x"]
-    async with replica() as replayed:
-        assert not replayed._galleries["g"].rejections
-
-
-async def test_an_entry_can_be_rejected_and_takes_its_face_with_it(people, client):
-    await people.enrol("g", new("x", NEARLY_EAST))
-    rejection, _ = await people.reject("g", "ann", entry="x")
-    assert (await found(people, NEARLY_EAST, group_by="subject"))[-1].rejected
-    assert rejection in await vectors_of(client)
-    await people.remove("g", "x")
-    assert await vectors_of(client) == ["a0", "a1", "a2", "b"]
-
-
-@pytest.mark.parametrize("how", ["move", "merge"])
-async def test_whoever_says_that_it_is_them_after_all_takes_a_rejection_back(people, replica, how):
-    await people.enrol("g", new("x", NEARLY_EAST, subject="eve"))
-    await people.reject("g", "ann", entry="x")
-    kept, _ = await people.reject("g", "ann", vector=NORTH)
-    if how == "move":
-        await people.move_entry("g", "x", "ann")
-    else:
-        await people.move_subjects("g", ["eve"], "ann")
-    async with replica() as replayed:
-        for one in (people, replayed):
-            assert list(one._galleries["g"].rejections) == [kept]
-            [best, *_] = await found(one, NEARLY_EAST, group_by="subject")
-            assert (best.entry.id, best.subject, best.rejected) == ("x", "ann", False)
-
-
-async def test_a_rejection_leaves_with_the_last_entry_of_its_person(people, client):
-    await people.reject("g", "bob", vector=EAST)
-    await people.remove("g", "b")
-    assert await vectors_of(client) == ["a0", "a1", "a2"]
-    await people.enrol("g", new("b", NORTH, subject="bob"))
-    assert not (await found(people, EAST))[0].rejected
-
-
-async def test_what_cannot_be_rejected_is_said(people):
-    with pytest.raises(Conflict, match="'a0' is enrolled as 'ann'; move-entry"):
-        await people.reject("g", "ann", entry="a0")
-    with pytest.raises(NotFound, match="nobody called 'eve'"):
-        await people.reject("g", "eve", entry="a0")
-    with pytest.raises(InvalidRequest, match="has 3 dimensions, the gallery has 2"):
-        await people.reject("g", "ann", vector=np.ones(3, np.float32))
-    with pytest.raises(InvalidRequest, match="needs an entry_id or an embedding"):
-        await people.reject("g", "ann")
 
 
 async def test_by_person_there_is_one_result_each_and_nobody_s_entries_stand_alone(people):

@@ -21,7 +21,7 @@ from bus.subjects import (
     GALLERY_SETTINGS,
     GALLERY_SUBJECT,
 )
-from services.rustyface.galleries.persons import Moves, moved
+from services.rustyface.galleries.persons import Moves
 from services.rustyface.galleries.projection import Dead, Projection
 from services.rustyface.galleries.search import Search
 
@@ -67,11 +67,9 @@ class Log:
         self.append(GALLERY_ENTRY, event, codec.MSGPACK, entry=name)
 
     def move(self, name: str, into: str | None) -> None:
-        subject = GALLERY_SUBJECT.subject("r", gallery="g", subject=name)
-        stored = self.last.get(subject)
-        before = None if stored is None else codec.decode(stored.body, m.GallerySubject)
-        event = moved(before, stored.seq if stored else 0, name, into)
-        self.append(GALLERY_SUBJECT, event, subject=name)
+        there = self.live.galleries.get("g")
+        moves = there.moves if there else Moves()
+        self.append(GALLERY_SUBJECT, moves.next(name, into), subject=name)
 
     def reject(self, rejection: str, name: str, vector, imported: str | None = None) -> None:
         body = None if vector is None else np.array(vector, "<f4").tobytes()
@@ -366,8 +364,8 @@ def test_what_a_removal_took_away_is_named_so_that_it_can_be_cleared(log: Log):
     log.entry("e1", [1, 0], subject="ann", image="i" * 64)
     log.reject("r1", "ann", [0, 1])
     log.move("ann", None)
-    told = [(one.seq, one.entry, one.person, one.image) for one in log.dead]
-    assert told == [(2, "e1", "ann", "i" * 64), (3, None, "ann", None)]
+    told = [(one.seq, one.entry, one.removal, one.image) for one in log.dead]
+    assert told == [(2, "e1", 4, "i" * 64), (3, None, 4, None)]
 
 
 def test_an_entry_that_an_import_brings_after_it_was_undone_does_not_count(log: Log):
@@ -411,54 +409,25 @@ def test_settings_that_cannot_be_read_are_the_usual_ones(log: Log):
     assert held(log.replayed(1), revisions=False) == held(log.live, revisions=False)
 
 
+def test_a_gallery_that_was_made_with_settings_that_cannot_be_read_has_the_usual_ones():
+    made = Log()
+    head = m.GalleryHead(id="g", at=m.now(), embedder="t", dimensions=2, imported="i1")
+    said = codec.plain(head) | {"settings": {"threshold": 0.7, "quality": {"sharpness_min": 1e31}}}
+    made.append(GALLERY_HEAD, said)
+    made.entry("e1", [1, 0])
+    for one in (made.live, made.replayed(1)):
+        there = one.galleries["g"]
+        assert there.settings == m.DatasetSettings()
+        assert codec.plain(there.head) == codec.plain(head)
+        assert list(there.entries) == ["e1"]
+
+
 def test_an_entry_of_before_there_were_persons_is_read_as_it_was(log: Log):
     old = {"id": "e1", "at": m.now(), "embedding": np.array([3, 4], "<f4").tobytes()}
     log.append(GALLERY_ENTRY, old, codec.MSGPACK, entry="e1")
     there = log.live.galleries["g"]
     assert there.matrix.vector("e1").tolist() == pytest.approx([0.6, 0.8])
     assert there.entries["e1"].person is None
-
-
-def test_moves_that_do_not_rise_are_refused():
-    for seqs in ([3, 2], [2, 2], [4, 9]):
-        event = m.GallerySubject(
-            id="a", at=m.now(), moves=[m.SubjectMove(into="b", seq=seq) for seq in seqs]
-        )
-        with pytest.raises(Exception, match="have to rise up to 5"):
-            Moves().learn(event, 5)
-
-
-@given(st.lists(st.tuples(names, st.sampled_from([None, *NAMES])), max_size=30))
-def test_a_walk_ends_where_going_one_by_one_ends(pairs: list[tuple[str, str | None]]):
-    """Against the plainest way to say it: every name's holders, moved as the events come."""
-    moves, events = Moves(), dict[str, tuple[m.GallerySubject, int]]()
-    bears: dict[int, str | None] = {}
-    seq = 0
-    for name, into in pairs:
-        seq += 1
-        bears[seq] = name
-        if name == into:
-            continue
-        seq += 1
-        event = moved(*events.get(name, (None, 0)), name, into)
-        events[name] = (event, seq)
-        moves.learn(event, seq)
-        bears = {one: into if bore == name else bore for one, bore in bears.items()}
-    first = dict(zip(bears, [pair[0] for pair in pairs], strict=True))
-    for one, bore in bears.items():
-        assert moves.walk(first[one], one)[0] == bore
-
-
-def test_a_name_cannot_be_moved_into_itself():
-    with pytest.raises(Exception, match="is called 'ann' already"):
-        moved(None, 0, "ann", "ann")
-
-
-def test_events_are_told_without_loss():
-    event = moved(None, 0, "ann", "bob")
-    event = moved(event, 5, "ann", None)
-    assert [(move.seq, move.into) for move in event.moves] == [(5, "bob"), (None, None)]
-    assert msgspec.json.decode(codec.encode(event), type=m.GallerySubject) == event
 
 
 def test_somebody_who_loses_one_entry_and_gets_another_at_once_stays(log: Log):

@@ -286,7 +286,7 @@ class Galleries(People):
                     f"the entry {entry!r} of the dataset {gallery!r} is not of import {imported!r}",
                     field="entry_id",
                 )
-            person = kept.person
+            were = {(kept.person.name, kept.since)} if kept.person else set()
             with self._ledger.taking() as (message_id, dead):
                 try:
                     revision = await self._ledger.append_entry(
@@ -298,16 +298,14 @@ class Galleries(People):
                 except Conflict:
                     continue
                 await self.wait(revision)
-                self._tell(
-                    gallery,
-                    "remove-entry",
-                    revision,
-                    by,
-                    entry=entry,
-                    subject=person.name if person and person.entries else None,
-                )
-                if person is not None and not person.entries:
-                    await self._forget_history(there, person.name)
+                # Only in the history of somebody who stays.
+                [subject] = [
+                    there.moves.walk(*one, revision)[0]
+                    for one in were
+                    if there.named(there.moves.walk(*one)[0]) is not None
+                ] or [None]
+                self._tell(gallery, "remove-entry", revision, by, entry=entry, subject=subject)
+                await self._forget_leavers(there, were)
                 return Removed(1, revision, await self._ledger.settle(there, dead))
         raise contended(f"the entry {entry!r}")
 
@@ -355,6 +353,9 @@ class Galleries(People):
                     f"{before!r}, whom the entry {entry!r} showed, was removed at this moment",
                     field="entry_id",
                 )
+            if before is not None:
+                # Renamed meanwhile, it would be told of whoever bears that name by now.
+                before, _ = there.moves.walk(before, since, revision)
             # One for each of them: what one person's ring says goes with that person alone.
             if before is not None:
                 self._tell(gallery, "move-entry", revision, by, entry=entry, subject=before)
@@ -402,16 +403,14 @@ class Galleries(People):
             brought = [one for one in there.entries.values() if one.imported == imported]
             if dry_run or record.state == "undone":
                 return Removed(len(brought), there.revision)
-            people = {one.person.name for one in brought if one.person}
+            people = {(one.person.name, one.since) for one in brought if one.person}
             ended = msgspec.structs.replace(record, state="undone")
             with self._ledger.taking() as (message_id, dead):
                 try:
                     revision = await self._append_import(there, record, ended, message_id)
                 except Conflict:
                     continue
-                for name in people:
-                    if there.named(name) is None:
-                        await self._forget_history(there, name)
+                await self._forget_leavers(there, people)
                 gone = sum(one.entry is not None for one in dead)
                 self._tell(gallery, "undo-import", revision, by, count=gone, imported=imported)
                 return Removed(gone, revision, await self._ledger.settle(there, dead))

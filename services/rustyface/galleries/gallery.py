@@ -93,9 +93,9 @@ class Gallery:
         self._groups += 1
         return made
 
-    def named(self, name: str) -> Person | None:
-        """Return who bears a name and has an entry."""
-        there = self.persons.get(name)
+    def named(self, name: str | None) -> Person | None:
+        """Return who bears a name and has an entry; None bears nobody."""
+        there = None if name is None else self.persons.get(name)
         return there if there is not None and there.entries else None
 
     def ordered(self) -> list[str]:
@@ -130,6 +130,10 @@ class Gallery:
             return True
         face = self.entries.get(rejection.entry)
         return face is not None and face.person is not rejection.person
+
+    def has_pointless(self) -> bool:
+        """Tell whether there is a rejection that has no sense."""
+        return any(not self.has_sense(one) for one in self.rejections.values())
 
     def rejects(self, rejection: str) -> bool:
         """Tell whether there is a rejection, by its id, that has sense."""
@@ -185,7 +189,11 @@ class Gallery:
         return gone
 
     def move(self, name: str) -> tuple[list[Kept], list[Rejection]]:
-        """Let all that bears a name follow its moves; return what was removed by them."""
+        """Let all that bears a name follow its moves.
+
+        Returns:
+            What was removed by them, each `since` the event that did.
+        """
         person = self.persons.get(name)
         if person is None:
             return [], []
@@ -194,10 +202,9 @@ class Gallery:
         gone = self.forget([one.id for one, into, _ in told if into is None])
         moving: dict[str, list[Kept]] = {}
         for one, into, since in told:
-            if into is not None and since != one.since:
-                one.since = since
-                if into != name:
-                    moving.setdefault(into, []).append(one)
+            one.since = since
+            if into is not None and into != name:
+                moving.setdefault(into, []).append(one)
         for into, entries in moving.items():
             target = self.person(into)
             ids = [one.id for one in entries]

@@ -3,7 +3,8 @@
 import asyncio
 import contextlib
 import hashlib
-from collections.abc import Awaitable, Callable, Iterable
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Final
 
 import msgspec
@@ -15,6 +16,7 @@ from bus.errors import BusError, Unavailable
 from bus.streams import Stored, Stream
 from bus.subjects import GALLERY_CHANGE
 from services.rustyface.galleries.clearing import soon
+from services.rustyface.galleries.persons import Borne
 from services.rustyface.galleries.projection import Projection, addressed
 
 NOBODY: Final = "-"
@@ -72,20 +74,41 @@ class History:
         except BusError as error:
             log.error("history.not_cleared", seq=seq, cause=error.message)
 
-    async def forget(self, gallery: str, persons: Iterable[str] | None = None) -> None:
-        """Delete the rings of persons, or all of a gallery."""
+    async def forget(self, gallery: str, trail: Iterable[Borne] | None = None) -> None:
+        """Delete the history of somebody, or all of a gallery.
+
+        Args:
+            gallery: Where.
+            trail: Under which names they were known, and when; what rings have of others stays.
+        """
         if self._stream is None:
             return
-        subjects = (
-            [GALLERY_CHANGE.subject(self._root, gallery=gallery)]
-            if persons is None
-            else [self._subject(gallery, person) for person in persons]
-        )
-        for subject in subjects:
-            try:
-                await self._stream.purge(subject)
-            except BusError as error:
-                log.warning("history.not_cleared", dataset=gallery, cause=error.message)
+        try:
+            if trail is None:
+                await self._stream.purge(GALLERY_CHANGE.subject(self._root, gallery=gallery))
+                return
+            rings: defaultdict[str, list[Borne]] = defaultdict(list)
+            for one in trail:
+                rings[self._subject(gallery, one.name)].append(one)
+            for ring, borne in rings.items():
+                await self._forget_in(self._stream, ring, borne)
+        except BusError as error:
+            log.warning("history.not_cleared", dataset=gallery, cause=error.message)
+
+    async def _forget_in(self, stream: Stream, ring: str, borne: Sequence[Borne]) -> None:
+        found = list[Stored]()
+        # One by one: a consumer would wait for a broker that is away as long as that takes.
+        while (
+            stored := await stream.at_or_after(found[-1].seq + 1 if found else 1, ring)
+        ) is not None:
+            found.append(stored)
+        theirs = [stored.seq for stored in found if _may_be_of(stored, borne)]
+        if len(theirs) == len(found):
+            # What is told from here on is about somebody else.
+            await stream.purge(ring, keep_from=max(theirs, default=0) + 1)
+            return
+        for seq in theirs:
+            await self.take_back(seq)
 
     async def read(
         self, gallery: str, *, limit: int, before: int | None
@@ -217,6 +240,17 @@ class Telling:
             return False
         # From just before it: a renaming is told by the name that was left with it.
         return there.moves.walk(change.subject, revision - 1)[0] is None
+
+
+def _may_be_of(stored: Stored, borne: Sequence[Borne]) -> bool:
+    """Tell whether a change is about somebody, by when they bore the name of its ring.
+
+    Of one that does not say when it was nobody knows, so it is.
+    """
+    change = _change(stored)
+    if change is None or change.revision is None:
+        return True
+    return any(one.after < change.revision <= one.until for one in borne)
 
 
 def _change(stored: Stored) -> m.GalleryChange | None:

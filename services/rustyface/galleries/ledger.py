@@ -42,6 +42,7 @@ from services.rustyface.galleries.asking import Asking
 from services.rustyface.galleries.clearing import Clearing, DropImage, Ended, Unerased, soon
 from services.rustyface.galleries.gallery import Gallery
 from services.rustyface.galleries.history import History, Telling
+from services.rustyface.galleries.pointless import Pointless
 from services.rustyface.galleries.projection import MESSAGE_ID, Dead, Projection, addressed
 
 WAIT_S: Final = 5.0
@@ -93,6 +94,7 @@ class Ledger:
         self._numbers = itertools.count()
         # By message id, what those have taken away for whose answer somebody waits.
         self._taken: dict[str, list[Dead]] = {}
+        self._pointless = Pointless(self.projection.galleries, self.withdraw_orphans)
         self.telling = Telling(history, self.projection, self._read_all)
 
     async def run(self) -> None:
@@ -102,7 +104,12 @@ class Ledger:
             Unavailable: The stream is not the one that was read so far.
         """
         try:
-            async with beside(self._end_when_replaced(), self._clearing.run(), self.telling.run()):
+            async with beside(
+                self._end_when_replaced(),
+                self._clearing.run(),
+                self.telling.run(),
+                self._pointless.run(),
+            ):
                 async for batch in self._stream.follow(gallery_events(self._root)):
                     self._sort(self.projection.apply(batch.messages))
                     if batch.caught_up and not self.caught_up.is_set():
@@ -244,8 +251,11 @@ class Ledger:
         *,
         content_type: str = codec.JSON,
         message_id: str | None = None,
+        watched: str | None = None,
     ) -> int:
         """Store an event if its own subject has had none since `seq`, and wait until it is read.
+
+        With `watched`, which may have wildcards, none of those subjects may have had one.
 
         Raises:
             Conflict: It has had one.
@@ -255,7 +265,7 @@ class Ledger:
             subject,
             codec.encode(event, content_type),
             headers=self._headers(content_type, message_id),
-            expect=(subject, seq),
+            expect=(watched or subject, seq),
         )
         await self.wait(revision)
         now = self.projection.galleries.get(there.head.id)
@@ -424,6 +434,7 @@ class Ledger:
                 self._taken.get(one.cause, behind).append(one)
         if behind:
             self._clearing.put(behind)
+            self._pointless.look(behind)
 
     async def _clear_away(self) -> None:
         """Clear what deletions that were cut short have left."""
@@ -437,10 +448,10 @@ class Ledger:
         ]
         self._left = []
         if left:
-            for gallery, person in {(one.gallery, one.person) for one in left}:
+            for gallery, removal in {(one.gallery, one.removal) for one in left}:
                 there = projection.galleries.get(gallery)
-                if there is not None and person is not None:
-                    await self._history.forget(gallery, there.moves.names_of(person))
+                if there is not None and removal is not None:
+                    await self._history.forget(gallery, there.moves.trail_of(removal))
             log.info("entries.left_behind", events=len(left))
             self._clearing.put(left)
         for gallery in sorted(ended):

@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, NamedTuple
 
 from bus import messages as m
 from bus.errors import InvalidRequest
@@ -52,6 +52,20 @@ class Person:
     rejections: dict[str, Rejection] = field(default_factory=dict)
 
 
+class Borne(NamedTuple):
+    """That somebody bore a name: behind one event, up to another one.
+
+    Attributes:
+        name: The name.
+        after: The event behind which they did; 0 for the first.
+        until: The last event at which they did: the one by which they left it, or were last seen.
+    """
+
+    name: str
+    after: int
+    until: int
+
+
 class Moves:
     """What became of each name of a gallery: every move, at the event that made it."""
 
@@ -69,11 +83,6 @@ class Moves:
         if not moves or seqs != sorted(set(seqs)) or seqs[-1] != seq:
             raise InvalidRequest(f"its moves are at {seqs}; they have to rise up to {seq}, its own")
         self._of[event.id] = moves
-
-    def last(self, name: str) -> int:
-        """Return the event that moved a name last; 0 if none did."""
-        moves = self._of.get(name)
-        return moves[-1][0] if moves else 0
 
     def walk(self, name: str, since: int, before: int | None = None) -> tuple[str | None, int]:
         """Return what who bore a name since an event bears now, and since which event.
@@ -94,39 +103,47 @@ class Moves:
                 return None, since
             name = into
 
-    def names_of(self, name: str) -> set[str]:
-        """Return every name from which a move has ever led to this one, and itself."""
-        into: defaultdict[str, set[str]] = defaultdict(set)
+    def next(self, name: str, into: str | None) -> m.GallerySubject:
+        """Return the event that moves a name once more.
+
+        Args:
+            name: Who.
+            into: The new name; None removes.
+
+        Raises:
+            InvalidRequest: It leads to itself.
+        """
+        if name == into:
+            raise InvalidRequest(f"{name!r} is called {name!r} already", field="into")
+        earlier = [m.SubjectMove(into=after, seq=seq) for seq, after in self._of.get(name, ())]
+        return m.GallerySubject(id=name, at=m.now(), moves=[*earlier, m.SubjectMove(into=into)])
+
+    def trail_of(self, removal: int) -> list[Borne]:
+        """Return the trail of whoever an event has removed; of none, if it has moved nobody."""
+        for name, moves in self._of.items():
+            if any(at == removal for at, _ in moves):
+                return self.trail(name, removal)
+        return []
+
+    def trail(self, name: str, until: int) -> list[Borne]:
+        """Return every name that somebody has borne, and when; of a merged one all of theirs.
+
+        Others have borne the same names before and after: those are not in it.
+
+        Args:
+            name: What they were called.
+            until: When: an event, that which has moved the name on included.
+        """
+        into: defaultdict[str, list[tuple[int, str]]] = defaultdict(list)
         for before, moves in self._of.items():
-            for _, after in moves:
+            for at, after in moves:
                 if after is not None:
-                    into[after].add(before)
-        found, left = {name}, [name]
+                    into[after].append((at, before))
+        found, left = list[Borne](), [(name, until)]
         while left:
-            new = into[left.pop()] - found
-            found |= new
-            left += new
+            called, last = left.pop()
+            # Whoever bore the name up to its move before is somebody else.
+            first = max((at for at, _ in self._of.get(called, ()) if at < last), default=0)
+            found.append(Borne(called, first, last))
+            left += [(before, at) for at, before in into[called] if first < at < last]
         return found
-
-
-def moved(
-    before: m.GallerySubject | None, seq: int, name: str, into: str | None
-) -> m.GallerySubject:
-    """Return the event that moves a name once more.
-
-    Args:
-        before: The name's last event, if it has one in this gallery.
-        seq: That event's sequence.
-        name: Who.
-        into: The new name; None removes.
-
-    Raises:
-        InvalidRequest: A move leads to itself.
-    """
-    if name == into:
-        raise InvalidRequest(f"{name!r} is called {name!r} already", field="into")
-    earlier = [
-        m.SubjectMove(into=move.into, seq=seq if move.seq is None else move.seq)
-        for move in (before.moves if before else ())
-    ]
-    return m.GallerySubject(id=name, at=m.now(), moves=[*earlier, m.SubjectMove(into=into)])

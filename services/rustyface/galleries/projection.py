@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 import msgspec
 import numpy as np
@@ -67,7 +67,7 @@ class Dead:
         gallery: Where.
         seq: Its sequence.
         entry: The entry that it was; None for a rejection.
-        person: Who was removed with it; None if it was something else that took it away.
+        removal: The event that removed whom it is about; None if it was taken away otherwise.
         image: The image that it names.
         cause: The message id of the event that took it away.
         face: It carries one. The others of a gallery that has ended may say names all the same.
@@ -76,7 +76,7 @@ class Dead:
     gallery: str
     seq: int
     entry: str | None = None
-    person: str | None = None
+    removal: int | None = None
     image: str | None = None
     cause: str | None = None
     face: bool = True
@@ -162,7 +162,7 @@ class Projection:
             self._count_out(before.entries.values())
         self.heads[gallery] = stored.seq
         self.unreadable[gallery] = stored.seq
-        head = _event(stored, m.GalleryHead)
+        head = _head(stored)
         if head.id != gallery or not 1 <= head.dimensions <= DIMENSIONS_MAX:
             raise InvalidRequest(
                 f"it is about {head.id!r} with {head.dimensions} dimensions, expected are "
@@ -277,15 +277,11 @@ class Projection:
             raise
         gone, rejections = there.move(event.id)
         self._count_out(gone)
-        self._bury(
-            stored,
-            gallery,
-            [
-                *((one.seq, one.id, one.image) for one in gone),
-                *((one.seq, None, None) for one in rejections),
-            ],
-            person=event.id,
-        )
+        # By `since`, not by this event: what a replay comes to here may have followed another
+        # name's moves to somebody who was removed long ago.
+        by = stored.headers.get(MESSAGE_ID)
+        self._dead += [Dead(gallery, one.seq, one.id, one.since, one.image, by) for one in gone]
+        self._dead += [Dead(gallery, one.seq, None, one.since, None, by) for one in rejections]
 
     def _drop(self, gallery: str, seq: int) -> None:
         there = self.galleries.pop(gallery)
@@ -328,14 +324,10 @@ class Projection:
             self._bury(stored, gallery, [(one.seq, None, None) for one in said])
 
     def _bury(
-        self,
-        cause: Stored,
-        gallery: str,
-        events: Iterable[tuple[int, str | None, str | None]],
-        person: str | None = None,
+        self, cause: Stored, gallery: str, events: Iterable[tuple[int, str | None, str | None]]
     ) -> None:
         by = cause.headers.get(MESSAGE_ID)
-        self._dead += [Dead(gallery, seq, entry, person, image, by) for seq, entry, image in events]
+        self._dead += [Dead(gallery, seq, entry, None, image, by) for seq, entry, image in events]
 
     def _bury_entries(self, cause: Stored, gallery: str, gone: Iterable[Kept]) -> None:
         self._bury(cause, gallery, [(one.seq, one.id, one.image) for one in gone])
@@ -419,6 +411,25 @@ def _event(stored: Stored, kind: type[E]) -> E:
         raise InvalidRequest("its time is beyond the year 9999") from None
     at = utc(event.at)
     return event if at is event.at else msgspec.structs.replace(event, at=at)
+
+
+class _HeadAlone(m.GalleryHead, frozen=True):
+    settings: Any = None
+
+
+def _head(stored: Stored) -> m.GalleryHead:
+    """Read a gallery's own event; raises as `_event` does.
+
+    Settings that cannot be read are the usual ones, as in an event of their own: what may be set
+    can become less, and nobody loses faces by that.
+    """
+    try:
+        return _event(stored, m.GalleryHead)
+    except InvalidRequest as error:
+        if error.field is None or error.field.partition(".")[0] != "settings":
+            raise
+        log.warning("event.unreadable", subject=stored.subject, cause=error.message)
+    return msgspec.structs.replace(_event(stored, _HeadAlone), settings=None)
 
 
 def utc(at: datetime) -> datetime:
