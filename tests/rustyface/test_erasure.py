@@ -218,6 +218,23 @@ async def test_what_one_replica_replaces_the_others_leave_to_it(client, copies, 
         assert asked == [first]
 
 
+async def test_nobody_comes_back_whose_place_was_taken_by_somebody_who_is_removed(
+    client, copies, monkeypatch
+):
+    """The replica that erases what was replaced is not there; the other one removes the person."""
+    async with reading(client) as one, reading(client) as other:
+        await one.create("g")
+        monkeypatch.setattr(one._ledger._clearing, "put", lambda *_args, **_more: None)
+        await one.enrol("g", face("a", subject="ann"))
+        revision = await one.enrol("g", NewEntry(id="a", vector=OTHER, subject="bob"))
+        await other.wait(revision)
+        assert copies() == 1
+        await other.remove_subject("g", "bob")
+        assert copies() == 0
+        async with reading(client) as new:
+            assert new.ids("g") == other.ids("g") == []
+
+
 async def test_what_could_not_be_erased_is_tried_again(galleries, client, copies, fail_thrice):
     fail_thrice()
     await removed_with_the_person(galleries)

@@ -16,8 +16,8 @@ import structlog
 
 from bus.errors import BusError, DeadlineExceeded, Unavailable
 from bus.streams import Stream
-from bus.subjects import gallery_events
-from services.rustyface.galleries.projection import Dead, as_dead
+from bus.subjects import GALLERY_ENTRY, GALLERY_REJECTION, gallery_events
+from services.rustyface.galleries.projection import Dead, addressed, as_dead
 
 # What has to be cleared goes on behind an answer that would have to wait longer.
 PATIENT_S: Final = 5.0
@@ -336,6 +336,16 @@ class Clearing:
         self._begun.discard(image)
 
     async def _erase(self, one: Dead) -> None:
+        if one.older is not None:
+            subject = (
+                GALLERY_REJECTION.subject(self._root, gallery=one.gallery, rejection=one.older)
+                if one.entry is None
+                else GALLERY_ENTRY.subject(
+                    self._root, gallery=one.gallery, entry=addressed(one.older)
+                )
+            )
+            while (first := await self._stream.at_or_after(1, subject)) and first.seq < one.seq:
+                await self._stream.remove(first.seq, erase=True)
         await self._stream.remove(one.seq, erase=True)
 
     def _end(self, chore: _Chore) -> None:

@@ -27,6 +27,7 @@ class Kept(msgspec.Struct, gc=False):
         image: SHA-256 of the kept image.
         quality: Of the face, as MessagePack; empty for nothing known.
         imported: The import that brought it.
+        older: It has taken the place of an event that may not be erased yet.
     """
 
     id: str
@@ -38,6 +39,7 @@ class Kept(msgspec.Struct, gc=False):
     image: str | None
     quality: bytes
     imported: str | None
+    older: bool = False
 
 
 @dataclass

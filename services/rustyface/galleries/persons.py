@@ -24,6 +24,7 @@ class Rejection:
         vector: The face.
         entry: The entry that it was, if it was one.
         imported: The import that brought it.
+        older: It has taken the place of an event that may not be erased yet.
     """
 
     id: str
@@ -33,6 +34,7 @@ class Rejection:
     vector: Floats
     entry: str | None
     imported: str | None
+    older: bool = False
 
 
 @dataclass(eq=False, slots=True)

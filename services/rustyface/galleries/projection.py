@@ -71,6 +71,9 @@ class Dead:
         image: The image that it names.
         cause: The message id of the event that took it away.
         face: It carries one. The others of a gallery that has ended may say names all the same.
+        older: The id of the entry, or rejection, that it was, if it has taken the place of another
+            event of that. It is to be erased before this one: whoever replays what is left would
+            find it counting again.
     """
 
     gallery: str
@@ -80,6 +83,7 @@ class Dead:
     image: str | None = None
     cause: str | None = None
     face: bool = True
+    older: str | None = None
 
 
 class Projection:
@@ -172,9 +176,8 @@ class Projection:
         if before is not None:
             # Of one whose event cannot be read nothing is: it may be a newer version's.
             self.left_behind.add(gallery)
-            entries, rejections = before.entries.values(), before.rejections.values()
-            self._bury_entries(stored, gallery, entries)
-            self._bury(stored, gallery, [(one.seq, None, None) for one in rejections])
+            self._bury(stored, gallery, before.entries.values())
+            self._bury(stored, gallery, before.rejections.values())
         if not head.deleted:
             matrix = Matrix(head.dimensions)
             self.galleries[gallery] = Gallery(
@@ -201,14 +204,18 @@ class Projection:
         except BusError:
             self._settle(gallery)
             lost = [e for e in there.entries if token(addressed(e)) == address]
-            self._bury_entries(stored, gallery, self._forget(there, lost))
+            self._bury(stored, gallery, self._forget(there, lost))
             raise
         undone = entry.imported is not None and _undone(there, entry.imported)
         if vector is None or undone:
             self._settle(gallery)
-            self._bury_entries(stored, gallery, self._forget(there, [entry.id]))
+            gone = self._forget(there, [entry.id])
+            self._bury(stored, gallery, gone)
             if vector is not None:
-                self._bury(stored, gallery, [(stored.seq, entry.id, entry.image)])
+                by = stored.headers.get(MESSAGE_ID)
+                older = entry.id if gone else None
+                late = Dead(gallery, stored.seq, entry.id, None, entry.image, by, older=older)
+                self._dead.append(late)
             return
         metadata = bytes(entry.metadata)
         kept = Kept(
@@ -250,7 +257,8 @@ class Projection:
             elif before is not None:
                 replaced.append(before)
             if before is not None:
-                self._dead.append(Dead(gallery, before.seq, before.id, None, before.image, by))
+                self._dead.append(_dead(gallery, before, by))
+                kept.older = True
             last[kept.id] = i
         good = [i for i in last.values() if sound[i]]
         # In this order, or an image that both have would be gone in between.
@@ -280,8 +288,8 @@ class Projection:
         # By `since`, not by this event: what a replay comes to here may have followed another
         # name's moves to somebody who was removed long ago.
         by = stored.headers.get(MESSAGE_ID)
-        self._dead += [Dead(gallery, one.seq, one.id, one.since, one.image, by) for one in gone]
-        self._dead += [Dead(gallery, one.seq, None, one.since, None, by) for one in rejections]
+        taken: list[Kept | Rejection] = [*gone, *rejections]
+        self._dead += [_dead(gallery, one, by, one.since) for one in taken]
 
     def _drop(self, gallery: str, seq: int) -> None:
         there = self.galleries.pop(gallery)
@@ -289,8 +297,9 @@ class Projection:
         self.unreadable[gallery] = seq
 
     def _apply_rejection(self, gallery: str, there: Gallery, address: str, stored: Stored) -> None:
-        if (gone := there.withdraw(name_of(address))) is not None:
-            self._bury(stored, gallery, [(gone.seq, None, None)])
+        gone = there.withdraw(name_of(address))
+        if gone is not None:
+            self._bury(stored, gallery, [gone])
         event = _event(stored, m.GalleryRejection)
         if token(event.id) != address:
             raise InvalidRequest("it is about another rejection than its subject says")
@@ -301,13 +310,13 @@ class Projection:
         [row], [sound] = units(np.frombuffer(event.embedding, LITTLE_ENDIAN)[None])
         if not sound:
             raise InvalidRequest("its embedding has no direction")
+        seq, older = stored.seq, gone is not None
         if event.imported is not None and _undone(there, event.imported):
-            self._bury(stored, gallery, [(stored.seq, None, None)])
+            by = stored.headers.get(MESSAGE_ID)
+            self._dead.append(Dead(gallery, seq, cause=by, older=event.id if older else None))
             return
         person = there.person(event.subject)
-        there.reject(
-            Rejection(event.id, stored.seq, stored.seq, person, row, event.entry, event.imported)
-        )
+        there.reject(Rejection(event.id, seq, seq, person, row, event.entry, event.imported, older))
 
     def _apply_import(self, gallery: str, there: Gallery, address: str, stored: Stored) -> None:
         there.imports.pop(name_of(address), None)
@@ -317,20 +326,15 @@ class Projection:
         there.imports[event.id] = event
         if event.state == "undone":
             brought = [one.id for one in there.entries.values() if one.imported == event.id]
-            self._bury_entries(stored, gallery, self._forget(there, brought))
+            self._bury(stored, gallery, self._forget(there, brought))
             said = [one for one in there.rejections.values() if one.imported == event.id]
             for one in said:
                 there.withdraw(one.id)
-            self._bury(stored, gallery, [(one.seq, None, None) for one in said])
+            self._bury(stored, gallery, said)
 
-    def _bury(
-        self, cause: Stored, gallery: str, events: Iterable[tuple[int, str | None, str | None]]
-    ) -> None:
+    def _bury(self, cause: Stored, gallery: str, gone: Iterable[Kept | Rejection]) -> None:
         by = cause.headers.get(MESSAGE_ID)
-        self._dead += [Dead(gallery, seq, entry, None, image, by) for seq, entry, image in events]
-
-    def _bury_entries(self, cause: Stored, gallery: str, gone: Iterable[Kept]) -> None:
-        self._bury(cause, gallery, [(one.seq, one.id, one.image) for one in gone])
+        self._dead += [_dead(gallery, one, by) for one in gone]
 
     def _forget(self, there: Gallery, ids: Iterable[str]) -> list[Kept]:
         gone = there.forget(ids)
@@ -381,6 +385,13 @@ def _entry(stored: Stored) -> _Entry:
         msgspec.Raw(codec.encode(event.quality, codec.MSGPACK) if event.quality else b""),
         event.imported,
     )
+
+
+def _dead(gallery: str, one: Kept | Rejection, by: str | None, removal: int | None = None) -> Dead:
+    """Return the event of an entry, or of a rejection, that another one has taken away."""
+    entry, image = (one.id, one.image) if isinstance(one, Kept) else (None, None)
+    older = one.id if one.older else None
+    return Dead(gallery, one.seq, entry, removal, image, by, older=older)
 
 
 def as_dead(gallery: str, stored: Stored) -> Dead:
