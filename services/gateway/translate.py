@@ -20,7 +20,7 @@ from bus import codec
 from bus.client import Answer, new_traceparent, trace
 from bus.errors import NEVER, BusError, InvalidRequest, TooLarge
 from bus.instance import Instance
-from services.gateway.patience import TooSlow, for_body
+from services.gateway.patience import TooSlow, for_body, is_held_back
 from services.gateway.written import ID_GIVEN, REQUEST_ID, protect
 
 PROBLEM: Final = "application/problem+json"
@@ -296,6 +296,10 @@ def translated(instance: Instance, handler: Handler) -> Handler:
             sentence = "it failed unexpectedly; the gateway's log has the cause"
             details = {"error": sentence} if _is_kserve(request) else None
             response = problem(500, sentence, code="internal", details=details)
+        if is_held_back(request):
+            # RFC 9110, 10.1.1: it may send the body or not, and what comes next would be taken for
+            # it.
+            response.force_close()
         if response.status >= 500:
             counts["http_errors"] += 1
         return response
