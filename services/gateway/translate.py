@@ -285,8 +285,6 @@ def translated(instance: Instance, handler: Handler) -> Handler:
             if isinstance(error, TooSlow):
                 # RFC 9110, 15.5.9: nobody waits for the rest.
                 refused.force_close()
-            if isinstance(error, TooLarge) and hdrs.CONTENT_ENCODING in request.headers:
-                await _answer_and_hang_up(request, refused)
         except web.HTTPException as error:
             if error.status < 400:
                 raise
@@ -326,19 +324,6 @@ def unreadable(status: int, message: str | None) -> web.Response:
     protect(response)
     response.force_close()
     return response
-
-
-async def _answer_and_hang_up(request: web.Request, response: web.Response) -> None:
-    """Send an answer and read no more of the request.
-
-    aiohttp would read on, and so go on inflating a small body that becomes gigabytes: for seconds
-    nobody else would be served.
-    """
-    response.force_close()
-    await response.prepare(request)
-    await response.write_eof()
-    if request.transport is not None:
-        request.transport.close()
 
 
 def _problem_of_http(request: web.Request, error: web.HTTPException) -> web.Response:
