@@ -1,5 +1,6 @@
 """What comes back for a request: an answer, or an error, and the headers that say so."""
 
+import re
 from collections.abc import Mapping
 from typing import Final
 
@@ -34,4 +35,8 @@ def error_in(body: bytes, headers: Mapping[str, str]) -> BusError:
     except InvalidRequest:
         number = headers[ERROR_CODE]
         said = headers.get(ERROR) or "the service gave no reason"
-        return error_from_number(int(number) if number.isdigit() else 500, said)
+        # Digits that are none of ASCII, or thousands of them, are no number: who asked would wait.
+        return error_from_number(int(number) if _NUMBER.fullmatch(number) else 500, said)
+
+
+_NUMBER = re.compile(r"[0-9]{1,4}")

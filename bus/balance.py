@@ -121,7 +121,7 @@ class _Subject:
         idempotent: Whether all of them say that they may be asked the same twice.
         saved: How many more usual requests may be sent for late answers.
         usual_bytes: What the body of one has; None: not known.
-        answers: How many came since a slot was learned.
+        answers: How many came since a slot was learned or forgotten.
         foreign_until: Until when no slots are learned.
     """
 
@@ -296,6 +296,8 @@ class Balance:
                 slot.progress_at = now
         if outcome == "gone":
             if found and asked and found.slots.pop(asked, None):
+                # It may be back: whether another is alone is not known any more.
+                found.answers = 0
                 found.agree()
         elif outcome == "busy":
             if found and by in found.slots:

@@ -33,7 +33,7 @@ from services.gateway.translate import (
     is_traceparent,
     unreadable,
 )
-from services.gateway.written import WHOLE_MAX_BYTES, whole
+from services.gateway.written import WHOLE_MAX_BYTES, whole, would_inflate
 
 # Larger bodies are gathered by aiohttp, which tells their client to wait when it has to.
 GATHERED_MAX_BYTES: Final = 64 * 1024
@@ -166,8 +166,10 @@ class Express(web.RequestHandler):
     async def finish_response(
         self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
     ) -> tuple[web.StreamResponse, bool]:
-        """Take note of the end of a request that was aiohttp's."""
+        """Take note of the end of a request that was aiohttp's; end what must not be read on."""
         finished = await super().finish_response(request, resp, start_time)
+        if would_inflate(request) and self.transport is not None:
+            self.transport.close()
         # Where it has more, or a part of more, it goes on.
         self._theirs = bool(self._messages) or self._left != 0
         return finished

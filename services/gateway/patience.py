@@ -25,6 +25,7 @@ ALL_S: Final = 540.0
 STALL_S: Final = 60.0
 
 _CONTINUE: Final = "100-continue"
+_HELD_BACK: Final = web.RequestKey("held back", bool)
 
 T = TypeVar("T")
 
@@ -135,12 +136,17 @@ async def hold_back(request: web.Request) -> None:
         raise web.HTTPExpectationFailed(
             text=f"Expect is {expected[:60]!r}; what can be expected is {_CONTINUE}"
         )
+    request[_HELD_BACK] = True
+
+
+def is_held_back(request: web.Request) -> bool:
+    """Tell whether the caller waits for a `100 Continue` that it was not sent, with its body."""
+    return bool(request.get(_HELD_BACK)) and not request.content.is_eof()
 
 
 async def _welcome(request: web.Request) -> None:
     """Send the `100 Continue` that `hold_back` held back."""
-    expects = request.headers.get(hdrs.EXPECT, "").lower() == _CONTINUE
-    if expects and request.version >= HttpVersion11:
+    if request.pop(_HELD_BACK, False) and request.version >= HttpVersion11:
         await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         # The answer has not begun yet; aiohttp does the same.
         request.writer.output_size = 0

@@ -21,7 +21,7 @@ from bus import codec
 from bus.client import Answer, new_traceparent, trace
 from bus.errors import NEVER, BusError, InvalidRequest, TooLarge
 from bus.instance import Instance
-from services.gateway.patience import TooSlow, for_body
+from services.gateway.patience import TooSlow, for_body, is_held_back
 from services.gateway.written import ID_GIVEN, REQUEST_ID, protect
 
 PROBLEM: Final = "application/problem+json"
@@ -290,8 +290,6 @@ def translated(instance: Instance, handler: Handler) -> Handler:
             if isinstance(error, TooSlow):
                 # RFC 9110, 15.5.9: nobody waits for the rest.
                 refused.force_close()
-            if isinstance(error, TooLarge) and hdrs.CONTENT_ENCODING in request.headers:
-                await _answer_and_hang_up(request, refused)
         except web.HTTPException as error:
             if error.status < 400:
                 raise
@@ -301,6 +299,10 @@ def translated(instance: Instance, handler: Handler) -> Handler:
             sentence = "it failed unexpectedly; the gateway's log has the cause"
             details = {"error": sentence} if _is_kserve(request) else None
             response = problem(500, sentence, code="internal", details=details)
+        if is_held_back(request):
+            # RFC 9110, 10.1.1: it may send the body or not, and what comes next would be taken for
+            # it.
+            response.force_close()
         if response.status >= 500:
             counts["http_errors"] += 1
         return response
@@ -340,19 +342,6 @@ def encoding_refused(encoding: str) -> str:
     """Return what is said to a body that is compressed in a way that is not taken."""
     taken = f"{', '.join(ENCODINGS[:-1])} and {ENCODINGS[-1]}"
     return f"Content-Encoding is {encoding[:40]!r}; {taken} are taken, one of them"
-
-
-async def _answer_and_hang_up(request: web.Request, response: web.Response) -> None:
-    """Send an answer and read no more of the request.
-
-    aiohttp would read on, and so go on inflating a small body that becomes gigabytes: for seconds
-    nobody else would be served.
-    """
-    response.force_close()
-    await response.prepare(request)
-    await response.write_eof()
-    if request.transport is not None:
-        request.transport.close()
 
 
 def _problem_of_http(request: web.Request, error: web.HTTPException) -> web.Response:

@@ -38,6 +38,20 @@ async def dress(request: web.Request, response: web.StreamResponse) -> None:
     protect(response)
     if request_id := request.get(ID_GIVEN):
         response.headers[REQUEST_ID] = request_id
+    if would_inflate(request):
+        response.force_close()
+        # aiohttp has decided on this header before it asks here.
+        response.headers[hdrs.CONNECTION] = "close"
+
+
+def would_inflate(request: web.BaseRequest) -> bool:
+    """Tell whether reading a request to its end means to inflate it.
+
+    aiohttp does so behind every answer, for ten seconds, and a small body can become gigabytes:
+    nobody else would be served. So the connection ends with the answer (`express`), also where
+    there is no such address, or no key.
+    """
+    return hdrs.CONTENT_ENCODING in request.headers and not request.content.is_eof()
 
 
 def protect(response: web.StreamResponse) -> None:

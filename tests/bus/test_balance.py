@@ -131,6 +131,18 @@ def test_one_that_alone_has_answered_the_group_often_is_alone():
     assert not made.alone("s", A)
 
 
+def test_whether_one_is_alone_is_not_known_when_another_has_just_been_forgotten():
+    """It may be back already, and idle."""
+    made = balanced(_0=1, _1=1)
+    for _ in range(balance.ALONE + 1):
+        made.ended("s", A, "answered", 0, by=A, took_s=0.001)
+    made.ended("s", B, "gone", 0)
+    assert not made.alone("s", A)
+    for _ in range(balance.ALONE):
+        made.ended("s", None, "answered", 0, by=A, took_s=0.001)
+    assert made.alone("s", A)
+
+
 def test_an_instance_that_is_gone_is_forgotten():
     three = balanced(_0=1, _1=1, _2=1)
     assert asks(three, 0) == A

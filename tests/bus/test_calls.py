@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 
 import pytest
+from nats.aio.msg import Msg
 
 from bus import serving
 from bus.client import Answer, trace
@@ -150,3 +151,20 @@ async def test_who_does_not_wait_any_more_hears_nothing(client, taker):
     await client.barrier()
     assert not outcomes
     assert not client._replies._waiting
+
+
+@pytest.mark.parametrize("number", ["²", "9" * 5_000, "-1", "soon"])
+async def test_a_number_of_an_error_that_is_none_is_an_internal_error_at_once(
+    client, connected, number
+):
+    """Whoever asked would wait for ever: its reply has come."""
+    other, subject = await connected(), f"{client.root}.call.raw.fail"
+
+    async def on_message(message: Msg) -> None:
+        said = {"Nats-Service-Error-Code": number, "Nats-Service-Error": "it is broken"}
+        await other.answer(message.reply, b"", said)
+
+    await other.listen(subject, "raw", on_message)
+    async with asyncio.timeout(10):
+        with pytest.raises(Internal, match="it is broken"):
+            await client.relay(subject, b"", timeout_s=60)

@@ -19,6 +19,7 @@ from services.candle import models
 from services.candle.runtimes.onnx import Onnx
 
 FLOAT, INT64, STRING = TensorProto.FLOAT, TensorProto.INT64, TensorProto.STRING
+BOOL = TensorProto.BOOL
 OPSET = [helper.make_opsetid("", 17)]
 MODEL_OPSETS = [*OPSET, helper.make_opsetid("mine", 1)]
 IRIS = Path(models.__file__).parent / "iris.onnx"
@@ -311,7 +312,44 @@ def shares() -> bytes:
     return model([op("Softmax", axis=0)], takes, gives)
 
 
-@pytest.mark.parametrize("content", [sums(FLOAT), sums(INT64), steps(), shares()])
+def from_the_mean(kind: int) -> bytes:
+    """The mean of all rows, taken from each."""
+    takes, gives = [("x", kind, ["n", 2])], [("y", FLOAT, ["n", 2])]
+    nodes = [
+        op("Cast", gives="f", to=FLOAT),
+        op("ReduceMean", "f", "mean", axes=[0]),
+        op("Sub", "f mean"),
+    ]
+    return model(nodes, takes, gives)
+
+
+def backwards(kind: int) -> bytes:
+    """The rows from the last one to the first."""
+    given = {"begin": [-1], "end": [-(2**31)], "axis": [0], "step": [-1]}
+    weights = [helper.make_tensor(name, INT64, [1], one) for name, one in given.items()]
+    takes, gives = [("x", kind, ["n"])], [("y", kind, ["n"])]
+    return model([op("Slice", "x begin end axis step")], takes, gives, weights=weights)
+
+
+def from_one_on() -> bytes:
+    """Rows that are added up, of whole numbers that may not be nought."""
+    weights = [
+        helper.make_tensor("one", INT64, [], [1]),
+        helper.make_tensor("axis", INT64, [], [0]),
+        helper.make_tensor("t", FLOAT, [1], [1.0]),
+    ]
+    nodes = [op("Sub", "one x", "at"), op("Gather", "t at", "each"), op("CumSum", "each axis")]
+    return model(nodes, [("x", INT64, ["n"])], [("y", FLOAT, ["n"])], weights=weights)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        sums(FLOAT), sums(INT64), from_one_on(), steps(), shares(), from_the_mean(FLOAT),
+        from_the_mean(INT64), from_the_mean(BOOL), backwards(FLOAT), backwards(INT64),
+        backwards(STRING),
+    ],
+)  # fmt: skip
 def test_rows_that_depend_on_those_beside_them_are_not_put_together(content):
     """Else each caller's answer would be made of what others sent at the same moment."""
     assert not Onnx.load(content).signature.batched

@@ -372,6 +372,31 @@ async def test_a_small_body_that_inflates_beyond_the_limit_is_413(gate, path):
     assert (gate.parts.relaying, gate.parts.relaying_bytes) == (0, 0)
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "expect", "status"),
+    [
+        ("POST", "/nowhere", "", 404),
+        ("GET", "/livez", "", 200),
+        ("POST", "/v2/models/m/infer", "", 401),
+        ("POST", "/nowhere", "a miracle", 417),
+    ],
+)
+async def test_what_nobody_reads_is_not_inflated_either(gate, method, path, expect, status):
+    """Three such bodies held up everybody for seconds, and needed no key."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", gate.parts.port)
+    bomb = gzip.compress(bytes(100_000_000), 9)
+    head = [f"{method} {path} HTTP/1.1", "Host: localhost", "Content-Encoding: gzip"]
+    head += [f"Content-Length: {len(bomb) + 1}", *([f"Expect: {expect}"] if expect else [])]
+    writer.write("\r\n".join([*head, "", ""]).encode() + bomb[:1_000])
+    async with asyncio.timeout(5):
+        answer = (await reader.readuntil(b"\r\n\r\n")).decode()
+        # No sooner than the whole of it had come, or after ten seconds.
+        await reader.read()
+    assert f" {status} " in answer.splitlines()[0]
+    assert "connection: close" in answer.lower()
+    writer.close()
+
+
 @pytest.mark.parametrize("encoding", ["x-gzip", "gzip, gzip", "compress"])
 async def test_a_body_that_is_compressed_in_another_way_is_refused_in_words(
     gate, candle, linear, encoding

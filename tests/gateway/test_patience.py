@@ -223,6 +223,18 @@ async def test_who_asks_before_sending_to_nowhere_hears_that(gate):
         assert " 404 " in (await sender.answer())[0]
 
 
+@pytest.mark.parametrize(("path", "length"), [("/nowhere", 1_000), (INFER, 200_000_000)])
+async def test_who_is_refused_before_sending_hears_that_the_connection_ends(gate, path, length):
+    """Else its next request would be taken for the body that it has not sent."""
+    async with sending(gate, path, length, "Expect: 100-continue") as sender:
+        assert "connection: close" in (await sender.answer())[0].lower()
+
+
+async def test_who_sends_at_once_what_it_asks_for_can_go_on(gate):
+    async with sending(gate, "/nowhere", 3, "Expect: 100-continue", "", "abc") as sender:
+        assert "connection: close" not in (await sender.answer())[0].lower()
+
+
 async def test_what_else_is_expected_cannot_be_met(gate):
     async with sending(gate, INFER, 1_000, "Expect: a miracle") as sender:
         assert " 417 " in (await sender._reader.readline()).decode()

@@ -159,10 +159,16 @@ def blank(signature: Signature, any_length: int = 1) -> dict[str, Array] | None:
     }
 
 
-def varied(signature: Signature, any_length: int) -> dict[str, Array] | None:
+def varied(
+    signature: Signature, any_length: int, *, alike: bool = False
+) -> dict[str, Array] | None:
     """Return inputs as `blank` does, but with values that a model makes a difference of.
 
-    Numbers around zero, ones where whole numbers are taken: what an index or a mask can be.
+    Args:
+        signature: What they are for.
+        any_length: The length of each axis that varies.
+        alike: Whether whole numbers are all one, which a length can be, too; else they are one and
+            nought in turn, what an index or a mask can be. Other numbers lie around zero.
     """
     given = blank(signature, any_length)
     if given is None:
@@ -171,11 +177,23 @@ def varied(signature: Signature, any_length: int) -> dict[str, Array] | None:
     return {
         name: numbers.standard_normal(array.shape).astype(array.dtype)
         if array.dtype.kind == "f"
-        else array
-        if array.dtype.kind == "O"
-        else np.ones_like(array)
+        else _ones(array, alike=alike)
         for name, array in given.items()
     }
+
+
+def _ones(array: Array, *, alike: bool) -> Array:
+    """Return ones, or ones and noughts, in turn along each axis; as texts `1` and an empty one.
+
+    So each row has what the one before it has not. Of equal rows the order makes no difference, nor
+    do their largest or their mean.
+    """
+    ones = np.ones(array.shape, np.bool_)
+    if not alike:
+        for axis, length in enumerate(array.shape):
+            others = (-1,) + (1,) * (array.ndim - axis - 1)
+            ones ^= (np.arange(length) % 2 == 1).reshape(others)
+    return np.where(ones, "1", array) if array.dtype.kind == "O" else ones.astype(array.dtype)
 
 
 def read_source(source: Path | bytes, max_bytes: int) -> tuple[bytes, str]:

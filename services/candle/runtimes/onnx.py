@@ -185,7 +185,12 @@ class Onnx:
         sparing = ort.RunOptions()
         if self.provider == CPU:
             sparing.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
-        for given in (varied(self.signature, ROWS_TRIED), blank(self.signature, ROWS_TRIED)):
+        tried = (
+            varied(self.signature, ROWS_TRIED),
+            varied(self.signature, ROWS_TRIED, alike=True),
+            blank(self.signature, ROWS_TRIED),
+        )
+        for given in tried:
             kept = None if given is None else self._keeps(given, sparing)
             if kept is not None:
                 return kept
