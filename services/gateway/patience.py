@@ -17,7 +17,8 @@ PATIENCE_S: Final = 30.0
 # The least rate beyond that, in bytes a second: what `Options` read.
 RATE: Final = web.AppKey("rate", int)
 RATE_SETTING: Final = "BKG_BODY_MIN_BYTES_PER_S"
-RATE_DEFAULT: Final = 64 * 1024
+# A photo of four megabytes over a poor mobile line comes through.
+RATE_DEFAULT: Final = 16 * 1024
 # What is put aside of a body is kept for `bus.assets.BODY_AGE_S`, and its answer may take 300 s.
 ALL_S: Final = 540.0
 # Of a file, which may be large and its sender far away, nothing may come for this long; it may

@@ -182,7 +182,7 @@ async def test_what_is_done_with_a_body_takes_no_patience():
 
 
 def test_the_least_rate_is_said_by_the_environment():
-    assert Options.from_env({}).body_min_bytes_per_s == 64 * 1024
+    assert Options.from_env({}).body_min_bytes_per_s == 16 * 1024
     assert Options.from_env({"BKG_BODY_MIN_BYTES_PER_S": "0"}).body_min_bytes_per_s == 0
     with pytest.raises(InvalidRequest, match="BKG_BODY_MIN_BYTES_PER_S is '1k'"):
         Options.from_env({"BKG_BODY_MIN_BYTES_PER_S": "1k"})

@@ -23,7 +23,8 @@ from services.gateway.room import Room
 from services.gateway.translate import answer_as_it_is, headers_for_bus, timeout_of
 
 RELAYING_MAX: Final = 256
-RELAYING_MAX_BYTES: Final = 512 * 1024**2
+# Half of what inference may have: what is announced here and does not come leaves it the rest.
+RELAYING_MAX_BYTES: Final = 256 * 1024**2
 _NAME: Final = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)+")
 _NAME_MAX_CHARS: Final = 128
 
