@@ -35,6 +35,8 @@ _CHANGES: Final = {
     "undo-import",
 }
 
+_JOBS: Final = {"import", "export", "reembed"}
+
 log = structlog.get_logger("rustyface.manage")
 
 
@@ -104,10 +106,17 @@ class Manage:
         """Do what is asked; the answer lists all datasets as they are after it.
 
         Raises:
-            InvalidRequest: A field that the action needs is missing; or as the galleries raise.
+            InvalidRequest: A field that the action needs is missing, or what can only be done is to
+                be tried; or as the galleries raise.
             NotFound: There is no such dataset, entry, person, rejection or import.
             Conflict: It does not fit what is there.
         """
+        if request.dry_run and request.action in _CHANGES - _DELETIONS | _JOBS:
+            raise InvalidRequest(
+                f"{request.action} cannot be tried; dry_run goes with "
+                f"{', '.join(sorted(_DELETIONS))}",
+                field="dry_run",
+            )
         told = await self._actions[request.action](request)
         if request.action in _DELETIONS and request.dataset and not request.dry_run:
             told = await self._without_exports(request.dataset, told)
@@ -237,7 +246,9 @@ class Manage:
 
     async def _withdraw(self, request: m.ManageDataset) -> dict[str, Any]:
         name, rejection = _dataset(request), _needed(request, "rejection")
-        removed = await self._galleries.withdraw(name, rejection, by=request.by)
+        removed = await self._galleries.withdraw(
+            name, rejection, by=request.by, dry_run=request.dry_run
+        )
         return {"revision": removed.revision, **_unerased(removed)}
 
     async def _history(self, request: m.ManageDataset) -> dict[str, Any]:
