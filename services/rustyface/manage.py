@@ -1,5 +1,6 @@
 """Answers `dataset.manage`: each of its actions is a question to the galleries, or one change."""
 
+import asyncio
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final, Protocol
@@ -9,7 +10,7 @@ import structlog
 
 from bus import codec
 from bus import messages as m
-from bus.errors import BusError, InvalidRequest, NotFound
+from bus.errors import BusError, DeadlineExceeded, InvalidRequest, NotFound, Unavailable
 from services.rustyface.galleries.asked import changed
 from services.rustyface.galleries.galleries import Galleries, Removed
 
@@ -53,6 +54,10 @@ class Jobs(Protocol):
         Raises:
             BusError: One is left.
         """
+        ...
+
+    def drop_exports_behind(self, dataset: str) -> None:
+        """Do the same, and let nobody wait for it."""
         ...
 
 
@@ -117,8 +122,15 @@ class Manage:
                 f"{', '.join(sorted(_DELETIONS))}",
                 field="dry_run",
             )
-        told = await self._actions[request.action](request)
-        if request.action in _DELETIONS and request.dataset and not request.dry_run:
+        deletes = request.action in _DELETIONS and not request.dry_run
+        try:
+            told = await self._actions[request.action](request)
+        except (asyncio.CancelledError, DeadlineExceeded, Unavailable):
+            # It may be deleted all the same, and nobody would ask again.
+            if deletes and request.dataset:
+                self._jobs.drop_exports_behind(request.dataset)
+            raise
+        if deletes and request.dataset:
             told = await self._without_exports(request.dataset, told)
         if request.action in _CHANGES and not request.dry_run:
             # Whom it concerned does not go into the log: it outlives a deletion.

@@ -33,6 +33,9 @@ class Entered:
         self.dropped.append(dataset)
         self.revisions.append(revision)
 
+    def drop_exports_behind(self, dataset: str) -> None:
+        self.dropped.append(dataset)
+
 
 @pytest.fixture
 def jobs() -> Entered:
