@@ -7,6 +7,7 @@ import time
 from datetime import datetime
 
 import pytest
+import structlog
 
 from bus import messages as m
 from bus.errors import NotFound
@@ -346,3 +347,12 @@ async def test_files_go_with_what_was_deleted_though_nobody_waited_for_that(
         return await stored(client) == set()
 
     await until(has_none)
+
+
+async def test_only_the_deletion_that_takes_a_file_says_so(at, manage):
+    await enrolled(at, 3)
+    job = await at.do("export", "d")
+    with structlog.testing.capture_logs() as said:
+        for entry in ("e0", "e1"):
+            await manage("remove-entry", entry_id=entry)
+    assert [one["job"] for one in said if one["event"] == "export.dropped"] == [job.job]

@@ -195,8 +195,8 @@ class Export:
                 return
             if job.state == "done":
                 done = job.gallery_result
-                if done is not None and done.artefact is not None:
-                    await self._store.delete(done.artefact)
+                # It is gone already where this is not the first deletion since.
+                if done and done.artefact and await self._store.delete(done.artefact):
                     log.info("export.dropped", job=name, artefact=done.artefact)
                 return
             changed = job_rules.outdated(job, revision)
