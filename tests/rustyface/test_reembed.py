@@ -170,6 +170,17 @@ async def test_thresholds_come_along_where_the_embedder_is_the_same(client, toda
     assert await today.settings("new") == thresholds
 
 
+async def test_a_dataset_that_is_there_without_entries_is_filled_and_stays_set_as_it_is(
+    client, old, today
+):
+    pixels = Pixels()
+    pixels.let_go.set()
+    await today.create("new", settings=m.DatasetSettings(scoring="mean", threshold=0.2))
+    done = await Reembed(client.store.faces, today, pixels).carry(JOB, WORK, lambda *_: None)
+    assert (done.added, done.settings, done.notes) == (8, "kept", [])
+    assert (await today.settings("new")).threshold == 0.2
+
+
 async def test_a_new_dataset_that_is_deleted_while_nobody_makes_it_does_not_come_back(
     client, old, today
 ):

@@ -99,14 +99,16 @@ class Reembed:
             record, state="done", added=added, skipped=len(said), rejections=rejected.added
         )
         revision = await self._galleries.end_import(into, end)
+        # One that somebody had made before, without entries, stays set as it is.
+        taken = self._galleries.maker(into) == job.job
         return m.GalleryWorkDone(
             entries=len(ids),
             added=added,
             skipped=len(said),
             failed=[*said, *rejected.told][:TOLD_MAX],
             rejections=rejected.added,
-            settings="taken",
-            notes=[*await self._left_behind(source, into), *rejected.notes],
+            settings="taken" if taken else "kept",
+            notes=[*(await self._left_behind(source, into) if taken else []), *rejected.notes],
             revision=revision,
         )
 
