@@ -95,9 +95,13 @@ async def ask_jetstream(
             break
         except (nats.errors.NoRespondersError, nats.errors.TimeoutError) as error:
             if once or loop.time() + pause_s > deadline:
+                # One that is busy takes its time, and has it on.
+                is_off = subject == "$JS.API.INFO" and isinstance(
+                    error, nats.errors.NoRespondersError
+                )
                 raise Unavailable(
                     f"the broker did not store or read {subject} within {patience_s:g} s"
-                    + (" (is JetStream on?)" if subject == "$JS.API.INFO" else "")
+                    + (" (is JetStream on?)" if is_off else "")
                 ) from error
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, 1.0)

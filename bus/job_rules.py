@@ -243,6 +243,8 @@ def again(job: m.Job, now: datetime) -> m.Job:
         retry_at=None,
         failures=0,
         cancelling=False,
+        entries=0,
+        total_entries=None,
         error=None,
         result=None,
         gallery_result=None,

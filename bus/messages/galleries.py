@@ -106,7 +106,7 @@ class ManageDataset(Message, frozen=True):
         limit: How many are told of.
         after: Go on behind this one: entry, person, or revision of the history.
         embeddings: Whether `entries` come with their vectors.
-        dry_run: Say what would go, but leave it.
+        dry_run: Of what deletes: say what would go, but leave it. Other changes are refused.
         key: Idempotency key of `import`, `export`, `reembed`.
         by: Who asks; the gateway says it.
     """

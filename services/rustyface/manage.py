@@ -1,5 +1,6 @@
 """Answers `dataset.manage`: each of its actions is a question to the galleries, or one change."""
 
+import asyncio
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final, Protocol
@@ -9,7 +10,7 @@ import structlog
 
 from bus import codec
 from bus import messages as m
-from bus.errors import BusError, InvalidRequest, NotFound
+from bus.errors import BusError, DeadlineExceeded, InvalidRequest, NotFound, Unavailable
 from services.rustyface.galleries.asked import changed
 from services.rustyface.galleries.galleries import Galleries, Removed
 
@@ -35,6 +36,8 @@ _CHANGES: Final = {
     "undo-import",
 }
 
+_JOBS: Final = {"import", "export", "reembed"}
+
 log = structlog.get_logger("rustyface.manage")
 
 
@@ -51,6 +54,10 @@ class Jobs(Protocol):
         Raises:
             BusError: One is left.
         """
+        ...
+
+    def drop_exports_behind(self, dataset: str) -> None:
+        """Do the same, and let nobody wait for it."""
         ...
 
 
@@ -104,12 +111,26 @@ class Manage:
         """Do what is asked; the answer lists all datasets as they are after it.
 
         Raises:
-            InvalidRequest: A field that the action needs is missing; or as the galleries raise.
+            InvalidRequest: A field that the action needs is missing, or what can only be done is to
+                be tried; or as the galleries raise.
             NotFound: There is no such dataset, entry, person, rejection or import.
             Conflict: It does not fit what is there.
         """
-        told = await self._actions[request.action](request)
-        if request.action in _DELETIONS and request.dataset and not request.dry_run:
+        if request.dry_run and request.action in _CHANGES - _DELETIONS | _JOBS:
+            raise InvalidRequest(
+                f"{request.action} cannot be tried; dry_run goes with "
+                f"{', '.join(sorted(_DELETIONS))}",
+                field="dry_run",
+            )
+        deletes = request.action in _DELETIONS and not request.dry_run
+        try:
+            told = await self._actions[request.action](request)
+        except (asyncio.CancelledError, DeadlineExceeded, Unavailable):
+            # It may be deleted all the same, and nobody would ask again.
+            if deletes and request.dataset:
+                self._jobs.drop_exports_behind(request.dataset)
+            raise
+        if deletes and request.dataset:
             told = await self._without_exports(request.dataset, told)
         if request.action in _CHANGES and not request.dry_run:
             # Whom it concerned does not go into the log: it outlives a deletion.
@@ -237,7 +258,9 @@ class Manage:
 
     async def _withdraw(self, request: m.ManageDataset) -> dict[str, Any]:
         name, rejection = _dataset(request), _needed(request, "rejection")
-        removed = await self._galleries.withdraw(name, rejection, by=request.by)
+        removed = await self._galleries.withdraw(
+            name, rejection, by=request.by, dry_run=request.dry_run
+        )
         return {"revision": removed.revision, **_unerased(removed)}
 
     async def _history(self, request: m.ManageDataset) -> dict[str, Any]:

@@ -226,6 +226,16 @@ async def test_a_person_is_deleted_with_all_entries(crew):
     assert (await crew.json(PEOPLE))["entries"] == 2
 
 
+async def test_the_deletion_of_an_entry_can_be_tried(crew):
+    [one, *_] = (await crew.json(f"{PEOPLE}/entries"))["entries"]
+    told, _ = await ask(crew, "DELETE", f"{PEOPLE}/entries/{one['id']}?dry-run")
+    assert (told["affected"], told["dry_run"]) == (1, True)
+    assert (await crew.json(f"{PEOPLE}/entries"))["total"] == 4
+    await ask(crew, "DELETE", f"{PEOPLE}/entries/x?dry-run", status=404)
+    await ask(crew, "DELETE", f"{PEOPLE}/entries/{one['id']}?dry-run=maybe", status=400)
+    assert (await crew.json(f"{PEOPLE}/entries"))["total"] == 4
+
+
 async def test_what_is_deleted_but_not_erased_is_said(crew):
     client = crew.parts.client
     await denying(client, f"{client.root}-galleries")
@@ -246,6 +256,9 @@ async def test_a_face_that_is_not_a_person_is_not_named_so_until_that_is_withdra
     found = await people.post("/api/faces/search", search)
     assert found["known"] is False
     assert found["results"][0]["rejected"] is True
+    told, _ = await ask(people, "DELETE", f"{headers['Location']}?dry-run")
+    assert told["dry_run"] is True
+    assert (await people.post("/api/faces/search", search))["known"] is False
     await ask(people, "DELETE", headers["Location"])
     assert (await people.post("/api/faces/search", search))["known"] is True
     await ask(people, "DELETE", headers["Location"], status=404)

@@ -215,6 +215,8 @@ BAD_REJECTIONS = [
     (one(entry="e" * 257), "rejection 1 ('r'): entry must be a text of 1 to 256 characters"),
     (one(id="r" * 65), "rejection 1: id must be a text of 1 to 64 characters, it is 65"),
     (one(id=""), "rejection 1: id must be a text of 1 to 64 characters, it is 0"),
+    # Withdrawing it is what fences are.
+    (one(id="-"), "rejection 1: no rejection can have the id '-'"),
     (one(embedding=[1, 0]), "rejection 1 ('r'): its embedding has 2 values, the dataset has"),
     (one(embedding=[0, 0, 0, 0]), "rejection 1 ('r'): its embedding is all zeros"),
     (one(embedding=[1, "x", 0, 0]), "rejection 1: embedding[1]: Expected `float`, got `str`"),

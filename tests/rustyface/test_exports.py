@@ -7,6 +7,7 @@ import time
 from datetime import datetime
 
 import pytest
+import structlog
 
 from bus import messages as m
 from bus.errors import NotFound
@@ -294,3 +295,64 @@ async def test_all_files_of_a_dataset_go_though_one_cannot_be_deleted(
     assert answer.warnings == [
         "exported files of 'd' may still have what was deleted, for an hour at most: a bad sector"
     ]
+
+
+async def test_all_files_of_a_dataset_are_gone_before_the_first_is_erased_and_who_asked_may_leave(
+    client, at, manage, monkeypatch
+):
+    await enrolled(at, 3)
+    for _ in range(3):
+        await at.do("export", "d")
+    store = at.jobs._work.exports._store
+    drop, erasing, go_on = store.drop, [], asyncio.Event()
+
+    async def slow(upload, erase_s=None) -> None:
+        erasing.append(upload)
+        await go_on.wait()
+        await drop(upload, erase_s)
+
+    monkeypatch.setattr(store, "drop", slow)
+    asked = asyncio.create_task(manage("remove-entry", entry_id="e0"))
+    await until(lambda: len(erasing) == 3)
+    assert await stored(client) == set()
+    asked.cancel()
+    await asyncio.wait([asked])
+    assert asked.cancelled()
+    go_on.set()
+    await until(lambda: not at.jobs._dropping)
+    assert not (await client.store.faces._stream.occupied("$O.*.C.*")).subjects
+
+
+@pytest.mark.parametrize("action", ["delete-dataset", "remove-entry"])
+async def test_files_go_with_what_was_deleted_though_nobody_waited_for_that(
+    client, at, manage, monkeypatch, action
+):
+    await enrolled(at, 3)
+    await at.do("export", "d")
+    clear, clearing = at.galleries._ledger.clear, asyncio.Event()
+
+    async def never(_dead, **_more) -> None:
+        clearing.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(at.galleries._ledger, "clear", never)
+    asked = asyncio.create_task(manage(action, entry_id="e0"))
+    await clearing.wait()
+    assert len(await stored(client)) == 1
+    asked.cancel()
+    monkeypatch.setattr(at.galleries._ledger, "clear", clear)
+    await asyncio.wait([asked])
+
+    async def has_none() -> bool:
+        return await stored(client) == set()
+
+    await until(has_none)
+
+
+async def test_only_the_deletion_that_takes_a_file_says_so(at, manage):
+    await enrolled(at, 3)
+    job = await at.do("export", "d")
+    with structlog.testing.capture_logs() as said:
+        for entry in ("e0", "e1"):
+            await manage("remove-entry", entry_id=entry)
+    assert [one["job"] for one in said if one["event"] == "export.dropped"] == [job.job]

@@ -36,6 +36,9 @@ class Entered:
         self.dropped.append(dataset)
         self.revisions.append(revision)
 
+    def drop_exports_behind(self, dataset: str) -> None:
+        self.dropped.append(dataset)
+
 
 @pytest.fixture
 def jobs() -> Entered:
@@ -226,6 +229,29 @@ async def test_a_match_is_rejected_and_taken_back(manage):
     assert (await manage("stats")).dataset.rejections == 2
     await manage("withdraw-rejection", rejection=by_entry.rejection)
     assert (await manage("subjects")).subjects[0].rejections == [by_face.rejection]
+
+
+async def test_what_is_only_tried_changes_nothing_and_what_cannot_be_tried_is_refused(manage):
+    rejection = (await manage("reject-match", subject="ann", entry_id="n0")).rejection
+    before = (await manage("stats")).dataset
+    await manage("withdraw-rejection", rejection=rejection, dry_run=True)
+    with pytest.raises(NotFound):
+        await manage("withdraw-rejection", rejection="x", dry_run=True)
+    for action, fields in (
+        ("create", {"dataset": "h"}),
+        ("configure", {"changes": {"keep_images": True}}),
+        ("move-entry", {"entry_id": "a0", "into": "bob"}),
+        ("rename-subject", {"subject": "ann", "into": "anna"}),
+        ("merge-subjects", {"subjects": ["ann"], "into": "bob"}),
+        ("reject-match", {"subject": "bob", "entry_id": "a0"}),
+        ("export", {}),
+    ):
+        with pytest.raises(InvalidRequest, match=f"{action} cannot be tried") as caught:
+            await manage(action, dry_run=True, **fields)
+        assert caught.value.field == "dry_run"
+    told = await manage("list")
+    assert (await manage("stats")).dataset == before
+    assert [one.id for one in told.datasets] == ["g"]
 
 
 async def test_the_history_is_told_page_by_page(manage):

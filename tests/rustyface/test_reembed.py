@@ -8,10 +8,12 @@ import itertools
 import threading
 
 import cv2
+import msgspec
 import numpy as np
 import pytest
 
 from bus import messages as m
+from bus.errors import NotFound
 from bus.testing import until
 from services.rustyface.galleries.galleries import NewEntry, Query
 from services.rustyface.photos.embedding import Pixel32
@@ -166,6 +168,36 @@ async def test_thresholds_come_along_where_the_embedder_is_the_same(client, toda
         pixels.let_go.set()
         assert (await carried).notes == []
     assert await today.settings("new") == thresholds
+
+
+async def test_a_dataset_that_is_there_without_entries_is_filled_and_stays_set_as_it_is(
+    client, old, today
+):
+    pixels = Pixels()
+    pixels.let_go.set()
+    await today.create("new", settings=m.DatasetSettings(scoring="mean", threshold=0.2))
+    done = await Reembed(client.store.faces, today, pixels).carry(JOB, WORK, lambda *_: None)
+    assert (done.added, done.settings, done.notes) == (8, "kept", [])
+    assert (await today.settings("new")).threshold == 0.2
+
+
+async def test_a_new_dataset_that_is_deleted_while_nobody_makes_it_does_not_come_back(
+    client, old, today
+):
+    pixels = Pixels()
+    pixels.let_go.set()
+    work = Reembed(client.store.faces, today, pixels)
+    await work.carry(JOB, WORK, lambda *_: None)
+    await today.delete("new")
+    cut_short = msgspec.structs.replace(JOB, entries=8)
+    with pytest.raises(NotFound, match="'new' that this job had made was deleted meanwhile"):
+        await work.carry(cut_short, WORK, lambda *_: None)
+    assert "new" not in today
+    # Somebody else's of that name is not what it had made.
+    await today.create("new")
+    await today.delete("new")
+    await work.carry(cut_short, WORK, lambda *_: None)
+    assert len(today.ids("new")) == 8
 
 
 async def test_what_somebody_has_put_into_the_new_dataset_stays_theirs(client, old, today):

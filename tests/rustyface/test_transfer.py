@@ -245,6 +245,26 @@ async def test_an_import_whose_worker_is_killed_is_ended_by_another_without_doub
             await process.wait()
 
 
+async def test_a_dataset_that_is_deleted_while_nobody_does_its_import_does_not_come_back(
+    client, settings, carrier, tmp_path, hurried
+):
+    artefact = await uploaded(client, as_file(tmp_path / "f", rows_of(LARGE)))
+    async with carrier() as at:
+        asked = m.GalleryWork(action="import", dataset="d", artefact=artefact)
+        job = await at.jobs.enter(asked)
+        await writing(client, job)
+    async with carrier(at_once=0, slot=2) as other:
+        await other.galleries.delete("d")
+    async with carrier(slot=1) as at:
+        failed = await ended_as(client, job, "failed")
+        assert "was deleted" in failed.error
+        assert "d" not in at.galleries
+        # Whoever wants it all the same says so.
+        await client.call(DATASET_JOB_RETRY, m.NameJob(job=job.job))
+        await ended_as(client, job, "done", 90)
+        assert len(at.galleries.ids("d")) == LARGE
+
+
 async def test_a_worker_that_leaves_gives_its_import_to_another(client, carrier, tmp_path, hurried):
     artefact = await uploaded(client, as_file(tmp_path / "f", rows_of(LARGE)))
     async with carrier() as at:

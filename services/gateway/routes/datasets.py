@@ -179,10 +179,10 @@ async def move(request: web.Request) -> web.Response:
 
 
 async def remove_entry(request: web.Request) -> web.Response:
-    """Delete an entry, from memory and from the broker. 404 there is none."""
-    name = request.match_info["entry"]
-    told = await manage(request, "remove-entry", entry_id=name)
-    return _changed(told, entry=name)
+    """Delete an entry, from memory and from the broker; `?dry-run` only says if. 404 none."""
+    name, dry_run = request.match_info["entry"], _flag(request, "dry-run")
+    told = await manage(request, "remove-entry", entry_id=name, dry_run=dry_run)
+    return _changed(told, entry=name, dry_run=dry_run)
 
 
 async def image(request: web.Request) -> web.StreamResponse:
@@ -273,10 +273,10 @@ async def reject(request: web.Request) -> web.Response:
 
 
 async def withdraw(request: web.Request) -> web.Response:
-    """Take back that a face is not a person. 404 nobody has said so."""
-    name = request.match_info["rejection"]
-    told = await manage(request, "withdraw-rejection", rejection=name)
-    return _changed(told, rejection=name)
+    """Take back that a face is not a person; `?dry-run` only says if. 404 nobody has said so."""
+    name, dry_run = request.match_info["rejection"], _flag(request, "dry-run")
+    told = await manage(request, "withdraw-rejection", rejection=name, dry_run=dry_run)
+    return _changed(told, rejection=name, dry_run=dry_run)
 
 
 # --- What was done --------------------------------------------------------------------------------

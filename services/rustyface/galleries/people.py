@@ -204,7 +204,9 @@ class People(Questions):
             await self._ledger.settle(there, [])
         return Repeated(added + len(said) - len(lost), known, refused, revision)
 
-    async def withdraw(self, gallery: str, rejection: str, *, by: str | None = None) -> Removed:
+    async def withdraw(
+        self, gallery: str, rejection: str, *, by: str | None = None, dry_run: bool = False
+    ) -> Removed:
         """Take a rejection back; raises NotFound if there is no such gallery or rejection."""
         there = await self._ledger.known(gallery)
         known = there.rejections.get(rejection)
@@ -212,6 +214,8 @@ class People(Questions):
             raise NotFound(
                 f"the dataset {gallery!r} has no rejection {rejection!r}", field="rejection"
             )
+        if dry_run:
+            return Removed(0, there.revision)
         called, since = known.person.name, known.since
         with self._ledger.taking() as (message_id, dead):
             revision = await self._ledger.withdraw(there, rejection, message_id)

@@ -6,9 +6,11 @@ from typing import Any
 
 import numpy as np
 
+from bus import codec
 from bus import messages as m
 from bus.errors import InvalidRequest
 from bus.streams import Stream
+from bus.subjects import GALLERY_HEAD
 from services.rustyface.galleries import filters
 from services.rustyface.galleries.asked import Found, Match, NewRejection, Query
 from services.rustyface.galleries.clearing import DropImage
@@ -280,6 +282,14 @@ class Questions:
         """Return the import that made a gallery, as far as this replica knows; None if none did."""
         there = self._galleries.get(gallery)
         return there.head.imported if there else None
+
+    async def ended_maker(self, gallery: str) -> str | None:
+        """Return the import that made a gallery which was deleted; None of one that is there."""
+        if gallery in self:
+            return None
+        stored = await self._stream.last(GALLERY_HEAD.subject(self._root, gallery=gallery))
+        head = None if stored is None else codec.decode(stored.body, m.GalleryHead)
+        return head.imported if head is not None and head.deleted else None
 
     async def history(
         self, gallery: str, *, limit: int, after: int | None = None

@@ -160,16 +160,19 @@ class Export:
         Raises:
             BusError: A file could not be deleted; the others are.
         """
-        failed: list[BusError] = []
-        for entry in await self._client.store.jobs.all():
-            job = entry.value
-            if job is None or job.gallery is None or job.gallery.action != "export":
-                continue
-            if job.gallery.dataset == dataset and job.state in ("running", "done"):
-                try:
-                    await self._drop(job.job, revision)
-                except BusError as error:
-                    failed.append(error)
+        names = [
+            job.job
+            for entry in await self._client.store.jobs.all()
+            if (job := entry.value) is not None
+            and job.gallery is not None
+            and (job.gallery.action, job.gallery.dataset) == ("export", dataset)
+            and job.state in ("running", "done")
+        ]
+        # All at once: to erase one takes seconds, and until then the others could be fetched.
+        dropped = await asyncio.gather(
+            *(self._drop(one, revision) for one in names), return_exceptions=True
+        )
+        failed = [one for one in dropped if isinstance(one, BaseException)]
         if failed:
             raise failed[0]
 
@@ -192,8 +195,8 @@ class Export:
                 return
             if job.state == "done":
                 done = job.gallery_result
-                if done is not None and done.artefact is not None:
-                    await self._store.delete(done.artefact)
+                # It is gone already where this is not the first deletion since.
+                if done and done.artefact and await self._store.delete(done.artefact):
                     log.info("export.dropped", job=name, artefact=done.artefact)
                 return
             changed = job_rules.outdated(job, revision)

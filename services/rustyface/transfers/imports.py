@@ -259,7 +259,12 @@ class Import:
     async def _made(
         self, job: m.Job, work: m.GalleryWork, record: m.GalleryImport, head: Head
     ) -> bool:
-        """Make the dataset if it is not there; tell whether this job has, in whichever try."""
+        """Make the dataset if it is not there; tell whether this job has, in whichever try.
+
+        Raises:
+            NotFound: It had, and somebody has deleted it since.
+        """
+        await check_not_deleted(self._galleries, work.dataset, job)
         settings = None if work.file_settings == "keep" else head.settings
         await self._galleries.create(
             work.dataset, at=head.created_at, settings=settings, imported=record.id, by=work.by
@@ -339,6 +344,22 @@ class Import:
             "so; with file_settings (--settings) take an import sets it as the file says"
         )
         return "kept", [note]
+
+
+async def check_not_deleted(galleries: Galleries, dataset: str, job: m.Job) -> None:
+    """Raise NotFound if a dataset was deleted that a try of a job has made which was cut short.
+
+    One that somebody has asked to be tried again has no entries done, and makes it anew.
+    """
+    if not job.entries:
+        return
+    maker = await galleries.ended_maker(dataset)
+    if maker is not None and maker.partition(".")[0] == job.job:
+        raise NotFound(
+            f"the dataset {dataset!r} that this job had made was deleted meanwhile; try the job "
+            "again to have it made anew",
+            field="dataset",
+        )
 
 
 async def rejected_again(

@@ -18,7 +18,7 @@ from bus.tasks import to_its_end
 from services.rustyface.galleries.galleries import Galleries, NewEntry, NewRejection
 from services.rustyface.photos.workers import processors
 from services.rustyface.transfers.files import BATCH
-from services.rustyface.transfers.imports import TOLD_MAX, Pace, Repeating
+from services.rustyface.transfers.imports import TOLD_MAX, Pace, Repeating, check_not_deleted
 
 Floats = npt.NDArray[np.float32]
 
@@ -71,7 +71,7 @@ class Reembed:
         and what the embedder finds no face in, is left out and named.
 
         Raises:
-            NotFound: There is no such dataset.
+            NotFound: There is no such dataset; or the new one was deleted meanwhile.
             Conflict: The new one is there already, and not of this job.
             BusError: The entries could not be stored.
         """
@@ -99,14 +99,16 @@ class Reembed:
             record, state="done", added=added, skipped=len(said), rejections=rejected.added
         )
         revision = await self._galleries.end_import(into, end)
+        # One that somebody had made before, without entries, stays set as it is.
+        taken = self._galleries.maker(into) == job.job
         return m.GalleryWorkDone(
             entries=len(ids),
             added=added,
             skipped=len(said),
             failed=[*said, *rejected.told][:TOLD_MAX],
             rejections=rejected.added,
-            settings="taken",
-            notes=[*await self._left_behind(source, into), *rejected.notes],
+            settings="taken" if taken else "kept",
+            notes=[*(await self._left_behind(source, into) if taken else []), *rejected.notes],
             revision=revision,
         )
 
@@ -121,6 +123,7 @@ class Reembed:
 
     async def _begun(self, job: m.Job, work: m.GalleryWork, into: str) -> m.GalleryImport:
         """Make the new dataset, or find the one that an earlier try has made."""
+        await check_not_deleted(self._galleries, into, job)
         settings = await self._galleries.settings(work.dataset)
         record = m.GalleryImport(
             id=job.job, at=m.now(), source=work.dataset, format="reembed", by=work.by

@@ -35,6 +35,8 @@ from services.rustyface.transfers.scratch import Scratch
 
 BEGUN: Final = ".importing"
 DONE: Final = ".imported"
+# How long a worker that stops waits until exports are gone of what was deleted.
+DROP_S: Final = 5.0
 
 log = structlog.get_logger("rustyface.transfer")
 
@@ -69,6 +71,7 @@ class GalleryJobs:
         self._leftovers = Leftovers(
             client, instance, galleries, self._work.exports, self._work.closed
         )
+        self._dropping: set[asyncio.Task[None]] = set()
 
     @asynccontextmanager
     async def serving(self) -> AsyncGenerator[None]:
@@ -78,6 +81,10 @@ class GalleryJobs:
             async with self._jobs.serving(), chores:
                 yield
         finally:
+            if self._dropping:
+                await asyncio.wait(self._dropping, timeout=DROP_S)
+            for left in self._dropping:
+                left.cancel()
             await to_its_end(self._scratch.close)
 
     async def enter(self, work: m.GalleryWork) -> m.Job:
@@ -117,8 +124,30 @@ class GalleryJobs:
         return found is not None and found.value is not None
 
     async def drop_exports(self, dataset: str, revision: int) -> None:
-        """Delete every exported file of a dataset; see `Export.drop`."""
-        await self._work.exports.drop(dataset, revision)
+        """Delete every exported file of a dataset; see `Export.drop`.
+
+        Goes on though the caller gives up: what was deleted must not be fetched for that.
+        """
+        dropping = self._begun(dataset, revision)
+        try:
+            await asyncio.shield(dropping)
+        except asyncio.CancelledError:
+            dropping.add_done_callback(_say_left)
+            raise
+
+    def drop_exports_behind(self, dataset: str) -> None:
+        """Do the same where nobody waits any more who would know of a revision."""
+        self._begun(dataset, None).add_done_callback(_say_left)
+
+    def _begun(self, dataset: str, revision: int | None) -> asyncio.Task[None]:
+        async def drop() -> None:
+            at = await self._galleries.newest() if revision is None else revision
+            await self._work.exports.drop(dataset, at)
+
+        dropping = asyncio.create_task(drop(), name=f"exports of {dataset}")
+        self._dropping.add(dropping)
+        dropping.add_done_callback(self._dropping.discard)
+        return dropping
 
 
 class _Work:
@@ -260,6 +289,11 @@ class _Named(m.Message, frozen=True):
     """What a file has to say to become a dataset."""
 
     dataset: m.Name
+
+
+def _say_left(dropping: asyncio.Task[None]) -> None:
+    if not dropping.cancelled() and (error := dropping.exception()) is not None:
+        log.error("exports.not_deleted", of=dropping.get_name(), cause=str(error))
 
 
 def _work_of(job: m.Job) -> m.GalleryWork:

@@ -12,6 +12,7 @@ from bus import codec
 from bus import messages as m
 from bus.errors import BusError, InvalidRequest, Unprocessable
 from services.rustyface.galleries.asked import changed
+from services.rustyface.galleries.projection import FENCE
 from services.rustyface.transfers.files.rows import (
     BATCH,
     ENTRIES_MAX,
@@ -131,6 +132,8 @@ def rejection(
         refuse(index, name, "it has neither an entry nor an embedding", what="rejection")
     if name is not None:
         own = text_in(name, index, None, "id", most=REJECTION_ID_MAX, what="rejection")
+        if own == FENCE:
+            refuse(index, None, f"no rejection can have the id {FENCE!r}", what="rejection")
     else:
         said = msgspec.msgpack.encode([who, face, None if vector is None else vector.tobytes()])
         own = hashlib.blake2b(said, digest_size=8).hexdigest()
