@@ -50,10 +50,15 @@ GROUP: Final = ""
 ALONE: Final = 32
 # How long a subject is left to the group once somebody without a slot has answered.
 FOREIGN_S: Final = 60.0
+# How long a slot is passed over whose process has ended; another one takes a second at least.
+ENDED_S: Final = 2.0
+# The request may be what ended it, and would end who is asked next: so long nothing is asked twice.
+ONCE_S: Final = 30.0
 
 # What became of a request: answered; refused, or failed, by who did get it; refused because it
-# had too much to do; no answer, or nobody there who serves this; given up by the caller.
-Outcome = Literal["answered", "failed", "busy", "gone", "dropped"]
+# had too much to do; no answer, or nobody there who serves this; who had it has ended; given up by
+# the caller.
+Outcome = Literal["answered", "failed", "busy", "gone", "ended", "dropped"]
 
 
 class Choice(msgspec.Struct, frozen=True, gc=False):
@@ -123,6 +128,7 @@ class _Subject:
         usual_bytes: What the body of one has; None: not known.
         answers: How many came since a slot was learned.
         foreign_until: Until when no slots are learned.
+        once_until: Until when nothing is asked twice.
     """
 
     slots: dict[str, _Slot] = field(default_factory=dict)
@@ -131,6 +137,7 @@ class _Subject:
     usual_bytes: float | None = None
     answers: int = 0
     foreign_until: float = 0.0
+    once_until: float = 0.0
 
     def agree(self) -> None:
         """Take note of what all slots say."""
@@ -190,7 +197,8 @@ class Balance:
         if found is None:
             return None
         self._subjects.move_to_end(subject)
-        copied = size is not None and found.idempotent and not again
+        twice = found.idempotent and now >= found.once_until
+        copied = size is not None and twice and not again
         explores = False
         if not again:
             if len(found.slots) < 2:
@@ -252,6 +260,8 @@ class Balance:
         found = self._subjects.get(subject)
         if found is None or found.saved < weight or not found.idempotent:
             return None
+        if now < found.once_until:
+            return None
         others = [
             (slot.expected_s(now), name)
             for name, slot in found.slots.items()
@@ -297,6 +307,11 @@ class Balance:
         if outcome == "gone":
             if found and asked and found.slots.pop(asked, None):
                 found.agree()
+        elif outcome == "ended":
+            if found:
+                found.once_until = now + ONCE_S
+            if slot:
+                slot.busy_until = now + ENDED_S
         elif outcome == "busy":
             if found and by in found.slots:
                 found.slots[by].busy_until = now + BUSY_S
