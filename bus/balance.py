@@ -92,6 +92,7 @@ class _Slot:
         progress_at: When it last answered, or was idle.
         sent_at: When it was last sent one.
         busy_until: Until when it is passed over.
+        ended: Whether that is because its process has ended, and none has answered since.
         idempotent: Whether it says that it may be asked the same twice.
     """
 
@@ -101,6 +102,7 @@ class _Slot:
     progress_at: float = 0.0
     sent_at: float = 0.0
     busy_until: float = 0.0
+    ended: bool = False
     idempotent: bool = False
 
     def sent(self, now: float) -> None:
@@ -311,7 +313,7 @@ class Balance:
             if found:
                 found.once_until = now + ONCE_S
             if slot:
-                slot.busy_until = now + ENDED_S
+                slot.ended, slot.busy_until = True, now + ENDED_S
         elif outcome == "busy":
             if found and by in found.slots:
                 found.slots[by].busy_until = now + BUSY_S
@@ -339,6 +341,8 @@ class Balance:
             weight = math.exp(-max(0.0, now - slot.measured_at) / MEMORY_S)
             slot.each_s = weight * slot.each_s + (1 - weight) * each_s
             slot.measured_at = now
+            if slot.ended:
+                slot.ended, slot.busy_until = False, 0.0
             if slot.idempotent != idempotent:
                 slot.idempotent = idempotent
                 found.agree()

@@ -87,7 +87,7 @@ async def test_what_was_asked_of_the_group_is_lost_where_nobody_else_could_have_
     [asked] = relays(client, held.subject)
     await until(lambda: held.counts.total() == 1)
     client.lost(ended(0))
-    client.lost(ended(0, alone=frozenset({"candle.model", "candle.model.inf", "candle.stats"})))
+    client.lost(ended(0, alone=frozenset({"candle.model.inf", "candle.stats"})))
     client.lost(ended(0, alone=INFERS, before=time.perf_counter() - 60))
     assert waiting(client) == 1
     client.lost(ended(0, alone=INFERS))
@@ -179,7 +179,14 @@ def test_what_may_have_ended_one_is_not_asked_of_two_for_a_while():
     both.ended("s", A, "ended", 1)
     assert both.choose("s", 1, 1) == Choice(B)
     assert both.more("s", A, 10, 1) is None
-    # It is asked again when another process can be there, and known all the while.
+    # It is asked again when another process can be there, or has answered; known all the while.
+    both.ended("s", B, "dropped", 1)
+    both.ended("s", B, "ended", 1)
+    assert both.choose("s", 1, 1) is None
+    for slot in (A, B):
+        both.ended("s", None, "answered", 1, slot, 0.01, True)
+    assert both.choose("s", 1, 1) == Choice(A)
+    both.ended("s", A, "ended", 1)
     later = 1 + balance.ENDED_S
     assert both.choose("s", later, 1) == Choice(A)
     assert both.more("s", B, 10, later) is None
