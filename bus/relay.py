@@ -234,7 +234,6 @@ class Asked:
     def ended(self, error: TimeoutError | Unavailable) -> None:
         """Take note that there will be no reply."""
         if isinstance(error, Unavailable):
-            self.inbox = ""
             self._tell("ended" if isinstance(error, InstanceEnded) else "dropped")
             self._end(error)
             return

@@ -123,6 +123,26 @@ async def test_what_was_asked_of_one_by_name_is_lost_with_it(client, settings):
     await heard.unsubscribe()
 
 
+async def test_what_has_not_been_sent_as_a_whole_is_not_lost(client, held: Two, monkeypatch):
+    held.expect(10, 10)
+    taken, send = asyncio.Event(), client.send
+
+    async def send_slowly(*message):
+        await taken.wait()
+        await send(*message)
+
+    monkeypatch.setattr(client._wire, "send", lambda *_: False)
+    monkeypatch.setattr(client, "send", send_slowly)
+    [asked] = relays(client, held.subject)
+    await until(lambda: waiting(client) == 1)
+    client.lost(ended(0))
+    client.lost(ended(1))
+    assert waiting(client) == 1
+    for event in (taken, *held.go_on):
+        event.set()
+    assert (await asked).body in {b"0", b"1"}
+
+
 async def test_a_large_body_does_not_stay_behind(client, held: Two):
     held.expect(10, 10)
     body = bytes(client.max_payload + 1)
