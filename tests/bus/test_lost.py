@@ -127,7 +127,7 @@ async def test_what_has_not_been_sent_as_a_whole_is_not_lost(client, held: Two, 
     held.expect(10, 10)
     taken, send = asyncio.Event(), client.send
 
-    async def send_slowly(*message):
+    async def send_slowly(*message: object):
         await taken.wait()
         await send(*message)
 

@@ -9,8 +9,10 @@ import time
 from contextlib import AsyncExitStack, asynccontextmanager
 
 import msgspec
+import onnx
 import psutil
 import pytest
+from onnx import TensorProto, helper
 
 from bus import messages as m
 from bus.instance import join
@@ -21,8 +23,22 @@ from services.supervisor.service import Supervisor
 from tests.gateway.inferring import ONES, put
 
 INFER, RUN = "/v2/models/m/infer", "/api/capabilities/candle.model.run"
+DIVIDE = "/v2/models/divide/infer"
 ASKED = 8
 WITHIN_S = 2.0
+
+
+def divided(one: int, by: int) -> dict[str, object]:
+    numbers = {"a": one, "b": by}
+    return {
+        "inputs": [
+            {"name": name, "datatype": "INT32", "shape": [1], "data": [value]}
+            for name, value in numbers.items()
+        ]
+    }
+
+
+BODIES = {INFER: ONES, RUN: {"id": "m", "inputs": [[1, 1]]}, DIVIDE: divided(4, 2)}
 
 
 @pytest.fixture
@@ -64,8 +80,8 @@ def all_run(gate) -> bool:
     return state is not None and state.status == "running"
 
 
-def ready(gate) -> int:
-    return sum(one.state == "ready" for _, one in gate.parts.models.served("m", "1"))
+def ready(gate, model="m") -> int:
+    return sum(one.state == "ready" for _, one in gate.parts.models.served(model, "1"))
 
 
 def pid_of(gate, slot=0) -> int:
@@ -73,9 +89,9 @@ def pid_of(gate, slot=0) -> int:
     return place.pid
 
 
-async def ask(gate, path=INFER):
+async def ask(gate, path=INFER, body=None):
     """Return status, headers, body, and when they came."""
-    body = ONES if path == INFER else {"id": "m", "inputs": [[1, 1]]}
+    body = body or BODIES[path]
     async with gate.http.post(path, data=io.BytesIO(json.dumps(body).encode())) as answer:
         return answer.status, answer.headers, await answer.json(content_type=None), time.monotonic()
 
@@ -88,16 +104,16 @@ def waiting(gate) -> int:
     return len(gate.parts.client._replies._waiting)
 
 
-def in_flight(gate, endpoint=MODEL_INFER) -> dict[str, int]:
+def in_flight(gate, endpoint=MODEL_INFER, model="m") -> dict[str, int]:
     balance = gate.parts.client._asker.balance
-    found = balance._subjects.get(endpoint.subject(gate.parts.client.root, "m"))
+    found = balance._subjects.get(endpoint.subject(gate.parts.client.root, model))
     return {name: slot.in_flight for name, slot in found.slots.items()} if found else {}
 
 
-async def both_known(gate) -> None:
+async def both_known(gate, path=INFER) -> None:
     async with asyncio.timeout(30):
-        while len(in_flight(gate)) < 2:
-            await ask(gate)
+        while len(in_flight(gate, model=path.split("/")[3])) < 2:
+            await ask(gate, path)
 
 
 def nothing_is_left(gate) -> bool:
@@ -197,6 +213,29 @@ async def test_what_was_asked_of_the_other_as_well_is_answered_though_the_first_
         await until(lambda: in_flight(gate)["candle.0"] == waiting(gate) > 0)
         os.kill(pid, signal.SIGKILL)
         await until(lambda: nothing_is_left(gate), WITHIN_S)
+
+
+async def test_a_request_that_has_killed_a_worker_is_not_asked_of_two(gate, fleet, settings):
+    await fleet(2)
+    values = [helper.make_tensor_value_info(name, TensorProto.INT32, ["n"]) for name in "abc"]
+    node = helper.make_node("Div", ["a", "b"], ["c"])
+    graph = helper.make_graph([node], "divide", values[:2], values[2:])
+    opset = [helper.make_opsetid("", 17)]
+    model = helper.make_model(graph, opset_imports=opset, ir_version=9)
+    onnx.save(model, settings.data_dir / "models" / "divide.onnx")
+    await put(gate, "divide.onnx", "divide")
+    await until(lambda: ready(gate, "divide") == 2, 30)
+    # The first time the other one may have been asked before the end of the first was known.
+    for killed_at_most in (2, 1):
+        await both_known(gate, DIVIDE)
+        pids = {pid_of(gate, 0), pid_of(gate, 1)}
+        status, _, body, _ = await ask(gate, DIVIDE, divided(-(2**31), -1))
+        assert (status, body["state"]) == (503, "ended"), body
+        assert "SIGFPE" in body["reason"]
+        await until(lambda: not all_run(gate))
+        await until(lambda: all_run(gate), 30)
+        killed = pids - {pid_of(gate, 0), pid_of(gate, 1)}
+        assert 1 <= len(killed) <= killed_at_most
 
 
 async def test_a_restart_loses_nothing(gate, fleet, client):
