@@ -1,4 +1,4 @@
-"""What comes back for a request: an answer, or an error, and the headers that say so."""
+"""What becomes of a request: an answer or an error, and the headers that say so; or neither."""
 
 import re
 from collections.abc import Mapping
@@ -26,6 +26,27 @@ class Answer(msgspec.Struct, frozen=True):
 
     body: bytes
     headers: Mapping[str, str]
+
+
+class Ended(msgspec.Struct, frozen=True, kw_only=True):
+    """The end of a process that filled a place.
+
+    Attributes:
+        plugin: Of which plugin.
+        slot: The place.
+        host: Where.
+        how: How it ended, in words.
+        before: What was sent to the place later, in the time of `time.perf_counter`, is for its
+            successor.
+        alone: The capabilities that nobody else has who is ready.
+    """
+
+    plugin: str
+    slot: str
+    host: str
+    how: str
+    before: float
+    alone: frozenset[str]
 
 
 def error_in(body: bytes, headers: Mapping[str, str]) -> BusError:

@@ -50,10 +50,15 @@ GROUP: Final = ""
 ALONE: Final = 32
 # How long a subject is left to the group once somebody without a slot has answered.
 FOREIGN_S: Final = 60.0
+# How long a slot is passed over whose process has ended; another one takes a second at least.
+ENDED_S: Final = 2.0
+# The request may be what ended it, and would end who is asked next: so long nothing is asked twice.
+ONCE_S: Final = 30.0
 
 # What became of a request: answered; refused, or failed, by who did get it; refused because it
-# had too much to do; no answer, or nobody there who serves this; given up by the caller.
-Outcome = Literal["answered", "failed", "busy", "gone", "dropped"]
+# had too much to do; no answer, or nobody there who serves this; who had it has ended; given up by
+# the caller.
+Outcome = Literal["answered", "failed", "busy", "gone", "ended", "dropped"]
 
 
 class Choice(msgspec.Struct, frozen=True, gc=False):
@@ -87,6 +92,7 @@ class _Slot:
         progress_at: When it last answered, or was idle.
         sent_at: When it was last sent one.
         busy_until: Until when it is passed over.
+        ended: Whether that is because its process has ended, and none has answered since.
         idempotent: Whether it says that it may be asked the same twice.
     """
 
@@ -96,6 +102,7 @@ class _Slot:
     progress_at: float = 0.0
     sent_at: float = 0.0
     busy_until: float = 0.0
+    ended: bool = False
     idempotent: bool = False
 
     def sent(self, now: float) -> None:
@@ -123,6 +130,7 @@ class _Subject:
         usual_bytes: What the body of one has; None: not known.
         answers: How many came since a slot was learned or forgotten.
         foreign_until: Until when no slots are learned.
+        once_until: Until when nothing is asked twice.
     """
 
     slots: dict[str, _Slot] = field(default_factory=dict)
@@ -131,6 +139,7 @@ class _Subject:
     usual_bytes: float | None = None
     answers: int = 0
     foreign_until: float = 0.0
+    once_until: float = 0.0
 
     def agree(self) -> None:
         """Take note of what all slots say."""
@@ -190,7 +199,8 @@ class Balance:
         if found is None:
             return None
         self._subjects.move_to_end(subject)
-        copied = size is not None and found.idempotent and not again
+        twice = found.idempotent and now >= found.once_until
+        copied = size is not None and twice and not again
         explores = False
         if not again:
             if len(found.slots) < 2:
@@ -252,6 +262,8 @@ class Balance:
         found = self._subjects.get(subject)
         if found is None or found.saved < weight or not found.idempotent:
             return None
+        if now < found.once_until:
+            return None
         others = [
             (slot.expected_s(now), name)
             for name, slot in found.slots.items()
@@ -299,6 +311,11 @@ class Balance:
                 # It may be back: whether another is alone is not known any more.
                 found.answers = 0
                 found.agree()
+        elif outcome == "ended":
+            if found:
+                found.once_until = now + ONCE_S
+            if slot:
+                slot.ended, slot.busy_until = True, now + ENDED_S
         elif outcome == "busy":
             if found and by in found.slots:
                 found.slots[by].busy_until = now + BUSY_S
@@ -326,6 +343,8 @@ class Balance:
             weight = math.exp(-max(0.0, now - slot.measured_at) / MEMORY_S)
             slot.each_s = weight * slot.each_s + (1 - weight) * each_s
             slot.measured_at = now
+            if slot.ended:
+                slot.ended, slot.busy_until = False, 0.0
             if slot.idempotent != idempotent:
                 slot.idempotent = idempotent
                 found.agree()

@@ -8,7 +8,7 @@ from typing import Final, TypeVar
 from nats.aio.client import Client as Nats
 
 from bus import codec
-from bus.answers import ERROR, ERROR_CODE, IDEMPOTENT, INSTANCE, NOT_SERVED, SLOT, Answer
+from bus.answers import ERROR, ERROR_CODE, IDEMPOTENT, INSTANCE, NOT_SERVED, SLOT, Answer, Ended
 from bus.bodies import Bodies, Reference
 from bus.connection import Connection, connected
 from bus.errors import BusError
@@ -167,6 +167,13 @@ class Client(Connection):
         It may be called before this returns. What is returned can be cancelled.
         """
         return ask(self._asker, subject, body, headers or {}, timeout_s, done)
+
+    def lost(self, ended: Ended) -> None:
+        """End the requests that a process had when it ended: they are told so with 503.
+
+        They are not sent to another one: what they ask for may be done, and may be what ended it.
+        """
+        self._asker.lost(ended)
 
     async def publish(
         self, feed: Feed[Req], payload: Req, content_type: str = codec.JSON, **tokens: str | int

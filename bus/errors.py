@@ -11,6 +11,7 @@
 | Overloaded        | nobody, it passes      | try again after `retry_after_s`     |
 | Unavailable       | nobody, it passes      | try again after `retry_after_s`     |
 | - NobodyListens   | whoever starts plugins | look whether the plugin runs        |
+| - InstanceEnded   | nobody, it passes      | see whether it was done; try again  |
 | - NoSpace         | whoever runs bkg       | make room, then try again           |
 | DeadlineExceeded  | nobody, it passes      | allow more time                     |
 | Internal          | us                     | report it; the log has the cause    |
@@ -129,6 +130,10 @@ class Unavailable(BusError):
 
 class NobodyListens(Unavailable):
     """No process listens on the subject; said by the broker at once."""
+
+
+class InstanceEnded(Unavailable):
+    """The process that had the request has ended; never on the wire, it could say nothing more."""
 
 
 class NoSpace(Unavailable):

@@ -5,12 +5,14 @@ to ask another one.
 """
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
 import msgspec
 
+from bus.answers import Ended
 from bus.masking import masked
 from bus.messages import (
     DesiredState,
@@ -92,6 +94,14 @@ def place(process: ProcessState | None, told: Registration | None) -> InstanceSt
     )
 
 
+def has_ended(before: ProcessState, after: ProcessState) -> bool:
+    """Tell whether the process that filled a place is no more.
+
+    Where another host has taken the place, the process that it is taken from may still be there.
+    """
+    return before.pid is not None and before.host == after.host and before.pid != after.pid
+
+
 def _told(told: Registration, process: ProcessState | None) -> InstanceState:
     return InstanceState(
         slot=told.slot,
@@ -145,15 +155,22 @@ def _capabilities(wanted: DesiredState | None, instances: Sequence[Registration]
 class PluginsView:
     """Every plugin known by configuration or registration; made by `follow_plugins`.
 
+    Args:
+        on_end: Told when a process has ended that a supervisor watched.
+
     Attributes:
         version: Counts the changes.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_end: Callable[[Ended], None] | None = None) -> None:
         self.version = 0
+        self._on_end = on_end
+        # Who was last registered in a place, and since when that is known here: a registration is
+        # removed before it is told how its process ended.
+        self._came: dict[tuple[str, ...], tuple[Registration, float]] = {}
         self._desired: dict[str, Entry[DesiredState]] = {}
-        self._processes: dict[tuple[str, str], ProcessState] = {}
-        self._instances: dict[tuple[str, str], Registration] = {}
+        self._processes: dict[tuple[str, ...], ProcessState] = {}
+        self._instances: dict[tuple[str, ...], Registration] = {}
         self._schemas: dict[str, Mapping[str, Any]] = {}
         self._states: dict[str, PluginState] = {}
         self._changed = asyncio.Event()
@@ -186,13 +203,29 @@ class PluginsView:
         self._rework(entry.names[0] for entry in changes.entries)
 
     def _on_processes(self, changes: Changes[ProcessState]) -> None:
+        ended = []
         for entry in changes.entries:
-            _apply(self._processes, entry.names, entry.value)
+            before, after = self._processes.get(entry.names), entry.value
+            _apply(self._processes, entry.names, after)
+            if before and after and has_ended(before, after):
+                ended.append((entry.names, before, after))
+            if after is None and entry.names not in self._instances:
+                self._came.pop(entry.names, None)
         self._rework(entry.names[0] for entry in changes.entries)
+        if self._on_end:
+            for names, process, now in ended:
+                self._on_end(self._end_of(names, process, now.last_exit or "has ended"))
 
     def _on_instances(self, changes: Changes[Registration]) -> None:
         for entry in changes.entries:
             _apply(self._instances, entry.names, entry.value)
+            if entry.value:
+                known = self._came.get(entry.names)
+                same = known is not None and known[0].id == entry.value.id
+                at = known[1] if known and same else time.perf_counter()
+                self._came[entry.names] = entry.value, at
+            elif entry.names not in self._processes:
+                self._came.pop(entry.names, None)
         self._rework(entry.names[0] for entry in changes.entries)
 
     def _on_schemas(self, changes: Changes[PluginSchema]) -> None:
@@ -200,6 +233,26 @@ class PluginsView:
             schema = entry.value.config_schema if entry.value else None
             _apply(self._schemas, entry.names[0], schema)
         self._rework(entry.names[0] for entry in changes.entries)
+
+    def _end_of(self, names: tuple[str, ...], process: ProcessState, how: str) -> Ended:
+        before, has = time.perf_counter(), set()
+        if known := self._came.get(names):
+            told, came_at = known
+            has = set(told.capabilities)
+            if told.pid != process.pid:
+                before = came_at
+        for key, other in self._instances.items():
+            # One that starts is not ready for what was asked.
+            if key != names and other.status != "starting":
+                has -= set(other.capabilities)
+        return Ended(
+            plugin=process.plugin,
+            slot=names[1],
+            host=process.host,
+            how=how,
+            before=before,
+            alone=frozenset(has),
+        )
 
     def _rework(self, names: Iterable[str]) -> None:
         changed = False
@@ -222,9 +275,16 @@ class PluginsView:
 
 
 @asynccontextmanager
-async def follow_plugins(store: Store) -> AsyncGenerator[PluginsView]:
-    """Hold a view that follows the buckets while inside; entered, it has caught up."""
-    view = PluginsView()
+async def follow_plugins(
+    store: Store, on_end: Callable[[Ended], None] | None = None
+) -> AsyncGenerator[PluginsView]:
+    """Hold a view that follows the buckets while inside; entered, it has caught up.
+
+    Args:
+        store: The buckets.
+        on_end: Told when a process has ended that a supervisor watched.
+    """
+    view = PluginsView(on_end)
     caught_up = [asyncio.Event() for _ in range(4)]
     async with beside(
         _follow(store.desired, view._on_desired, caught_up[0]),  # noqa: SLF001

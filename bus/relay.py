@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import structlog
 
-from bus.answers import ERROR_CODE, IDEMPOTENT, NOT_SERVED, SLOT, Answer, error_in
+from bus.answers import ERROR_CODE, IDEMPOTENT, NOT_SERVED, SLOT, Answer, Ended, error_in
 from bus.balance import Balance, Outcome
 from bus.bodies import IN_ITS_PLACE, REFERENCE, RETRY_AFTER_S, Bodies, Reference
 from bus.connection import Connection
@@ -24,6 +24,7 @@ from bus.errors import (
     BusError,
     Conflict,
     DeadlineExceeded,
+    InstanceEnded,
     Internal,
     InvalidRequest,
     NobodyListens,
@@ -32,12 +33,14 @@ from bus.errors import (
     Unprocessable,
 )
 from bus.late import Late
-from bus.wire import TRACEPARENT, Incoming, Replies, Wire
+from bus.wire import TRACEPARENT, Incoming, Replies, Waiting, Wire
 
 TIMEOUT_MS: Final = "Bkg-Timeout-Ms"
 # The broker ends a connection that sends a longer control line than 4 KiB; the inbox stands there
 # beside the subject.
 SUBJECT_MAX_CHARS: Final = 3_072
+# When to ask again after the end of who was asked: another process takes a second at least.
+AGAIN_S: Final = 2.0
 
 log = structlog.get_logger("bus.relay")
 
@@ -79,6 +82,37 @@ class Asker:
         if slot is None:
             return subject
         return f"{self.instances}{slot}.call.{subject[len(self.calls) :]}"
+
+    def lost(self, ended: Ended) -> None:
+        """End the requests that a process had when it ended."""
+        slot = f"{ended.plugin}.{ended.slot}"
+
+        def had(waiting: Waiting) -> bool:
+            return isinstance(waiting, Asked) and waiting.is_with(slot, ended)
+
+        self.replies.end_where(
+            had,
+            InstanceEnded(
+                f"{slot} on {ended.host}, which had it, {ended.how}; it may have been done",
+                retry_after_s=AGAIN_S,
+                details={"state": "ended", "host": ended.host, "reason": ended.how},
+            ),
+        )
+
+    def only_asks(self, subject: str, slot: str, alone: frozenset[str]) -> bool:
+        """Tell whether what is sent to a subject comes to one slot, as far as can be known.
+
+        Args:
+            subject: What is asked.
+            slot: Who is meant.
+            alone: The capabilities that only this one has.
+        """
+        if not subject.startswith(self.calls):
+            return subject.startswith(f"{self.instances}{slot}.")
+        if self.balance.alone(subject, slot):
+            return True
+        asked = f"{subject[len(self.calls) :]}."
+        return any(asked.startswith(f"{capability}.") for capability in alone)
 
     def close(self) -> None:
         """Do nothing more, but delete what is put aside: `closed` waits for that."""
@@ -200,12 +234,20 @@ class Asked:
     def ended(self, error: TimeoutError | Unavailable) -> None:
         """Take note that there will be no reply."""
         if isinstance(error, Unavailable):
-            self._tell("dropped")
+            self._tell("ended" if isinstance(error, InstanceEnded) else "dropped")
             self._end(error)
             return
         self._withdraw()
         self._tell("gone")
         self._end(DeadlineExceeded(f"{self._subject} gave no answer within {self._timeout_s:g} s"))
+
+    def is_with(self, slot: str, ended: Ended) -> bool:
+        """Tell whether a slot had it, as a whole, when the process there ended."""
+        if self._sent_at >= ended.before or (self._working and not self._working.done()):
+            return False
+        if self.slot is None:
+            return self._asker.only_asks(self._subject, slot, ended.alone)
+        return self.slot == slot
 
     def _as_ours(self, error: BusError) -> BusError:
         """Return an error as whoever asked may read it: what became of our body is not theirs."""

@@ -318,6 +318,11 @@ class Replies:
         """Wait for a reply no longer."""
         self._waiting.pop(inbox, None)
 
+    def end_where(self, true: Callable[[Waiting], bool], error: Unavailable) -> None:
+        """Let those wait no longer of whom something is true."""
+        for inbox in [inbox for inbox, one in self._waiting.items() if true(one)]:
+            self._end(inbox, error)
+
     def close(self) -> None:
         """Let nobody wait any more."""
         if self._sweeping is not None:

@@ -239,7 +239,10 @@ async def gateway(
     gate = Gate(key, public_read=options.public_read, no_auth=options.no_auth)
     pages = pages or Pages(fresh=options.dashboard_dev)
     await client.store.declare()
-    async with follow_plugins(client.store) as view, follow_models(client.store) as known:
+    async with (
+        follow_plugins(client.store, client.lost) as view,
+        follow_models(client.store) as known,
+    ):
         feeds = Feeds(client, view)
         incoming = Uploads(client, options.upload_max_bytes)
         parts = Parts(client, instance, view, known, feeds, gate, pages, incoming)

@@ -108,7 +108,7 @@ async def test_a_killed_worker_loses_only_what_it_held_and_is_brought_back(platf
         await until(lambda: _brought_back(session, pid), 20)
         before = len(answers)
         await until(lambda: len(answers) > before + 200)
-    # Each caller has one request under way; what was lost runs into its deadline.
+    # Each caller has one request under way.
     assert len(failures) <= held_at_most, failures
     place = next(i for i in (await candle(session))["instances"] if i["slot"] == 0)
     assert place["restarts"] == 1
