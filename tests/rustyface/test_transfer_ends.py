@@ -35,6 +35,54 @@ async def test_an_export_goes_when_somebody_is_deleted(client, carrier):
         assert await stored(client) == {kept}
 
 
+async def removed(galleries) -> None:
+    await galleries.remove("d", "a")
+
+
+async def removed_with_the_person(galleries) -> None:
+    await galleries.remove_subject("d", "Ada")
+
+
+async def withdrawn(galleries) -> None:
+    [rejection] = galleries.rejections("d")
+    await galleries.withdraw("d", rejection.id)
+
+
+async def undone(galleries) -> None:
+    await galleries.undo_import("d", "i1")
+
+
+async def deleted_and_made_anew(galleries) -> None:
+    await galleries.delete("d")
+    await galleries.create("d")
+
+
+@pytest.mark.parametrize(
+    "deletion", [removed, removed_with_the_person, withdrawn, undone, deleted_and_made_anew]
+)
+async def test_an_export_goes_though_whoever_deleted_something_was_killed(
+    client, carrier, deletion
+):
+    async with carrier() as at:
+        galleries = at.galleries
+        await galleries.create("d")
+        record = m.GalleryImport(id="i1", at=m.now(), source="f", format="json")
+        await galleries.begin_import("d", record)
+        for name, imported in (("Ada", None), ("Bob", "i1")):
+            one = NewEntry(id=name[0].lower(), vector=vector(1), subject=name, imported=imported)
+            await galleries.enrol("d", one)
+        await galleries.reject("d", "Bob", vector=vector(0, 1))
+        gone = (await at.do("export", "d")).gallery_result.artefact
+        await galleries.enrol("d", NewEntry(id="c", vector=vector(1), subject="Ada"))
+        await galleries.move_subjects("d", ["Bob"], "Rob")
+        exports = at.jobs._work.exports
+        await exports.drop_missed()
+        assert await stored(client) == {gone}
+        await deletion(galleries)
+        await exports.drop_missed()
+        assert await stored(client) == set()
+
+
 async def test_an_export_has_an_hour(client, carrier, monkeypatch):
     async with carrier() as at:
         await at.galleries.create("d")

@@ -61,6 +61,7 @@ class Gallery:
         stored_at: When the broker stored that, in nanoseconds since 1970.
         images: How many entries name an image.
         deletions: How many entries and rejections have left it.
+        deleted_at: The last event that somebody has deleted something by.
     """
 
     head: m.GalleryHead
@@ -71,6 +72,7 @@ class Gallery:
     stored_at: int
     images: int = 0
     deletions: int = 0
+    deleted_at: int = 0
     entries: dict[str, Kept] = field(default_factory=dict)
     persons: dict[str, Person] = field(default_factory=dict)
     rejections: dict[str, Rejection] = field(default_factory=dict)

@@ -208,6 +208,8 @@ class Projection:
             raise
         undone = entry.imported is not None and _undone(there, entry.imported)
         if vector is None or undone:
+            if vector is None:
+                there.deleted_at = stored.seq
             self._settle(gallery)
             gone = self._forget(there, [entry.id])
             self._bury(stored, gallery, gone)
@@ -278,6 +280,8 @@ class Projection:
             if token(addressed(event.id)) != address:
                 raise InvalidRequest("it is about another person than its subject says")
             there.moves.learn(event, stored.seq)
+            if event.moves and event.moves[-1].into is None:
+                there.deleted_at = stored.seq
         except BusError:
             # Without the moves that it has replaced, people would be called by names that they
             # have no more, or be there again though they were removed.
@@ -304,6 +308,7 @@ class Projection:
         if token(event.id) != address:
             raise InvalidRequest("it is about another rejection than its subject says")
         if event.embedding is None:
+            there.deleted_at = stored.seq
             return
         if len(event.embedding) != there.matrix.dimensions * LITTLE_ENDIAN.itemsize:
             raise InvalidRequest("its embedding has another length than those of the gallery")
@@ -325,6 +330,7 @@ class Projection:
             raise InvalidRequest("it is about another import than its subject says")
         there.imports[event.id] = event
         if event.state == "undone":
+            there.deleted_at = stored.seq
             brought = [one.id for one in there.entries.values() if one.imported == event.id]
             self._bury(stored, gallery, self._forget(there, brought))
             said = [one for one in there.rejections.values() if one.imported == event.id]

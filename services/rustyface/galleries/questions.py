@@ -196,6 +196,14 @@ class Questions:
         there = self._galleries.get(gallery)
         return list(there.ordered()) if there else []
 
+    def deleted_since(self, gallery: str, revision: int) -> bool:
+        """Tell whether something of a gallery was deleted after a revision, or all of it."""
+        there = self._galleries.get(gallery)
+        if there is None:
+            # Of one that cannot be read nobody knows; it was not deleted.
+            return gallery not in self._ledger.projection.unreadable
+        return max(there.head_seq, there.deleted_at) > revision
+
     def picked(
         self, gallery: str, entries: Iterable[str], *, embeddings: bool = False
     ) -> list[m.EntryInfo]:

@@ -185,6 +185,21 @@ class Export:
                 # Made anew by another export since, it is left.
                 await self._store.delete(done.artefact, unless_since=m.now() - KEPT)
 
+    async def drop_missed(self) -> None:
+        """Delete the files of what something was deleted of since: who did that may be killed."""
+        await self._galleries.wait(await self._galleries.newest())
+        for entry in await self._client.store.jobs.all():
+            job = entry.value
+            done = job.gallery_result if job else None
+            if job is None or job.gallery is None or done is None or done.revision is None:
+                continue
+            old = job.ended_at is None or job.ended_at < m.now() - KEPT
+            if done.artefact is None or old:
+                continue
+            missed = self._galleries.deleted_since(job.gallery.dataset, done.revision)
+            if missed and await self._store.delete(done.artefact):
+                log.info("export.dropped", job=job.job, artefact=done.artefact)
+
     async def _drop(self, name: str, revision: int) -> None:
         """Have an export heed a deletion, or delete the file that it has led to."""
         jobs = self._client.store.jobs

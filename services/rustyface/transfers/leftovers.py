@@ -58,12 +58,13 @@ class Leftovers:
         self._closed = closed
 
     async def keep_clearing(self) -> None:
-        """Delete exports when their hour has passed, and at the start and hourly all the rest."""
+        """Delete exports that are to go each minute, and at the start and hourly all the rest."""
         turn = 0
         while True:
             try:
                 if await self._leads():
                     await self._exports.drop_old()
+                    await self._exports.drop_missed()
                     if turn % ALL_EVERY == 0:
                         await self.clear()
                     turn += 1
