@@ -130,7 +130,7 @@ class _Subject:
         usual_bytes: What the body of one has; None: not known.
         answers: How many came since a slot was learned or forgotten.
         foreign_until: Until when no slots are learned.
-        once_until: Until when nothing is asked twice.
+        once_until: Until when nothing is asked twice, nor by the group to find others.
     """
 
     slots: dict[str, _Slot] = field(default_factory=dict)
@@ -205,10 +205,13 @@ class Balance:
         if not again:
             if len(found.slots) < 2:
                 return None
-            explores = self._draw() * EXPLORE < 1
+            explores = self._draw() * EXPLORE < 1 and now >= found.once_until
             if explores and not copied:
                 return None
         open_ = {name: slot for name, slot in found.slots.items() if slot.busy_until <= now}
+        if not open_:
+            # Asked by slot it is known who has it; one that is not there again costs no time.
+            open_ = {name: slot for name, slot in found.slots.items() if slot.ended}
         if not open_:
             return None
         weight = found.weight(size) if copied and size is not None else None

@@ -202,12 +202,19 @@ def test_what_may_have_ended_one_is_not_asked_of_two_for_a_while():
     # It is asked again when another process can be there, or has answered; known all the while.
     both.ended("s", B, "dropped", 1)
     both.ended("s", B, "ended", 1)
-    assert both.choose("s", 1, 1) is None
+    # Where all are passed over it is still known who has it.
+    assert both.choose("s", 1, 1) == Choice(A)
+    both.ended("s", A, "dropped", 1)
     for slot in (A, B):
         both.ended("s", None, "answered", 1, slot, 0.01, True)
     assert both.choose("s", 1, 1) == Choice(A)
     both.ended("s", A, "ended", 1)
     later = 1 + balance.ENDED_S
+    # Nor does it go by the group, to find others: nobody would know who has it.
+    both._draw = lambda: 0.0
+    assert both.choose("s", 1, 1) == Choice(B)
+    both.ended("s", B, "dropped", 1)
+    both._draw = lambda: 0.999
     assert both.choose("s", later, 1) == Choice(A)
     assert both.more("s", B, 10, later) is None
     assert both.choose("s", 1 + balance.ONCE_S, 1).late_s
