@@ -8,7 +8,7 @@ import pytest
 from bus import codec
 from bus import messages as m
 from bus.subjects import GALLERY_CHANGE, GALLERY_SUBJECT
-from services.rustyface.galleries import history
+from services.rustyface.galleries import clearing, history
 from services.rustyface.galleries.galleries import NewEntry
 from services.rustyface.galleries.ledger import Ledger
 
@@ -280,7 +280,10 @@ async def test_it_is_read_page_by_page_whatever_stands_between(galleries, monkey
     assert pages == [["e9", "e8", "e7", "e6"], ["e5", "e4", "e3", "e2"], ["e1", "e0", None]]
 
 
-async def test_what_cannot_be_told_does_not_keep_a_change_from_being_made(galleries, client):
+async def test_what_cannot_be_told_does_not_keep_a_change_from_being_made(
+    galleries, client, monkeypatch
+):
+    monkeypatch.setattr(clearing, "PATIENT_S", 0.2)
     await client.store.changes.append(
         GALLERY_CHANGE.subject(client.root, gallery="g", subject="-"), b"{no change"
     )
