@@ -3,12 +3,14 @@
 import os
 import signal
 
+import psutil
 import pytest
 
 from bus.broker import running_broker
 from bus.client import connect
 from bus.errors import Unavailable
 from bus.jetstream import ask_jetstream
+from bus.testing import until
 
 
 async def test_a_broker_that_is_busy_is_not_said_to_be_without_jetstream(tmp_path):
@@ -16,6 +18,7 @@ async def test_a_broker_that_is_busy_is_not_said_to_be_without_jetstream(tmp_pat
         nc = at.store.galleries._nc
         os.kill(broker.pid, signal.SIGSTOP)
         try:
+            await until(lambda: psutil.Process(broker.pid).status() == psutil.STATUS_STOPPED)
             with pytest.raises(Unavailable) as caught:
                 await ask_jetstream(nc, "$JS.API.INFO", b"", patience_s=0.5)
         finally:

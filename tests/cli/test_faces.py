@@ -300,11 +300,10 @@ async def test_the_history_tells_what_was_faces(faces: Any, staff: str):
 # --- Files ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ending", ["json", "npz"])
 async def test_what_is_exported_is_imported_elsewhere_and_undone(
-    faces: Any, staff: str, tmp_path: Path, ending: str
+    faces: Any, staff: str, tmp_path: Path
 ):
-    file, copy = tmp_path / f"staff.{ending}", f"{staff}-copy"
+    file, copy = tmp_path / "staff.npz", f"{staff}-copy"
     await faces("set", staff, "--threshold", "0.52")
     await faces("reject", staff, "--person", "man", "--entry", "e1")
     told = await faces("export", staff, file)
