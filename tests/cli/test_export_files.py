@@ -9,6 +9,7 @@ import pytest
 from bus import messages as m
 from bus.artefacts import Artefacts
 from bus.errors import NotFound
+from bus.objects import Objects
 from services.cli.gallery_files import _fetch
 from services.cli.options import Platform
 
@@ -53,12 +54,19 @@ async def test_an_export_that_is_deleted_before_it_is_here_says_so(
     client, quiet, artefact, tmp_path, monkeypatch, moment
 ):
     digest, size = artefact
-    read = Artefacts.read
+    read, info = Artefacts.read, Objects.info
 
     async def read_on(self, digest, start=0, stop=None):
+        async def found(objects, name):
+            told = await info(objects, name)
+            monkeypatch.setattr(Objects, "info", info)
+            await self.delete(digest)
+            return told
+
+        # Between what is told of it and the first byte.
+        monkeypatch.setattr(Objects, "info", found)
         async for block in read(self, digest, start, stop):
             yield block
-            await self.delete(digest)
 
     if moment == "before":
         await client.store.faces.delete(digest)
