@@ -6,6 +6,7 @@ that `nats request SUBJECT ''` calls whatever has no required field.
 
 import difflib
 import re
+from collections.abc import Mapping
 from datetime import datetime
 from typing import Any, Final, TypeVar
 
@@ -61,6 +62,28 @@ def convert(plain: object, kind: type[T]) -> T:
         return msgspec.convert(plain, kind)
     except msgspec.ValidationError as error:
         raise _invalid(str(error), kind) from None
+
+
+def check_settings(given: Mapping[str, Any], kind: type[Any], owner: str, place: str = "") -> None:
+    """Refuse settings that a message has no field for: what is misspelt would be passed over.
+
+    Args:
+        given: By name.
+        kind: The message that they are for.
+        owner: Whose settings they are, for the error.
+        place: What stands before their names.
+
+    Raises:
+        InvalidRequest: There is no such setting; says which is near, or which there are.
+    """
+    known = kind.__struct_fields__
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+            raise InvalidRequest(
+                f"{owner} has no setting {place}{name[:40]}; {hint}", field=f"{place}{name[:40]}"
+            )
 
 
 def plain(message: object) -> Any:

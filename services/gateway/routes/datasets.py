@@ -1,6 +1,5 @@
 """Datasets of faces: what there is, what they are set to, their entries, persons and history."""
 
-import difflib
 import hashlib
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Final
@@ -375,21 +374,10 @@ async def _entry(request: web.Request, *, embeddings: bool = False) -> EntryInfo
 async def _settings_in(request: web.Request) -> dict[str, Any]:
     """Return the settings that a body names; it may be missing."""
     given = await read(request, dict[str, Any])
-    _check_names(given, DatasetSettings)
+    codec.check_settings(given, DatasetSettings, "a dataset")
     if isinstance(quality := given.get("quality"), dict):
-        _check_names(quality, QualityBounds, "quality.")
+        codec.check_settings(quality, QualityBounds, "a dataset", "quality.")
     return given
-
-
-def _check_names(given: Mapping[str, Any], kind: type[msgspec.Struct], place: str = "") -> None:
-    known = kind.__struct_fields__
-    for name in given:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
-            raise InvalidRequest(
-                f"a dataset has no setting {place}{name[:40]}; {hint}", field=f"{place}{name[:40]}"
-            )
 
 
 async def _configured(request: web.Request, **what: Any) -> web.Response:

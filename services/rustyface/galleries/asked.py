@@ -1,6 +1,5 @@
 """What galleries are asked, and what they answer: the values that go in and out at their door."""
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -202,21 +201,10 @@ def changed(before: m.DatasetSettings, changes: Mapping[str, Any]) -> m.DatasetS
     Raises:
         InvalidRequest: There is no such setting, or it cannot have that value; names it.
     """
-    _check_names(changes, m.DatasetSettings)
+    codec.check_settings(changes, m.DatasetSettings, "a dataset")
     present = codec.plain(before)
     quality = changes.get("quality")
     if isinstance(quality, dict):
-        _check_names(quality, m.QualityBounds, "quality.")
+        codec.check_settings(quality, m.QualityBounds, "a dataset", "quality.")
         changes = {**changes, "quality": present["quality"] | quality}
     return codec.convert(present | changes, m.DatasetSettings)
-
-
-def _check_names(given: Mapping[str, Any], kind: type[m.Message], place: str = "") -> None:
-    known = kind.__struct_fields__
-    for name in given:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
-            raise InvalidRequest(
-                f"a dataset has no setting {place}{name[:40]}; {hint}", field=f"{place}{name[:40]}"
-            )
