@@ -30,9 +30,10 @@ async def declared(url: str) -> AsyncIterator[Client]:
 
 
 @contextlib.asynccontextmanager
-async def reading(client: Client, **more) -> AsyncIterator[Galleries]:
+async def reading(client: Client, dimensions: int = D, **more) -> AsyncIterator[Galleries]:
     """Give a replica that has read all."""
-    galleries = Galleries(more.pop("stream", client.store.galleries), "r", "test", D, **more)
+    stream = more.pop("stream", client.store.galleries)
+    galleries = Galleries(stream, client.root, "test", dimensions, **more)
     following = asyncio.create_task(galleries.run())
     try:
         await until(lambda: galleries.caught_up.is_set() or following.done())

@@ -24,7 +24,7 @@ from services.rustyface.transfers.files import (
     reader,
     writer,
 )
-from tests.rustyface.transfers import FORMATS, mutated
+from tests.rustyface.transfers import FORMATS, JSON, mutated
 
 D = 4
 SET = m.DatasetSettings(
@@ -346,13 +346,6 @@ def test_mutated_files_are_refused_in_a_sentence_or_read(sound, kind, seed):
     holds_or_is_refused(path, kind)
 
 
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
-    lambda inner: (
-        st.lists(inner, max_size=5) | st.dictionaries(st.text(max_size=8), inner, max_size=4)
-    ),
-    max_leaves=12,
-)
 NUMBER = st.integers() | st.floats() | JSON
 SETTINGS = st.fixed_dictionaries(
     {},

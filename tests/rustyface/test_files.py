@@ -28,9 +28,8 @@ from services.rustyface.transfers.files import (
     writer,
 )
 from services.rustyface.transfers.files import rows as rows_module
-from tests.rustyface.transfers import mutated
+from tests.rustyface.transfers import FORMATS, JSON, mutated
 
-FORMATS = ("json", "npz", "parquet")
 D = 4
 SEEN = datetime(2024, 5, 6, 7, 8, 9, 123456, tzinfo=UTC)
 HEAD = Head(id="people", created_at=SEEN, embedder="sface", embedder_digest="ab" * 32)
@@ -423,13 +422,6 @@ def test_mutated_files_are_refused_in_a_sentence_or_read(sound, kind, seed):
     holds_or_is_refused(path, kind)
 
 
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
-    lambda inner: (
-        st.lists(inner, max_size=5) | st.dictionaries(st.text(max_size=8), inner, max_size=4)
-    ),
-    max_leaves=12,
-)
 VECTOR = st.lists(st.floats() | st.integers(), min_size=D, max_size=D) | JSON
 ENTRY = st.fixed_dictionaries(
     {"id": st.text(max_size=8) | JSON, "embedding": VECTOR},

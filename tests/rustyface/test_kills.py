@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import sys
+from functools import partial
 
 import numpy as np
 
@@ -18,8 +19,8 @@ from bus.streams import AS_ONE_MAX
 from bus.subjects import gallery_events
 from bus.tasks import beside
 from bus.testing import until
-from services.rustyface.galleries.galleries import Galleries
 from tests.data.enrolling_replica import entry, part_of_import
+from tests.rustyface import remains
 from tests.rustyface.transfers import REPOSITORY
 
 COUNT = 1_000
@@ -27,19 +28,7 @@ CALLERS = 16
 # An import's: one call's entries are a batch for the broker, and a part of another one.
 MANY = 12_000
 PART = 400
-
-
-@contextlib.asynccontextmanager
-async def reading(client):
-    galleries = Galleries(client.store.galleries, client.root, "test", 2)
-    following = asyncio.create_task(galleries.run())
-    try:
-        await until(lambda: galleries.caught_up.is_set() or following.done())
-        yield galleries
-    finally:
-        following.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await following
+reading = partial(remains.reading, dimensions=2)
 
 
 @contextlib.asynccontextmanager

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
+from hypothesis import strategies as st
 
 from bus import job_rules
 from bus import jobs as jobs_module
@@ -26,6 +27,14 @@ D = 8
 # So many take a second: time to see an import on its way, and to end it there.
 LARGE = 20_000
 FORMATS = ("json", "npz", "parquet")
+# Of any shape.
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: (
+        st.lists(inner, max_size=5) | st.dictionaries(st.text(max_size=8), inner, max_size=4)
+    ),
+    max_leaves=12,
+)
 
 
 class Tiny:
