@@ -7,7 +7,6 @@ import stat
 import pytest
 
 from bus import messages as m
-from bus.artefacts import Artefacts
 from bus.errors import NotFound
 from bus.objects import Objects
 from services.cli.gallery_files import _fetch
@@ -54,24 +53,19 @@ async def test_an_export_that_is_deleted_before_it_is_here_says_so(
     client, quiet, artefact, tmp_path, monkeypatch, moment
 ):
     digest, size = artefact
-    read, info = Artefacts.read, Objects.info
+    store, info = client.store.faces, Objects.info
 
-    async def read_on(self, digest, start=0, stop=None):
-        async def found(objects, name):
-            told = await info(objects, name)
-            monkeypatch.setattr(Objects, "info", info)
-            await self.delete(digest)
-            return told
-
-        # Between what is told of it and the first byte.
-        monkeypatch.setattr(Objects, "info", found)
-        async for block in read(self, digest, start, stop):
-            yield block
+    async def told_and_gone(objects, name):
+        found = await info(objects, name)
+        monkeypatch.setattr(Objects, "info", info)
+        await store.delete(digest)
+        return found
 
     if moment == "before":
-        await client.store.faces.delete(digest)
+        await store.delete(digest)
     else:
-        monkeypatch.setattr(Artefacts, "read", read_on)
+        # Between what is told of it and its first byte.
+        monkeypatch.setattr(Objects, "info", told_and_gone)
     with pytest.raises(NotFound, match="the export j1 was deleted before all of it was here"):
         await _fetch(client, exported(digest, size), tmp_path / "d.json", quiet, force=False)
     assert sorted(path.name for path in tmp_path.iterdir() if "d.json" in path.name) == []

@@ -16,13 +16,13 @@ from services.rustyface.transfers.scratch import Scratch
 from tests.rustyface.transfers import FORMATS, as_file, rows_of, uploaded
 
 HOLDS = """
-import sys, time
+import signal, sys
 from pathlib import Path
 from services.rustyface.transfers.scratch import Scratch
 path = Scratch(Path(sys.argv[1])).place("job.export")
 path.write_text("a face")
 print(path, flush=True)
-time.sleep(600)
+signal.pause()
 """
 
 

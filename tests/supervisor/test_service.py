@@ -199,7 +199,7 @@ async def test_a_worker_that_never_joins_is_replaced_after_its_grace(
     client, supervise, plugin, monkeypatch
 ):
     monkeypatch.setattr(reconcile, "STARTUP_GRACE_S", 0.5)
-    async with supervise(plugin("import time; time.sleep(1000)")):
+    async with supervise(plugin("import signal; signal.pause()")):
         await until(lambda: _restarts(client, 1))
         last_exit = (await ask(client, PLUGINS_GET)).instances[0].last_exit
     assert last_exit.startswith("started, then gave no sign of life for 0.5 s")
@@ -309,7 +309,7 @@ async def test_of_commands_at_the_same_time_none_is_lost(client, supervise, plug
 
 
 async def test_a_start_that_is_overtaken_by_a_stop_says_so(client, supervise, plugin):
-    async with supervise(plugin("import time; time.sleep(1000)", autostart=False)):
+    async with supervise(plugin("import signal; signal.pause()", autostart=False)):
         await until(lambda: _is(client, "stopped"))
         await until(lambda: _answers(client))
         starting = asyncio.create_task(ask(client, PLUGINS_START))
