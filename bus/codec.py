@@ -122,6 +122,9 @@ def _invalid(sentence: str, kind: Any) -> InvalidRequest:
         if what.startswith("Object contains unknown"):
             what += _nearest(named["name"], _known_at(kind, path))
         path = f"{path}.{named['name']}" if path else named["name"]
+    if what.startswith("Invalid enum value"):
+        allowed = getattr(_there(_type_at(kind, path)), "values", ())
+        what += f"; allowed are {', '.join(map(str, allowed))}" if allowed else ""
     for pattern, words in PATTERNS_IN_WORDS.items():
         if repr(pattern) in what or f"'{pattern}'" in what:
             what = words
@@ -131,18 +134,23 @@ def _invalid(sentence: str, kind: Any) -> InvalidRequest:
 
 def _known_at(kind: Any, path: str) -> list[str]:
     """Return the fields of the struct that a path leads to; none where it leads elsewhere."""
+    return [field.encode_name for field in getattr(_there(_type_at(kind, path)), "fields", ())]
+
+
+def _type_at(kind: Any, path: str) -> Any:
+    """Return the type that a path leads to; None where there is none."""
     at: Any = msgspec.inspect.type_info(kind)
     for step in re.findall(r"\[[^\]]*\]|[^.\[\]]+", path):
-        at = _struct_in(at)
+        at = _there(at)
         if step.startswith("["):
             at = getattr(at, "item_type", None) or getattr(at, "value_type", None)
         else:
             fields = {field.encode_name: field.type for field in getattr(at, "fields", ())}
             at = fields.get(step)
-    return [field.encode_name for field in getattr(_struct_in(at), "fields", ())]
+    return at
 
 
-def _struct_in(kind: Any) -> Any:
+def _there(kind: Any) -> Any:
     """Return what an optional type is when it is there."""
     for one in getattr(kind, "types", ()):
         if not isinstance(one, msgspec.inspect.NoneType):

@@ -107,6 +107,22 @@ def test_a_body_that_does_not_fit_says_where(body, field, says):
 @pytest.mark.parametrize(
     ("body", "says"),
     [
+        (b'{"scoring": "worst"}', "scoring: Invalid enum value 'worst'; allowed are best, mean"),
+        (
+            b'{"quality": {"below": "sometimes"}}',
+            "quality.below: Invalid enum value 'sometimes'; allowed are off, reject, warn",
+        ),
+    ],
+)
+def test_a_word_that_there_is_not_is_told_with_those_that_there_are(body, says):
+    with pytest.raises(InvalidRequest) as caught:
+        codec.decode(body, m.DatasetSettings)
+    assert caught.value.message == says
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
         (b'{"setings": {}}', "unknown field `setings`; did you mean `settings`?"),
         (b'{"zzz": 1}', "known are name, description, entrypoint"),
     ],
